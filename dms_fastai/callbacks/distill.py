@@ -1,0 +1,206 @@
+"""Knowledge distillation: a teacher whose logits the loss gets to see."""
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from fastai.callback.core import Callback
+from fastai.data.core import DataLoaders
+from fastai.data.transforms import Normalize
+from fastai.learner import Learner, load_learner
+from torch import Tensor, nn
+
+from ..errors import UserError, unknown
+from ..losses import DMSLoss, kd_divergence
+from ..models.weights import load_weights
+
+__all__ = ["Teacher", "TeacherDistill", "load_teacher"]
+
+WEIGHTS = "model.safetensors"
+
+
+@dataclass
+class Teacher:
+    """A network that teaches, and what it expects of its pictures.
+
+    Attributes:
+        model: Pictures (B, 3, H, W) in, logits (B, C) out.
+        mean, std: What its pictures are normalised with; None: the same as the student's.
+        vocab: Its classes, in the order of its logits, where they are known.
+    """
+
+    model: nn.Module
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    vocab: list[str] | None = None
+
+
+def load_teacher(source: "Teacher | nn.Module | Learner | str | Path") -> Teacher:
+    """A teacher from whatever holds one. A model or a Learner is copied, and stays as it is.
+
+    Args:
+        source: A model; a Learner; a folder of a finished run; a .safetensors file of this package; a .pkl of
+            `Learner.export`, which runs the code inside it; or "timm:NAME" for timm's pretrained weights.
+
+    Raises:
+        UserError: There is nothing of the kind at `source`.
+    """
+    if isinstance(source, Teacher):
+        return source
+    if isinstance(source, Learner):
+        mean, std = statistics(source.dls)
+        return Teacher(copy.deepcopy(source.model), mean, std, vocabulary(source.dls))
+    if isinstance(source, nn.Module):
+        return Teacher(copy.deepcopy(source), *_cfg_statistics(source))
+    if not isinstance(source, (str, Path)):
+        raise UserError(f"a {type(source).__name__} is no teacher; give a model, a Learner, a file or 'timm:NAME'")
+    if str(source).startswith("timm:"):
+        return _timm_teacher(str(source).removeprefix("timm:"))
+    path = Path(source)
+    if path.is_dir():
+        path = path / WEIGHTS
+    if path.suffix == ".safetensors":
+        model, card = load_weights(path)
+        return Teacher(model, tuple(card.mean), tuple(card.std), card.vocab)
+    if path.suffix == ".pkl":
+        if not path.is_file():
+            raise UserError(f"no such teacher: {path}")
+        return load_teacher(load_learner(path))
+    raise UserError(f"no teacher at {source}; give a run's folder, a .safetensors or .pkl file, or 'timm:NAME'")
+
+
+class TeacherDistill(Callback):
+    """Show each training batch to a frozen teacher, mixed as it is, and hand its logits to the loss.
+
+    With a `DMSLoss` the logits join the targets and the loss gives equation (ii) or (iv), with its own alpha and T.
+    Any other loss becomes `alpha T^2 KL(teacher || student) + (1 - alpha) loss`. The teacher is in evaluation mode,
+    has no gradients, plays no part in validation, and stays out of exported and pickled Learners.
+    """
+
+    # After MixUp (0), the cast to plain tensors (9) and the start of mixed precision (10).
+    order, run_valid = 12, False
+    teacher = logits = None
+    _stateattrs = ("teacher", "logits")
+
+    def __init__(
+        self,
+        teacher: Any,
+        alpha: float | None = None,
+        T: float | None = None,
+        kl: str | None = None,
+    ):
+        """
+        Args:
+            teacher: Whatever `load_teacher` takes.
+            alpha, T, kl: For losses other than `DMSLoss`, which has its own; None: its defaults.
+
+        Raises:
+            UserError: There is no such teacher, or a value is out of range.
+        """
+        super().__init__()
+        given = {k: v for k, v in {"alpha": alpha, "T": T, "kl": kl}.items() if v is not None}
+        self.given, self.divergence = given, DMSLoss(**given)
+        self.teacher = load_teacher(teacher)
+
+    def before_train(self) -> None:
+        """Check that teacher and student fit, and put the teacher where the student is."""
+        if self.teacher is None:
+            raise UserError("this Learner was exported without its teacher; set learn.teacher_distill.teacher to a "
+                            "load_teacher(...), or remove the callback: learn.remove_cb(TeacherDistill)")  # fmt: skip
+        if self.given and isinstance(self.learn.loss_func, DMSLoss):
+            raise UserError(f"{', '.join(self.given)} given to TeacherDistill, but DMSLoss has its own; set it there")
+        check_classes(self.teacher, vocabulary(self.learn.dls))
+        device = next(self.learn.model.parameters()).device
+        self.teacher.model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        self.affine = self._affine(device)
+
+    def before_batch(self) -> None:
+        x = self.learn.xb[0]
+        if self.affine is not None:
+            scale, shift = self.affine
+            x = x * scale + shift
+        with torch.no_grad():
+            self.logits = self.teacher.model(x)
+        if isinstance(self.learn.loss_func, DMSLoss):
+            y_a, y_b, lam = (*self.learn.yb, None, None)[:3]
+            self.learn.yb = (y_a, y_b, lam, self.logits)
+
+    def after_pred(self) -> None:
+        if self.logits.shape != self.learn.pred.shape:
+            raise UserError(f"the teacher gives {self.logits.shape[1]} logits a picture and the student "
+                            f"{self.learn.pred.shape[1]}; both need the data's classes")  # fmt: skip
+
+    def after_loss(self) -> None:
+        if isinstance(self.learn.loss_func, DMSLoss):
+            self.learn.yb = self.learn.yb[:1]
+            return
+        kd = self.divergence
+        divergence = kd_divergence(self.learn.pred, self.logits, kd.T, kd.kl)
+        self.learn.loss_grad = kd.alpha * divergence + (1 - kd.alpha) * self.learn.loss_grad
+        self.learn.loss = self.learn.loss_grad.detach().clone()
+
+    def after_fit(self) -> None:
+        self.logits = None
+
+    def _affine(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """Scale and shift from the student's normalisation to the teacher's; None where they are the same."""
+        theirs, ours = (self.teacher.mean, self.teacher.std), statistics(self.learn.dls)
+        if theirs[0] is None or theirs == ours:
+            return None
+        mean_t, std_t, mean_s, std_s = (torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (*theirs, *ours))
+        return std_s / std_t, (mean_s - mean_t) / std_t
+
+
+def vocabulary(dls: DataLoaders) -> list[str] | None:
+    """The class names of fastai DataLoaders, where they have any."""
+    vocab = getattr(dls, "vocab", None)
+    return None if vocab is None else [str(name) for name in vocab]
+
+
+def statistics(dls: DataLoaders) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation that DataLoaders normalise with: this package's, or fastai's `Normalize`."""
+    loader = dls.train
+    if getattr(loader, "mean", None) is not None:
+        return tuple(loader.mean), tuple(loader.std)
+    for transform in getattr(loader.after_batch, "fs", []):
+        if isinstance(transform, Normalize):
+            return tuple(transform.mean.flatten().tolist()), tuple(transform.std.flatten().tolist())
+    return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+
+
+def check_classes(teacher: Teacher, vocab: list[str] | None) -> None:
+    """Raise a UserError that says both where the teacher's classes are not the data's."""
+    known = len(teacher.vocab) if teacher.vocab else getattr(teacher.model, "num_classes", None)
+    if vocab is None or known is None:
+        return
+    if known != len(vocab):
+        raise UserError(f"the teacher knows {known} classes and the data have {len(vocab)}; train a teacher on them")
+    for index, (theirs, ours) in enumerate(zip(teacher.vocab or vocab, vocab, strict=True)):
+        if theirs != ours:
+            raise UserError(f"class {index} is {theirs!r} to the teacher and {ours!r} in the data ({_few(teacher.vocab)}"
+                            f" against {_few(vocab)}); train a teacher on them")  # fmt: skip
+
+
+def _few(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+
+
+def _cfg_statistics(model: nn.Module) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    return tuple(cfg["mean"]) if cfg.get("mean") else None, tuple(cfg["std"]) if cfg.get("std") else None
+
+
+def _timm_teacher(name: str) -> Teacher:
+    if not timm.is_model(name.split(".")[0]):
+        raise unknown("timm model", name, timm.list_models())
+    try:
+        model = timm.create_model(name, pretrained=True)
+    except Exception as error:  # the hub's client lets through whatever its libraries raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"timm has no weights at hand for {name!r} ({reason})") from None
+    return Teacher(model, *_cfg_statistics(model))

@@ -1,0 +1,62 @@
+"""What happened, epoch by epoch, as rows that anything can read."""
+
+import csv
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from fastai.callback.core import Callback
+
+__all__ = ["History", "write_rows"]
+
+
+class History(Callback):
+    """Keep a row for each finished epoch, and write them all to a .csv file as soon as there is a new one.
+
+    A row has the epoch (from 1), the learning rate of its last batch, what the recorder recorded, the seconds of
+    training and validation together, and the training pictures a second.
+    """
+
+    order = 55  # after the recorder (50)
+
+    def __init__(self, file: Path, rows: list[dict[str, Any]] | None = None):
+        """
+        Args:
+            file: The .csv file.
+            rows: Of the epochs that an earlier, unfinished run went through.
+        """
+        super().__init__()
+        self.file, self.rows = file, list(rows or [])
+
+    def before_epoch(self) -> None:
+        self.epoch_began = time.perf_counter()
+
+    def after_train(self) -> None:
+        self.train_seconds = time.perf_counter() - self.epoch_began
+        self.last_lr = float(self.learn.opt.hypers[-1]["lr"])
+
+    def after_epoch(self) -> None:
+        recorder = self.learn.recorder
+        recorded = dict(zip(recorder.metric_names[1:], recorder.values[-1], strict=False))
+        pictures = len(self.learn.dls.train) * self.learn.dls.train.bs
+        self.rows.append(
+            {
+                "epoch": self.learn.epoch + 1,
+                "lr": self.last_lr,
+                **recorded,
+                "seconds": round(time.perf_counter() - self.epoch_began, 3),
+                "images_per_second": round(pictures / self.train_seconds, 1),
+            }
+        )
+        write_rows(self.rows, self.file)
+
+
+def write_rows(rows: list[dict[str, Any]], file: Path) -> None:
+    """Rows as .csv, whole or not at all."""
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    with partial.open("w", newline="") as opened:
+        writer = csv.DictWriter(opened, fieldnames=list(rows[0]) if rows else ["epoch"])
+        writer.writeheader()
+        writer.writerows(rows)
+    partial.replace(file)

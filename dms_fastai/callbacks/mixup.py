@@ -1,0 +1,73 @@
+"""MixUp with paired labels."""
+
+import torch
+from fastai.callback.core import Callback
+from torch import Tensor
+from torch.distributions import Beta
+
+from ..errors import UserError
+from ..losses import DMSLoss
+
+__all__ = ["MixUp"]
+
+
+class MixUp(Callback):
+    """Mix each picture with a partner from its batch and train on both labels (Zhang et al., 2018; equation (i)).
+
+    With a `DMSLoss` the pair travels in the targets, `yb = (y_a, y_b, lam)`, until the loss has seen it. Any other loss
+    that averages over the batch is asked twice instead: `lam * loss(pred, y_a) + (1 - lam) * loss(pred, y_b)`.
+    Metrics see `y_a`, so that training accuracy is the paper's. Lambda is drawn on the device: nothing waits for it.
+    """
+
+    order, run_valid = 0, False
+
+    def __init__(self, alpha: float = 1.0, per: str = "batch"):
+        """
+        Args:
+            alpha: Lambda is drawn from Beta(alpha, alpha); 1 is uniform.
+            per: "batch" draws one lambda for a batch, as the paper does; "sample" one for each picture.
+
+        Raises:
+            UserError: `alpha` not above 0, or an unknown `per`.
+        """
+        super().__init__()
+        if not alpha > 0:
+            raise UserError(f"MixUp's alpha is {alpha}; it must be above 0")
+        if per not in ("batch", "sample"):
+            raise UserError(f"MixUp's per is {per!r}; it must be 'batch' or 'sample'")
+        self.alpha, self.per = alpha, per
+
+    def before_train(self) -> None:
+        if self.per == "sample" and not isinstance(self.learn.loss_func, DMSLoss):
+            raise UserError("MixUp(per='sample') needs loss_func=DMSLoss(): other losses average before lambda can act")
+
+    def before_batch(self) -> None:
+        """Mix the pictures; shapes as they were."""
+        x, y = self.learn.xb[0], self.learn.yb[0]
+        lam = self.draw(len(x), x.device)
+        shuffle = torch.randperm(len(x), device=x.device)
+        self.learn.xb = (mix(x, x[shuffle], lam), *self.learn.xb[1:])
+        self.partner = (y[shuffle], lam)
+        if isinstance(self.learn.loss_func, DMSLoss):
+            self.learn.yb = (y, *self.partner)
+
+    def after_loss(self) -> None:
+        """Put the single target back for whoever comes next; ask a foreign loss about the partner."""
+        if isinstance(self.learn.loss_func, DMSLoss):
+            self.learn.yb = self.learn.yb[:1]
+            return
+        y_b, lam = self.partner
+        loss_b = self.learn.loss_func(self.learn.pred, y_b)
+        self.learn.loss_grad = torch.lerp(loss_b, self.learn.loss_grad, lam.to(loss_b.dtype))
+        self.learn.loss = self.learn.loss_grad.detach().clone()
+
+    def draw(self, n: int, device: torch.device) -> Tensor:
+        """Lambda in float32, without dimensions or of shape (n,), on `device`."""
+        a = torch.tensor(self.alpha, device=device)
+        return Beta(a, a, validate_args=False).sample(() if self.per == "batch" else (n,))
+
+
+def mix(x_a: Tensor, x_b: Tensor, lam: Tensor) -> Tensor:
+    """lam * x_a + (1 - lam) * x_b for pictures (B, C, H, W) and lam of shape () or (B,)."""
+    share = lam.to(x_a.dtype).view(-1, 1, 1, 1) if lam.ndim else lam.to(x_a.dtype)
+    return torch.lerp(x_b, x_a, share)

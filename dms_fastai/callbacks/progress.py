@@ -1,0 +1,104 @@
+"""A live line while a stage trains; plain lines, one an epoch, where there is no terminal."""
+
+import time
+
+from fastai.callback.core import CancelFitException
+from fastai.callback.core import Callback
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+__all__ = ["RichProgress", "TimeLimit"]
+
+REFRESH_SECONDS = 0.5  # reading the loss waits for the GPU, so it is read this often and not every batch
+
+
+class RichProgress(Callback):
+    """Show stage, epoch, loss, accuracy, pictures a second and the time left. Use it as a context manager round fit."""
+
+    order = 60
+
+    def __init__(self, title: str, console: Console):
+        super().__init__()
+        self.title, self.console, self.shown = title, console, 0.0
+        self.progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
+            BarColumn(bar_width=None),
+            TextColumn("loss {task.fields[loss]}"),
+            TextColumn("accuracy {task.fields[accuracy]}"),
+            TextColumn("{task.fields[rate]} images/s"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> "RichProgress":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def before_fit(self) -> None:
+        learn = self.learn
+        self.task = self.progress.add_task(
+            self.title, total=None, epoch=learn.first_epoch + 1, epochs=learn.n_epoch, loss="-", accuracy="-", rate="-"
+        )
+
+    def before_epoch(self) -> None:
+        self.progress.update(self.task, epoch=self.learn.epoch + 1)
+
+    def before_train(self) -> None:
+        self.train_began = time.perf_counter()
+
+    def after_batch(self) -> None:
+        now = time.perf_counter()
+        if not self.console.is_terminal or not self.learn.training or now - self.shown < REFRESH_SECONDS:
+            return
+        self.shown = now
+        steps, done = self.learn.n_iter, self.learn.iter + 1
+        self.progress.update(
+            self.task,
+            total=self.learn.n_epoch * steps,
+            completed=self.learn.epoch * steps + done,
+            loss=f"{float(self.learn.smooth_loss):.3f}",
+            rate=f"{done * self.learn.dls.train.bs / (now - self.train_began):,.0f}",
+        )
+
+    def after_epoch(self) -> None:
+        row = self.learn.history.rows[-1]
+        accuracy, rate = f"{100 * row['valid_accuracy']:.2f} %", f"{row['images_per_second']:,.0f}"
+        if self.console.is_terminal:
+            self.progress.update(self.task, accuracy=accuracy, rate=rate)
+            return
+        epochs, left = self.learn.n_epoch, (self.learn.n_epoch - row["epoch"]) * row["seconds"]
+        self.console.print(
+            f"{self.title}: epoch {row['epoch']}/{epochs}, loss {row['train_loss']:.3f}, accuracy {accuracy}, "
+            f"{rate} images/s, {clock(left)} left",
+            soft_wrap=True,
+        )
+
+
+class TimeLimit(Callback):
+    """Stop after the last epoch that ends before `deadline`, on the clock of `time.monotonic`, if the next would not."""
+
+    order = 80  # after the checkpoint
+
+    def __init__(self, deadline: float):
+        super().__init__()
+        self.deadline = deadline
+
+    def before_epoch(self) -> None:
+        self.began = time.monotonic()
+
+    def after_epoch(self) -> None:
+        now = time.monotonic()
+        if self.learn.epoch + 1 < self.learn.n_epoch and now + (now - self.began) > self.deadline:
+            raise CancelFitException
+
+
+def clock(seconds: float) -> str:
+    """Minutes and seconds, or hours and minutes, as people write them: 1:05, 2 h 03."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes}:{seconds:02d}" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d}"

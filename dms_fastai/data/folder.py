@@ -1,0 +1,128 @@
+"""Folders of pictures, `train/CLASS/*.png` and the like: decoded once, then kept beside the user's other caches."""
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from PIL import Image
+from rich.progress import track
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..errors import UserError
+from .imageset import ImageSet
+from .pictures import read_picture
+
+__all__ = ["cache_dir", "read_folder"]
+
+SPLIT_FOLDERS = {"train": ("train",), "test": ("test",), "val": ("valid", "val")}
+SHOW_PROGRESS_FROM = 2000
+
+
+def cache_dir() -> Path:
+    """Where decoded folders are kept: DMS_FASTAI_CACHE, or dms_fastai in XDG_CACHE_HOME or ~/.cache."""
+    own = os.environ.get("DMS_FASTAI_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "dms_fastai"
+
+
+def read_folder(folder: Path, size: int) -> dict[str, ImageSet]:
+    """The splits of a picture folder; a picture's class is the name of the folder that it lies in.
+
+    Decoded pictures are cached; any file added, removed, resized or touched makes the cache stale.
+
+    Args:
+        folder: With train/CLASS/ and, optionally, test/CLASS/ and valid/CLASS/ or val/CLASS/.
+        size: Height and width that every picture is cut and resized to.
+
+    Raises:
+        UserError: No train folder, an empty or a single class, classes that differ between splits, or a file that
+            cannot be read as a picture.
+    """
+    found = {split: _first_dir(folder, names) for split, names in SPLIT_FOLDERS.items()}
+    if found["train"] is None:
+        raise UserError(f"{folder} has no folder 'train'; the layout is train/CLASS/*.png and test/CLASS/*.png")
+    files = {split: _list_pictures(path) for split, path in found.items() if path is not None}
+    vocab = sorted(files["train"])
+    if len(vocab) < 2:
+        have = f"only the class {vocab[0]!r}" if vocab else "no class folders"
+        raise UserError(f"{found['train']} has {have}; a classifier needs at least 2 folders of pictures")
+    for split, classes in files.items():
+        strange = sorted(set(classes) - set(vocab))
+        if strange:
+            raise UserError(f"{found[split]} has a class {strange[0]!r} that {found['train']} has not")
+        empty = sorted(name for name, paths in classes.items() if not paths)
+        if empty:
+            raise UserError(f"{found[split] / empty[0]} holds no pictures; fill it or remove it")
+    return {split: _read_split(found[split], classes, vocab, size) for split, classes in files.items()}
+
+
+def _first_dir(folder: Path, names: tuple[str, ...]) -> Path | None:
+    return next((folder / name for name in names if (folder / name).is_dir()), None)
+
+
+def _list_pictures(split: Path) -> dict[str, list[Path]]:
+    """The picture files of each class, sorted. Classes may lie in folders of folders; hidden files are passed over."""
+    suffixes = Image.registered_extensions()
+    classes: dict[str, list[Path]] = {}
+    for where, folders, names in os.walk(split):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        here = Path(where)
+        pictures = [here / n for n in sorted(names) if Path(n).suffix.lower() in suffixes and not n.startswith(".")]
+        if here != split and (pictures or not folders):
+            classes.setdefault(here.name, []).extend(pictures)
+    return classes
+
+
+def _read_split(folder: Path, classes: dict[str, list[Path]], vocab: list[str], size: int) -> ImageSet:
+    paths = [path for name in vocab for path in classes.get(name, [])]
+    labels = torch.tensor([label for label, name in enumerate(vocab) for _ in classes.get(name, [])])
+    stamp = _stamp(folder, paths)
+    where = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    cache = cache_dir() / f"{folder.resolve().parent.name}-{folder.name}-{size}-{where}.safetensors"
+    images = _load_cache(cache, stamp)
+    if images is None:
+        images = _decode(paths, size, folder)
+        _save_cache(cache, images, stamp)
+    return ImageSet(images, labels, vocab)
+
+
+def _stamp(folder: Path, paths: list[Path]) -> str:
+    """A digest of every file's name, size and time of change."""
+    digest = hashlib.sha256()
+    for path in paths:
+        stat = path.stat()
+        digest.update(json.dumps([str(path.relative_to(folder)), stat.st_size, stat.st_mtime_ns]).encode())
+    return digest.hexdigest()
+
+
+def _decode(paths: list[Path], size: int, folder: Path) -> torch.Tensor:
+    images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
+    with ThreadPoolExecutor() as pool:
+        decoded = pool.map(lambda path: read_picture(path, size), paths)
+        if len(paths) >= SHOW_PROGRESS_FROM:
+            decoded = track(decoded, f"reading {folder}", total=len(paths), transient=True)
+        for index, image in enumerate(decoded):
+            images[index] = image
+    return images
+
+
+def _load_cache(cache: Path, stamp: str) -> torch.Tensor | None:
+    try:
+        with safe_open(cache, "pt") as file:
+            return file.get_tensor("images") if file.metadata().get("stamp") == stamp else None
+    except (OSError, SafetensorError):
+        return None
+
+
+def _save_cache(cache: Path, images: torch.Tensor, stamp: str) -> None:
+    """Write beside the place and rename: a reader never sees half a file. A cache that cannot be kept is no error."""
+    partial = cache.with_name(f"{cache.name}.{os.getpid()}.partial")
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"images": images}, partial, {"stamp": stamp})
+        partial.replace(cache)
+    except (OSError, SafetensorError):
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,109 @@
+"""A whole split of a data set in memory: the dataset behind `BatchLoader`."""
+
+from collections.abc import Iterable
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .augment import crop_windows
+from .pictures import read_picture
+
+__all__ = ["ImageSet"]
+
+
+class ImageSet:
+    """Pictures, labels and class names; what fastai expects of a dataset that its DataLoaders hold.
+
+    Attributes:
+        images: uint8, shape (N, 3, size, size).
+        labels: int64, shape (N,), or None for pictures without labels.
+        vocab: Class names; a label is an index into it.
+        name: The data set's name, "" where it has none; recipes may have settings of its own for it.
+        split_idx: 0 for pictures that are augmented (training), 1 for those that are not.
+    """
+
+    n_inp = 1
+
+    def __init__(self, images: Tensor, labels: Tensor | None, vocab: list[str], name: str = "", split_idx: int = 1):
+        self.images, self.labels, self.vocab = images, labels, list(vocab)
+        self.name, self.split_idx = name, split_idx
+        self._resident: dict[tuple, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        if self.labels is None:
+            return (self.images[index],)
+        return self.images[index], self.labels[index]
+
+    def __iter__(self):
+        return (self[index] for index in range(len(self)))
+
+    def __repr__(self) -> str:
+        return f"ImageSet({self.name!r}, {len(self)} pictures of {self.size}x{self.size}, {self.c} classes)"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_resident": {}}
+
+    @property
+    def size(self) -> int:
+        return self.images.shape[-1]
+
+    @property
+    def c(self) -> int:
+        """The number of classes, under fastai's name."""
+        return len(self.vocab)
+
+    @property
+    def items(self) -> "ImageSet":
+        """What `test_dl` takes back: fastai's Interpretation picks items and builds a loader from them."""
+        return self
+
+    @contextmanager
+    def set_split_idx(self, index: int):
+        """Augment (0) or do not (1) for a while: fastai's `tta` calls this."""
+        before, self.split_idx = self.split_idx, index
+        try:
+            yield self
+        finally:
+            self.split_idx = before
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """`images` and `labels` on `device`, where they stay: copied at the first call."""
+        labels = self.labels
+        return self._keep(("images", device), lambda: self.images.to(device)), (
+            None if labels is None else self._keep(("labels", device), lambda: labels.to(device))
+        )
+
+    def windows_on(self, device: torch.device, padding: int) -> Tensor:
+        """`crop_windows` of the pictures on `device`, where they stay: padded at the first call."""
+        return self._keep(("windows", device, padding), lambda: crop_windows(self.images.to(device), padding))
+
+    def _keep(self, key: tuple, make) -> Any:
+        if key not in self._resident:
+            self._resident[key] = make()
+        return self._resident[key]
+
+    def new_empty(self) -> "ImageSet":
+        """No pictures, the same size and classes: what an exported Learner takes along."""
+        labels = None if self.labels is None else self.labels.new_empty(0)
+        return ImageSet(self.images.new_empty(0, *self.images.shape[1:]), labels, self.vocab, self.name, self.split_idx)
+
+    def subset(self, index: Tensor) -> "ImageSet":
+        return ImageSet(self.images[index], self.labels[index], self.vocab, self.name, self.split_idx)
+
+    def from_items(self, items: Iterable[Any]) -> "ImageSet":
+        """A set of other pictures, read to this set's size: paths, PIL pictures, arrays, or (picture, label) pairs.
+
+        Labels may be indices or class names.
+        """
+        images, labels = [], []
+        for item in items:
+            picture, *label = item if isinstance(item, tuple) else (item,)
+            images.append(read_picture(picture, self.size))
+            labels += [self.vocab.index(name) if isinstance(name, str) else int(name) for name in label]
+        stacked = torch.stack(images) if images else self.images.new_empty(0, *self.images.shape[1:])
+        return ImageSet(stacked, torch.tensor(labels) if labels else None, self.vocab, self.name)

@@ -1,0 +1,102 @@
+"""One loader for every source: pictures stay on the device as uint8, and a batch is made there in one go."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import fastai.vision.learner  # noqa: F401  (teaches show_batch, show_results and plot_top_losses to draw pictures)
+import torch
+from fastai.data.core import TfmdDL
+from fastai.data.load import DataLoader
+from fastai.data.transforms import Category
+from fastai.torch_core import TensorCategory, TensorImage
+from fastcore.foundation import L
+from torch import Tensor
+
+from ..models.dmsresnet import MEAN, STD
+from .augment import normalize, random_crop, random_flip
+from .imageset import ImageSet
+
+__all__ = ["BatchLoader"]
+
+
+class BatchLoader(TfmdDL):
+    """A fastai loader over an `ImageSet` whose batches `(x, y)` are plain tensors, already on the device.
+
+    `x` is float32, normalised, shape (B, 3, size, size), channels last; `y` is int64, shape (B,), and is left out
+    where the set has no labels. Sets with `split_idx` 0 are cropped and flipped at random.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageSet,
+        bs: int = 128,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        pad: float = 0.125,
+        flip: float = 0.5,
+        mean: tuple[float, ...] = MEAN,
+        std: tuple[float, ...] = STD,
+        **kwargs: Any,
+    ):
+        """
+        Args:
+            dataset: Pictures and labels.
+            bs: Pictures in a batch.
+            shuffle: Draw a new order every epoch, from torch's random state.
+            drop_last: Leave out a last batch of fewer than `bs` pictures.
+            pad: Border put around a picture before a crop of its size is taken, as a share of the size: 4 of 32.
+            flip: Probability of mirroring a picture left to right.
+            mean, std: Of the pixels, 0...1, one a channel; what the pictures are normalised with.
+        """
+        kwargs["num_workers"] = 0  # nothing is left to do for workers
+        super().__init__(dataset, bs=bs, shuffle=shuffle, drop_last=drop_last, **kwargs)
+        self.pad, self.flip, self.mean, self.std = pad, flip, tuple(mean), tuple(std)
+
+    def new(self, dataset: Any = None, cls: type | None = None, **kwargs: Any) -> "BatchLoader":
+        """This loader over another set, or over pictures that `ImageSet.from_items` can read."""
+        if dataset is not None and not isinstance(dataset, ImageSet):
+            dataset = self.dataset.from_items(dataset)
+        own = {"pad": self.pad, "flip": self.flip, "mean": self.mean, "std": self.std}
+        # TfmdDL.new would draw a batch here to learn its types; they are known.
+        return DataLoader.new(self, dataset, cls, **{"do_setup": False, **own, **kwargs})
+
+    def get_idxs(self) -> list[int]:
+        order = torch.randperm(self.n) if self.shuffle else torch.arange(self.n)
+        return order.tolist()
+
+    def create_batches(self, samps: Iterator[int]) -> Iterator[tuple[Tensor, ...]]:
+        index = torch.tensor(list(samps), dtype=torch.long).to(self._where())
+        if self.drop_last:
+            index = index[: len(index) // self.bs * self.bs]
+        if len(index):
+            yield from map(self.load_batch, index.split(self.bs))
+
+    def load_batch(self, index: Tensor) -> tuple[Tensor, ...]:
+        """The pictures at `index`, shape (B,), augmented where this set is, normalised, with their labels."""
+        device = self._where()
+        images, labels = self.dataset.on(device)
+        if self.dataset.split_idx == 0:
+            padding = round(self.pad * self.dataset.size)
+            x = random_crop(self.dataset.windows_on(device, padding), index) if padding else images[index]
+            x = random_flip(x, self.flip) if self.flip else x
+        else:
+            x = images[index]
+        x = normalize(x, *self._statistics(device))
+        return (x,) if labels is None else (x, labels[index])
+
+    def decode(self, b: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The batch as fastai shows it: pictures 0...1 and categories, on the CPU."""
+        x, *y = (t.detach().cpu() for t in b)
+        mean, std = self._statistics(x.device)
+        return TensorImage((x * std + mean).clamp(0, 1)), *(TensorCategory(t) for t in y)
+
+    def _decode_batch(self, b: tuple[Tensor, ...], max_n: int = 9, full: bool = True) -> L:
+        x, *y = b
+        names = [[Category(self.dataset.vocab[i]) for i in t[:max_n]] for t in y]
+        return L(zip(x[:max_n], *names, strict=True))
+
+    def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        return tuple(torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (self.mean, self.std))
+
+    def _where(self) -> torch.device:
+        return self.device or torch.device("cpu")

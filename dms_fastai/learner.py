@@ -1,0 +1,180 @@
+"""`dms_learner`: model, data, loss, callbacks and optimiser of a recipe, put together into a fastai Learner."""
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from fastai.callback.core import CancelEpochException
+from fastai.callback.schedule import ParamScheduler
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner
+from fastai.metrics import accuracy
+from fastai.optimizer import OptimWrapper
+from timm.optim import Lookahead
+from torch import nn
+
+from .callbacks import ClipGradValue, MixUp, Precision, TeacherDistill
+from .callbacks.distill import statistics
+from .errors import UserError
+from .losses import DMSLoss
+from .models.weights import ModelCard
+from .recipes import Optimizer, Recipe, load_recipe
+from .recipes import Lookahead as LookaheadTable
+
+__all__ = ["DMSLearner", "build_model", "dms_learner"]
+
+
+class DMSLearner(Learner):
+    """A fastai Learner that knows its recipe: everything that a Learner does, and `fit_recipe`."""
+
+    recipe: Recipe
+    first_epoch = 0
+
+    def fit_recipe(self, epochs: int | None = None, lr: float | None = None, **kwargs: Any) -> None:
+        """Train by the recipe's schedule.
+
+        Args:
+            epochs: In place of the recipe's.
+            lr: Highest learning rate, in place of the recipe's.
+            kwargs: Further arguments of `fit`, such as `cbs` and `start_epoch`.
+        """
+        schedule = self.recipe.schedule
+        epochs, lr = epochs or schedule.epochs, lr or self.recipe.optimizer.lr
+        if schedule.name == "one-cycle":
+            self.fit_one_cycle(epochs, lr, **kwargs)
+            return
+        steps = epochs if schedule.step == "epoch" else None
+        cosine = ParamScheduler({"lr": partial(cosine_annealing, lr, steps)})
+        self.fit(epochs, lr, cbs=[cosine, *_listed(kwargs.pop("cbs", None))], **kwargs)
+
+    def fit(self, n_epoch: int, *args: Any, start_epoch: int = 0, **kwargs: Any) -> None:
+        """`Learner.fit`, whose skipped epochs leave no trace in the recorder."""
+        self.first_epoch = start_epoch
+        super().fit(n_epoch, *args, **kwargs)
+
+    def _do_fit(self) -> None:
+        for self.epoch in range(self.first_epoch, self.n_epoch):
+            self._with_events(self._do_epoch, "epoch", CancelEpochException)
+
+    def one_batch(self, i: int, b: tuple) -> None:
+        try:
+            super().one_batch(i, b)
+        finally:
+            if hasattr(self, "precision"):
+                self.precision.release()  # what ends a batch by an exception sends no event
+
+    @property
+    def card(self) -> ModelCard:
+        """What the model is and what pictures it expects, to be saved beside its weights."""
+        mean, std = statistics(self.dls)
+        model, data = self.recipe.model, self.dls.train_ds
+        args = {"drop_rate": model.drop_rate, **model.args}
+        return ModelCard(model.name, [str(v) for v in self.dls.vocab], mean, std, data.size, args)
+
+
+def cosine_annealing(lr: float, steps: int | None, pct: float) -> float:
+    """The learning rate after the share `pct` of training: lr (1 + cos(pi pct)) / 2, in `steps` steps where given."""
+    if steps is not None:
+        pct = math.floor(pct * steps + 1e-6) / steps  # fastai adds up pct, a little short of the whole
+    return lr * (1 + math.cos(math.pi * pct)) / 2
+
+
+def dms_learner(
+    dls: DataLoaders,
+    recipe: str | Path | Recipe = "kd",
+    teacher: Any = None,
+    arch: str | None = None,
+    settings: dict[str, Any] | None = None,
+    cbs: Any = None,
+    metrics: Any = accuracy,
+    path: str | Path | None = None,
+) -> DMSLearner:
+    """A fastai Learner for a recipe. `fit_recipe` trains it; every other method of a Learner works as well.
+
+    Args:
+        dls: Of `load_data`. Their batch size and augmentation are used as they are.
+        recipe: Name, path to a .toml file, or a `Recipe`; a name or path gets what the recipe changes for this data.
+        teacher: For recipes that distil: a model, a Learner, a run's folder, a .safetensors or .pkl file, "timm:NAME".
+        arch: Architecture in place of the recipe's; any timm entry.
+        settings: Recipe values by dotted key, such as {"optimizer.lr": 0.05}.
+        cbs: Further callbacks.
+        metrics: As fastai has them; they are also measured in training.
+        path: Where the Learner saves and exports; the current folder otherwise.
+
+    Raises:
+        UserError: An unknown recipe, key or architecture, a value out of range, a teacher that is missing or does
+            not fit.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe, getattr(dls.train_ds, "name", ""), arch, settings)
+    elif arch or settings:
+        raise UserError("arch and settings are for recipes by name; a Recipe says all of that itself")
+    learn = DMSLearner(
+        dls,
+        build_model(recipe, dls.c),
+        loss_func=_loss(recipe),
+        opt_func=partial(sgd, settings=recipe.optimizer, lookahead=recipe.lookahead),
+        lr=recipe.optimizer.lr,
+        cbs=[*_callbacks(recipe, teacher), *_listed(cbs)],
+        metrics=metrics,
+        path=path,
+    )
+    learn.recipe = recipe
+    learn.recorder.train_metrics = True
+    return learn
+
+
+def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
+    """The recipe's network for `num_classes` classes, laid out channels last.
+
+    Raises:
+        UserError: The architecture does not take the recipe's `model.args`.
+    """
+    model = recipe.model
+    try:
+        built = timm.create_model(model.name, num_classes=num_classes, drop_rate=model.drop_rate, **model.args)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{model.name} cannot be built with model.args {model.args}: {error}") from None
+    return built.to(memory_format=torch.channels_last)
+
+
+def sgd(params: Any, lr: float, settings: Optimizer, lookahead: LookaheadTable | None) -> OptimWrapper:
+    """torch's SGD, inside Lookahead where the recipe has one, as a fastai optimiser.
+
+    Not fastai's own SGD: its weight decay is decoupled from the gradient, which with momentum is a tenth as strong.
+    """
+
+    def build(groups: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        base = torch.optim.SGD(groups, foreach=True, **kwargs)
+        return base if lookahead is None else Lookahead(base, lookahead.alpha, lookahead.k)
+
+    return OptimWrapper(params, build, lr=lr, momentum=settings.momentum, weight_decay=settings.weight_decay)
+
+
+def _loss(recipe: Recipe) -> DMSLoss:
+    distill = recipe.distill
+    return DMSLoss() if distill is None else DMSLoss(distill.alpha, distill.T, distill.kl)
+
+
+def _callbacks(recipe: Recipe, teacher: Any) -> list:
+    callbacks = [Precision()]
+    if recipe.mixup is not None:
+        callbacks.append(MixUp(recipe.mixup.alpha, recipe.mixup.per))
+    if recipe.optimizer.clip_value is not None:
+        callbacks.append(ClipGradValue(recipe.optimizer.clip_value))
+    if recipe.distill is not None:
+        if teacher is None:
+            raise UserError(
+                f"recipe {recipe.name!r} needs a teacher; give teacher= a Learner, a model or a run's folder"
+            )
+        callbacks.append(TeacherDistill(teacher))
+    elif teacher is not None:
+        raise UserError(f"recipe {recipe.name!r} does not distil; leave the teacher out, or take 'kd'")
+    return callbacks
+
+
+def _listed(cbs: Any) -> list:
+    return [] if cbs is None else list(cbs) if isinstance(cbs, (list, tuple)) or hasattr(cbs, "map") else [cbs]

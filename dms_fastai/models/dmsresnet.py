@@ -1,0 +1,320 @@
+"""DMSResNet: the small squeeze-and-excitation residual networks of *Tiny Residual Networks*, and their teacher.
+
+Paper: Singh, Khatri, Xu, *Tiny Residual Networks*, 2024, https://doi.org/10.20944/preprints202407.1953.v1
+
+The student is a residual network for small pictures: a 3x3 stem without pooling, then three stages of 4, 4 and 3
+basic blocks with 64, 128 and 256 channels and strides 1, 2, 2. The paper's picture puts squeeze-and-excitation into
+every block (`dmsresnet_seblocks`); what its authors ran has one, after the stem (`dmsresnet`).
+"""
+
+from typing import Any, Literal
+
+import torch
+from timm.layers import SEModule, create_classifier
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint_seq,
+    generate_default_cfgs,
+    register_model,
+)
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+__all__ = ["DMSResNet"]
+
+SE_REDUCTION = 16
+
+# The statistics of CIFAR-10's training pictures, as the authors' code has them.
+MEAN = (0.4914, 0.4822, 0.4465)
+STD = (0.2023, 0.1994, 0.2010)
+
+
+def conv_bn(in_chs: int, out_chs: int, kernel_size: int, stride: int = 1, **dd: Any) -> list[nn.Module]:
+    """A convolution without bias that keeps the picture's size at stride 1, and its batch norm."""
+    conv = nn.Conv2d(in_chs, out_chs, kernel_size, stride, padding=kernel_size // 2, bias=False, **dd)
+    return [conv, nn.BatchNorm2d(out_chs, **dd)]
+
+
+def squeeze_excite(channels: int, **dd: Any) -> SEModule:
+    """Squeeze-and-excitation of two biased 1x1 convolutions with reduction 16 (paper, section 3.2.2)."""
+    return SEModule(channels, rd_channels=max(channels // SE_REDUCTION, 1), **dd)
+
+
+class ResidualBlock(nn.Module):
+    """What both block types share: `dropout(relu(residual(x) + shortcut(x)))`.
+
+    The shortcut is the identity, or a 1x1 convolution with batch norm where the shape changes.
+    """
+
+    expansion = 1
+
+    def __init__(self, residual: list[nn.Module], in_chs: int, out_chs: int, stride: int, drop_rate: float, **dd: Any):
+        super().__init__()
+        self.residual = nn.Sequential(*residual)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or in_chs != out_chs:
+            self.shortcut = nn.Sequential(*conv_bn(in_chs, out_chs, 1, stride, **dd))
+        self.act = nn.ReLU(inplace=True)
+        self.drop = nn.Dropout(drop_rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.act(self.residual(x) + self.shortcut(x)))
+
+
+class BasicBlock(ResidualBlock):
+    """Two 3x3 convolutions (paper, section 3.2.1)."""
+
+    def __init__(self, in_chs: int, planes: int, stride: int = 1, se: bool = False, drop_rate: float = 0.0, **dd: Any):
+        residual = [
+            *conv_bn(in_chs, planes, 3, stride, **dd),
+            nn.ReLU(inplace=True),
+            *conv_bn(planes, planes, 3, **dd),
+            *([squeeze_excite(planes, **dd)] if se else []),
+        ]
+        super().__init__(residual, in_chs, planes, stride, drop_rate, **dd)
+
+
+class Bottleneck(ResidualBlock):
+    """1x1, 3x3 and 1x1 convolutions, the last to four times the planes: the teacher's block (paper, section 3.2)."""
+
+    expansion = 4
+
+    def __init__(self, in_chs: int, planes: int, stride: int = 1, se: bool = False, drop_rate: float = 0.0, **dd: Any):
+        out_chs = planes * self.expansion
+        residual = [
+            *conv_bn(in_chs, planes, 1, **dd),
+            nn.ReLU(inplace=True),
+            *conv_bn(planes, planes, 3, stride, **dd),
+            nn.ReLU(inplace=True),
+            *conv_bn(planes, out_chs, 1, **dd),
+            *([squeeze_excite(out_chs, **dd)] if se else []),
+        ]
+        super().__init__(residual, in_chs, out_chs, stride, drop_rate, **dd)
+
+
+class DMSResNet(nn.Module):
+    """A residual network for small pictures, any size from 8x8 up."""
+
+    def __init__(
+        self,
+        block: type[ResidualBlock] = BasicBlock,
+        depths: tuple[int, ...] = (4, 4, 3),
+        widths: tuple[int, ...] = (64, 128, 256),
+        se: Literal["stem", "blocks"] | None = "stem",
+        num_classes: int = 10,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        device=None,
+        dtype=None,
+    ):
+        """
+        Args:
+            block: Type of the residual blocks.
+            depths: Number of blocks in each stage.
+            widths: Planes of each stage; the stem has as many channels as the first stage has planes.
+            se: Where squeeze-and-excitation acts: once after the stem, at the end of every block, or nowhere.
+            num_classes: Number of classes; 0 leaves the classifier out.
+            in_chans: Number of input channels.
+            global_pool: Type of the pooling before the classifier; "" leaves it out.
+            drop_rate: Dropout probability, after every block and before the classifier (paper, section 3.1).
+        """
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.num_classes = num_classes
+        self.drop_rate = drop_rate
+        self.grad_checkpointing = False
+
+        channels = widths[0]
+        self.conv1, self.bn1 = conv_bn(in_chans, channels, 3, **dd)
+        self.act1 = nn.ReLU(inplace=True)
+        self.se = squeeze_excite(channels, **dd) if se == "stem" else nn.Identity()
+        self.feature_info = [{"num_chs": channels, "reduction": 1, "module": "se"}]
+
+        stages = []
+        for index, (depth, planes) in enumerate(zip(depths, widths, strict=True)):
+            blocks = []
+            for number in range(depth):
+                stride = 2 if index > 0 and number == 0 else 1
+                blocks.append(block(channels, planes, stride, se == "blocks", drop_rate, **dd))
+                channels = planes * block.expansion
+            stages.append(nn.Sequential(*blocks))
+            self.feature_info.append({"num_chs": channels, "reduction": 2**index, "module": f"stages.{index}"})
+        self.stages = nn.Sequential(*stages)
+
+        self.num_features = self.head_hidden_size = channels
+        self.global_pool, self.head_drop, self.fc = create_classifier(
+            channels, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd
+        )
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Regular expressions that group the parameters by depth, for layer-wise learning rates."""
+        blocks = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"
+        return {"stem": r"^conv1|bn1|se\.", "blocks": blocks}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Put a new classifier on the network, and another pooling where one is given."""
+        self.num_classes = num_classes
+        pool_type = self.global_pool.pool_type if global_pool is None else global_pool
+        device, dtype = self.conv1.weight.device, self.conv1.weight.dtype
+        self.global_pool, self.fc = create_classifier(
+            self.num_features, num_classes, pool_type=pool_type, device=device, dtype=dtype
+        )
+
+    def forward_stem(self, x: Tensor) -> Tensor:
+        return self.se(self.act1(self.bn1(self.conv1(x))))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The feature maps after the stem and after each stage.
+
+        Args:
+            x: Pictures, shape (B, C, H, W).
+            indices: The last n if a number, all if None, else those listed; 0 is the stem.
+            norm: No effect here; part of the common signature.
+            stop_early: Leave out the stages that nobody asked for.
+            output_fmt: "NCHW", the only layout there is.
+            intermediates_only: Return the list alone.
+
+        Returns:
+            The final feature map and the list of intermediate ones, or the list alone.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt is {output_fmt!r}; the only layout here is 'NCHW'")
+        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
+        intermediates = []
+        x = self.forward_stem(x)
+        if 0 in take_indices:
+            intermediates.append(x)
+        stages = self.stages[:max_index] if stop_early else self.stages
+        for index, stage in enumerate(stages, start=1):
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint_seq(stage, x)
+            else:
+                x = stage(x)
+            if index in take_indices:
+                intermediates.append(x)
+        return intermediates if intermediates_only else (x, intermediates)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the stages behind the last of `indices`, and the head; returns the indices that were kept."""
+        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
+        self.stages = self.stages[:max_index]
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take_indices
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        x = self.forward_stem(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(self.stages, x, flatten=True)
+        return self.stages(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.head_drop(self.global_pool(x))
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits, shape (B, num_classes), of normalised pictures, shape (B, C, H, W)."""
+        return self.forward_head(self.forward_features(x))
+
+
+def _create_dmsresnet(variant: str, pretrained: bool, num_stages: int = 3, **kwargs: Any) -> DMSResNet:
+    feature_cfg = dict(out_indices=tuple(range(num_stages + 1)), flatten_sequential=True)
+    return build_model_with_cfg(DMSResNet, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        "num_classes": 10,
+        "input_size": (3, 32, 32),
+        "min_input_size": (3, 8, 8),
+        "pool_size": (8, 8),
+        "crop_pct": 1.0,
+        "interpolation": "bilinear",
+        "mean": MEAN,
+        "std": STD,
+        "first_conv": "conv1",
+        "classifier": "fc",
+        "paper_ids": "doi:10.20944/preprints202407.1953.v1",
+        "license": "apache-2.0",
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "dmsresnet.untrained": _cfg(),
+        "dmsresnet_plain.untrained": _cfg(),
+        "dmsresnet_seblocks.untrained": _cfg(),
+        "dmsresnet_lite.untrained": _cfg(),
+        "dmsresnet50.untrained": _cfg(pool_size=(4, 4)),
+        "test_dmsresnet.untrained": _cfg(),
+        "test_dmsresnet_plain.untrained": _cfg(),
+    }
+)
+
+
+@register_model
+def dmsresnet(pretrained: bool = False, **kwargs: Any) -> DMSResNet:
+    """The student as the authors ran it: one squeeze-and-excitation, after the stem. 4,697,742 parameters."""
+    return _create_dmsresnet("dmsresnet", pretrained, **kwargs)
+
+
+@register_model
+def dmsresnet_plain(pretrained: bool = False, **kwargs: Any) -> DMSResNet:
+    """The ablation's baseline, without squeeze-and-excitation. 4,697,162 parameters."""
+    return _create_dmsresnet("dmsresnet_plain", pretrained, **dict(dict(se=None), **kwargs))
+
+
+@register_model
+def dmsresnet_seblocks(pretrained: bool = False, **kwargs: Any) -> DMSResNet:
+    """The student as the paper's picture has it: squeeze-and-excitation in every block. 4,733,610 parameters."""
+    return _create_dmsresnet("dmsresnet_seblocks", pretrained, **dict(dict(se="blocks"), **kwargs))
+
+
+@register_model
+def dmsresnet_lite(pretrained: bool = False, **kwargs: Any) -> DMSResNet:
+    """The student with a last stage of 240 channels, inside the 4,367,742 parameters that the paper states."""
+    return _create_dmsresnet("dmsresnet_lite", pretrained, **dict(dict(widths=(64, 128, 240)), **kwargs))
+
+
+@register_model
+def dmsresnet50(pretrained: bool = False, **kwargs: Any) -> DMSResNet:
+    """The teacher: a ResNet-50 for small pictures, one squeeze-and-excitation after the stem. 23,521,422 parameters."""
+    args = dict(block=Bottleneck, depths=(3, 4, 6, 3), widths=(64, 128, 256, 512))
+    return _create_dmsresnet("dmsresnet50", pretrained, num_stages=4, **dict(args, **kwargs))
+
+
+TEST_ARGS = dict(depths=(1, 1, 1), widths=(16, 32, 48))
+
+
+@register_model
+def test_dmsresnet(pretrained: bool = False, **kwargs: Any) -> DMSResNet:
+    """A very small member of the family, for tests and quick runs on a CPU."""
+    return _create_dmsresnet("test_dmsresnet", pretrained, **dict(TEST_ARGS, **kwargs))
+
+
+@register_model
+def test_dmsresnet_plain(pretrained: bool = False, **kwargs: Any) -> DMSResNet:
+    """`test_dmsresnet` without squeeze-and-excitation."""
+    return _create_dmsresnet("test_dmsresnet_plain", pretrained, **dict(TEST_ARGS, se=None, **kwargs))

@@ -1,0 +1,75 @@
+"""Weights on disk: safetensors files that say by themselves what model they are and what it was trained on."""
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
+
+from ..errors import UserError
+
+__all__ = ["ModelCard", "load_weights", "save_weights"]
+
+KEY = "dms_fastai"
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What it takes to build a model again and to feed it pictures.
+
+    Attributes:
+        arch: Name of the timm entry.
+        args: Further arguments that it was built with.
+        vocab: Names of the classes, in the order of the logits.
+        mean, std: What pixels (0...1) are normalised with, one a channel.
+        size: Height and width of the training pictures.
+    """
+
+    arch: str
+    vocab: list[str]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    size: int
+    args: dict[str, Any] = field(default_factory=dict)
+
+    def build(self) -> nn.Module:
+        """The model, with fresh weights, in evaluation mode."""
+        return timm.create_model(self.arch, num_classes=len(self.vocab), **self.args).eval()
+
+
+def save_weights(model: nn.Module, card: ModelCard, file: Path) -> None:
+    """Write the model's state and its card, whole or not at all."""
+    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    partial.write_bytes(save(state, {KEY: json.dumps(asdict(card))}))
+    partial.replace(file)
+
+
+def load_weights(file: Path) -> tuple[nn.Module, ModelCard]:
+    """The model in a file of `save_weights`, on the CPU in evaluation mode, and its card. Runs no code from the file.
+
+    Raises:
+        UserError: The file is missing, damaged, or not one of `save_weights`.
+    """
+    try:
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata() or {}
+            state = {name: opened.get_tensor(name) for name in opened.keys()}
+        card = ModelCard(**json.loads(metadata[KEY]))
+        model = card.build()
+        model.load_state_dict(
+            {name: value.to(torch.float32) if value.is_floating_point() else value for name, value in state.items()}
+        )
+    except FileNotFoundError:
+        raise UserError(f"no such file: {file}") from None
+    except KeyError:
+        raise UserError(f"{file} does not say what model it holds; it was not written by dms_fastai") from None
+    except (OSError, SafetensorError, ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"{file} cannot be loaded ({str(error).splitlines()[0]}); train it again") from None
+    return model, card

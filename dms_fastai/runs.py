@@ -1,0 +1,314 @@
+"""Runs: a recipe, data, a seed and a folder; stages in order, checkpoints and results.
+
+A run's folder holds `recipe.toml` (whole, enough to run it again), `run.json` (versions, device, commit, times,
+figures), `metrics.csv` (a row an epoch), `curves.png`, `learner.pkl`, `model.safetensors` and `checkpoint/`.
+"""
+
+import datetime
+import json
+import os
+import platform
+import random
+import shutil
+import subprocess
+import time
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from fastai.callback.progress import ProgressCallback
+from fastcore.basics import noop
+from rich.console import Console
+
+from .callbacks.checkpoint import Checkpoint
+from .callbacks.distill import WEIGHTS, check_classes, load_teacher, vocabulary
+from .callbacks.history import History
+from .callbacks.progress import RichProgress, TimeLimit
+from .data import load_data, source_name
+from .errors import UserError
+from .export import export_run
+from .learner import DMSLearner, dms_learner
+from .recipes import Recipe, ablation_of, load_recipe, recipe_names
+from .report import METRICS, RUN, Run, plot_curves, read_run
+
+__all__ = ["Stage", "choose_device", "is_finished", "plan", "run_stage"]
+
+RECIPE = "recipe.toml"
+CHECKPOINT = "checkpoint"
+OPTIONAL_TABLES = ("mixup", "distill", "lookahead")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training run of several.
+
+    Attributes:
+        recipe: What to train, resolved for the data.
+        folder: Where its files go.
+        teacher: Who teaches, where the recipe distils: whatever `load_teacher` takes.
+    """
+
+    recipe: Recipe
+    folder: Path
+    teacher: str | Path | None = None
+
+
+def choose_device(name: str) -> torch.device:
+    """The device for "auto", "cpu" or "cuda".
+
+    Raises:
+        UserError: Another name, or "cuda" where torch finds no GPU.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device is {name!r}; it must be auto, cpu or cuda")
+    there = torch.cuda.is_available()
+    if name == "cuda" and not there:
+        raise UserError("device is cuda, but torch finds no GPU here; take --device auto or cpu")
+    return torch.device("cuda" if there and name != "cpu" else "cpu")
+
+
+def is_finished(folder: str | Path) -> bool:
+    """Whether a folder holds a run that went to its end, weights and all."""
+    folder = Path(folder)
+    return (folder / RUN).is_file() and (folder / WEIGHTS).is_file() and read_run(folder).finished
+
+
+def plan(
+    recipe: str,
+    data: str | Path,
+    out: Path | None = None,
+    seed: int = 0,
+    arch: str | None = None,
+    teacher: str | None = None,
+    epochs: int | None = None,
+    schedule: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> list[Stage]:
+    """The stages that a recipe needs, in order; a teacher that has yet to be trained comes before its student.
+
+    Args:
+        recipe: A recipe, or "ablation": the files that `kd` extends one after the other, and `kd`.
+        data: As in `load_data`.
+        out: Stages go to OUT/RECIPE/seedS; None: artifacts/DATA.
+        seed: Of the weights, the batches and the augmentation.
+        arch: Architecture of the recipe itself, not of its teacher.
+        teacher: In place of the recipe's: a recipe, a run's folder, a file or "timm:NAME".
+        epochs, schedule: For every stage, the teacher's too.
+        settings: Recipe values by dotted key, not for the teacher. In an ablation, tables that a stage may lack
+            (mixup, distill, lookahead) are set where the stage has them.
+
+    Raises:
+        UserError: A recipe, architecture or key that does not exist, or a value out of range.
+    """
+    name = source_name(data)
+    root = out if out is not None else Path("artifacts") / name
+    common = {"schedule.epochs": epochs, "schedule.name": schedule}
+    common = {key: value for key, value in common.items() if value is not None}
+    settings = dict(settings or {})
+
+    several = recipe == "ablation"
+    recipes = []
+    for stage in ablation_of("kd") if several else [recipe]:
+        bare = load_recipe(stage, name, arch)
+        own = {k: v for k, v in settings.items() if not several or _applies(k, bare)}
+        recipes.append(load_recipe(stage, name, arch, {**common, **own}))
+    unused = [key for key in settings if several and not any(_applies(key, r) for r in recipes)]
+    if unused:
+        raise UserError(f"no stage of the ablation has the table of {unused[0]!r}")
+
+    stages = []
+    for built in recipes:
+        source = None
+        if built.distill is not None:
+            source = teacher if teacher is not None else built.teacher
+            if source in recipe_names() or source.endswith(".toml"):
+                teaching = load_recipe(source, name, None, common)
+                source = root / teaching.name / f"seed{seed}"
+                if not (is_finished(source) or source in {s.folder for s in stages}):
+                    stages.append(Stage(teaching, source))
+            elif not source.startswith("timm:"):
+                load_teacher(source)  # say now, not after the stages before it, that it cannot be had
+        elif teacher is not None and not several:
+            raise UserError(f"recipe {built.name!r} does not distil; leave --teacher out, or take kd")
+        stages.append(Stage(built, root / built.name / f"seed{seed}", source))
+    return stages
+
+
+def run_stage(
+    stage: Stage,
+    data: str | Path,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    deadline: float | None = None,
+    restart: bool = False,
+    console: Console | None = None,
+) -> Run:
+    """Train a stage, or what is left of it, and write its folder. A finished one is only read.
+
+    Args:
+        stage: Of `plan`.
+        data, seed: As in `plan`.
+        device: Where to train.
+        deadline: On the clock of `time.monotonic`; training stops after the last epoch that fits.
+        restart: Throw away what the folder holds.
+        console: Where to show progress; None: standard output.
+
+    Raises:
+        UserError: The data or the teacher do not fit, or the folder holds a run of another recipe.
+        KeyboardInterrupt: After Ctrl-C; the folder holds a checkpoint of the last whole epoch.
+    """
+    console = console or Console()
+    recipe, folder = stage.recipe, stage.folder
+    if restart and (folder / RECIPE).is_file():
+        shutil.rmtree(folder)
+    _refuse_other_recipe(recipe, folder)
+    if is_finished(folder):
+        return read_run(folder)
+
+    dls = load_data(
+        data,
+        bs=recipe.data.batch_size,
+        size=recipe.data.size,
+        valid=recipe.data.valid,
+        pad=recipe.augment.pad,
+        flip=recipe.augment.flip,
+        device=device,
+    )
+    _seed_everything(seed)
+    if stage.teacher is not None:
+        teacher = load_teacher(stage.teacher)
+        check_classes(teacher, vocabulary(dls))
+    else:
+        teacher = None
+    learn = dms_learner(dls, recipe, teacher=teacher, path=folder)
+    learn.remove_cb(ProgressCallback)
+    learn.logger = noop
+
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = Checkpoint(folder / CHECKPOINT)
+    start, rows = checkpoint.resume(learn)
+    before = read_run(folder).facts if start else {}
+    if start:
+        console.print(f"{recipe.title}: going on after epoch {start} of {recipe.schedule.epochs}")
+    _write_text(folder / RECIPE, recipe.to_toml())
+    history = History(folder / METRICS, rows)
+    cbs = [history, checkpoint, *([TimeLimit(deadline)] if deadline is not None else [])]
+    facts = _facts(learn, seed, data, before)
+    clock = time.perf_counter()
+
+    def note(status: str) -> Run:
+        facts.update(_figures(history.rows), status=status, epochs_done=len(history.rows))
+        facts["seconds"] = round(before.get("seconds", 0) + time.perf_counter() - clock, 1)
+        _write_text(folder / RUN, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+        return Run(folder, facts)
+
+    note("running")
+    try:
+        with RichProgress(recipe.title, console) as progress:
+            learn.fit_recipe(cbs=[*cbs, progress], start_epoch=start)
+    except BaseException:
+        note("interrupted")
+        raise
+    if len(history.rows) < recipe.schedule.epochs:
+        return note("interrupted")
+    export_run(learn, folder)
+    plot_curves(history.rows, f"{recipe.title}, {learn.card.arch} on {facts['data']}", folder / "curves.png")
+    shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
+    return note("finished")
+
+
+def _applies(key: str, recipe: Recipe) -> bool:
+    table = key.split(".")[0]
+    return table not in OPTIONAL_TABLES or getattr(recipe, table) is not None
+
+
+def _refuse_other_recipe(recipe: Recipe, folder: Path) -> None:
+    file = folder / RECIPE
+    if not file.is_file():
+        return
+    theirs, ours = (_flat(t) for t in (tomllib.loads(file.read_text(encoding="utf-8")), recipe.to_table()))
+    keys = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
+    if keys:
+        changes = ", ".join(f"{key} {theirs.get(key)} -> {ours.get(key)}" for key in keys)
+        raise UserError(f"{folder} holds a run of another recipe ({changes}); give --out another folder, or --restart")
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _facts(learn: DMSLearner, seed: int, data: str | Path, before: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known before the first epoch."""
+    recipe, device = learn.recipe, learn.dls.device
+    return {
+        "status": "running",
+        "recipe": recipe.name,
+        "title": recipe.title,
+        "model": recipe.model.name,
+        "parameters": sum(p.numel() for p in learn.model.parameters()),
+        "data": source_name(data),
+        "valid": recipe.data.valid,
+        "training_pictures": len(learn.dls.train_ds),
+        "validation_pictures": len(learn.dls.valid_ds),
+        "classes": learn.dls.c,
+        "mixup": recipe.mixup is not None,
+        "seed": seed,
+        "epochs": recipe.schedule.epochs,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "versions": {name: metadata.version(name) for name in ("dms-fastai", "fastai", "timm", "torch")}
+        | {"python": platform.python_version()},
+        "commit": _commit(),
+        "started": before.get("started", datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")),
+    }
+
+
+def _figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The last epoch, which is the result, and the best one on the validation pictures, which is not."""
+    if not rows:
+        return {}
+    keys = ("epoch", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy")
+    best = max(rows, key=lambda row: row["valid_accuracy"])
+    return {"last": {key: rows[-1][key] for key in keys}, "best": {key: best[key] for key in keys}}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this package runs from, marked where it has been changed; None elsewhere."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True)
+        if tracked.returncode:
+            return None
+        commit = subprocess.check_output([*git, "rev-parse", "--short=12", "HEAD"], text=True).strip()
+        changed = subprocess.check_output([*git, "status", "--porcelain", "--untracked-files=no"], text=True).strip()
+        return commit + (" (changed)" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _write_text(file: Path, text: str) -> None:
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)
