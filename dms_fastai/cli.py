@@ -66,7 +66,7 @@ def run(
 @app.command()
 def recipes() -> None:
     """List the recipes and what each adds to the one before."""
-    from .recipes import added_by, ablation_of, load_recipe, recipe_names
+    from .recipes import ablation_of, added_by, load_recipe, recipe_names
 
     table = Table("recipe", "title", "extends", "adds or changes")
     for name in recipe_names():

@@ -21,8 +21,8 @@ from .callbacks.distill import statistics
 from .errors import UserError
 from .losses import DMSLoss
 from .models.weights import ModelCard
-from .recipes import Optimizer, Recipe, load_recipe
 from .recipes import Lookahead as LookaheadTable
+from .recipes import Optimizer, Recipe, load_recipe
 
 __all__ = ["DMSLearner", "build_model", "dms_learner"]
 
@@ -56,7 +56,8 @@ class DMSLearner(Learner):
         super().fit(n_epoch, *args, **kwargs)
 
     def _do_fit(self) -> None:
-        for self.epoch in range(self.first_epoch, self.n_epoch):
+        for epoch in range(self.first_epoch, self.n_epoch):
+            self.epoch = epoch
             self._with_events(self._do_epoch, "epoch", CancelEpochException)
 
     def one_batch(self, i: int, b: tuple) -> None:

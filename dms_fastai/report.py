@@ -108,7 +108,8 @@ def plot_curves(rows: list[dict[str, float]], title: str, file: Path) -> None:
     epochs = [row["epoch"] for row in rows]
     marker = "o" if len(rows) < 3 else None
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for axes, key, scale, label in zip(figure.subplots(1, 2), ("loss", "accuracy"), (1, 100), ("loss", "accuracy, %")):
+    panels = (("loss", 1, "loss"), ("accuracy", 100, "accuracy, %"))
+    for axes, (key, scale, label) in zip(figure.subplots(1, 2), panels, strict=True):
         for split, colour in (("train", "#8a8a8a"), ("valid", "#0b6e99")):
             values = [scale * row[f"{split}_{key}"] for row in rows]
             name = {"train": "training", "valid": "validation"}[split]

@@ -109,8 +109,10 @@ class TeacherDistill(Callback):
     def before_train(self) -> None:
         """Check that teacher and student fit, and put the teacher where the student is."""
         if self.teacher is None:
-            raise UserError("this Learner was exported without its teacher; set learn.teacher_distill.teacher to a "
-                            "load_teacher(...), or remove the callback: learn.remove_cb(TeacherDistill)")  # fmt: skip
+            raise UserError(
+                "this Learner was exported without its teacher; set learn.teacher_distill.teacher = load_teacher(...), "
+                "or remove the callback: learn.remove_cb(TeacherDistill)"
+            )
         if self.given and isinstance(self.learn.loss_func, DMSLoss):
             raise UserError(f"{', '.join(self.given)} given to TeacherDistill, but DMSLoss has its own; set it there")
         check_classes(self.teacher, vocabulary(self.learn.dls))
@@ -131,8 +133,10 @@ class TeacherDistill(Callback):
 
     def after_pred(self) -> None:
         if self.logits.shape != self.learn.pred.shape:
-            raise UserError(f"the teacher gives {self.logits.shape[1]} logits a picture and the student "
-                            f"{self.learn.pred.shape[1]}; both need the data's classes")  # fmt: skip
+            theirs, ours = self.logits.shape[1], self.learn.pred.shape[1]
+            raise UserError(
+                f"the teacher gives {theirs} logits a picture and the student {ours}; both need the same classes"
+            )
 
     def after_loss(self) -> None:
         if isinstance(self.learn.loss_func, DMSLoss):
@@ -181,8 +185,10 @@ def check_classes(teacher: Teacher, vocab: list[str] | None) -> None:
         raise UserError(f"the teacher knows {known} classes and the data have {len(vocab)}; train a teacher on them")
     for index, (theirs, ours) in enumerate(zip(teacher.vocab or vocab, vocab, strict=True)):
         if theirs != ours:
-            raise UserError(f"class {index} is {theirs!r} to the teacher and {ours!r} in the data ({_few(teacher.vocab)}"
-                            f" against {_few(vocab)}); train a teacher on them")  # fmt: skip
+            raise UserError(
+                f"class {index} is {theirs!r} to the teacher and {ours!r} in the data "
+                f"({_few(teacher.vocab)} against {_few(vocab)}); train a teacher on them"
+            )
 
 
 def _few(names: Iterable[str]) -> str:

@@ -2,8 +2,7 @@
 
 import time
 
-from fastai.callback.core import CancelFitException
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelFitException
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -81,7 +80,7 @@ class RichProgress(Callback):
 
 
 class TimeLimit(Callback):
-    """Stop after the last epoch that ends before `deadline`, on the clock of `time.monotonic`, if the next would not."""
+    """Stop after the last epoch that is over before `deadline`, a reading of `time.monotonic`."""
 
     order = 80  # after the checkpoint
 

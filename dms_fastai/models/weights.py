@@ -60,7 +60,7 @@ def load_weights(file: Path) -> tuple[nn.Module, ModelCard]:
     try:
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata() or {}
-            state = {name: opened.get_tensor(name) for name in opened.keys()}
+            state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         card = ModelCard(**json.loads(metadata[KEY]))
         model = card.build()
         model.load_state_dict(
