@@ -92,7 +92,7 @@ def ablation_table(runs: list[Run], title: str = "") -> Table:
         last, best = facts.get("last"), facts.get("best")
         mixed = "+" if facts.get("mixup") else " "
         table.add_row(
-            f"{facts['title']}\n[dim]{facts['model']}{f', {run.state}' if run.state else ''}[/]",
+            "\n".join(filter(None, (facts["title"], f"[dim]{facts['model']}[/]", run.state))),
             f"[bold]{_percent(last['valid_accuracy'])}[/]" if last else "-",
             _percent(best["valid_accuracy"]) if best else "-",
             _percent(last["train_accuracy"]) + mixed if last else "-",

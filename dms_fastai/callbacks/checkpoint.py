@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 from fastai.callback.core import Callback
+from fastai.learner import Recorder
+from fastcore.foundation import L
 
 __all__ = ["Checkpoint"]
 
@@ -22,12 +24,12 @@ class Checkpoint(Callback):
     def __init__(self, folder: Path):
         super().__init__()
         self.file = folder / LAST
-        self.random_states: dict[str, Any] | None = None
+        self.resumed: dict[str, Any] | None = None
 
     def resume(self, learn: Any) -> tuple[int, list[dict[str, Any]]]:
         """Put `learn` back to where the checkpoint left it: epochs done (0 without a checkpoint) and their rows.
 
-        Random states follow when the fit begins. Only tensors and plain values are read from the file, no code.
+        The recorder and the random states follow when the fit begins. Only tensors and plain values are read from the file, no code.
         """
         if not self.file.is_file():
             return 0, []
@@ -36,19 +38,21 @@ class Checkpoint(Callback):
         learn.model.to(learn.dls.device)  # before the optimiser, whose state goes where the parameters are
         learn.create_opt()
         learn.opt.load_state_dict(state["optimizer"])
-        self.random_states = state["random"]
+        self.resumed = state
         return state["epochs"], state["rows"]
 
     def before_fit(self) -> None:
-        if self.random_states is not None:
-            set_random_states(self.random_states)
-            self.random_states = None
+        if self.resumed is not None:
+            set_recorder(self.learn.recorder, self.resumed["recorder"])
+            set_random_states(self.resumed["random"])
+            self.resumed = None
 
     def after_epoch(self) -> None:
         state = {
             "epochs": self.learn.epoch + 1,
             "model": self.learn.model.state_dict(),
-            "optimizer": self.learn.opt.state_dict(),
+            "optimizer": plain(self.learn.opt.state_dict()),
+            "recorder": get_recorder(self.learn.recorder),
             "random": get_random_states(),
             "rows": self.learn.history.rows,
         }
@@ -59,6 +63,33 @@ class Checkpoint(Callback):
             opened.flush()
             os.fsync(opened.fileno())
         partial.replace(self.file)
+
+
+def plain(value: Any) -> Any:
+    """NumPy's scalars, which fastai's schedules put into the optimiser, as Python's: those load without code."""
+    if isinstance(value, dict):
+        return {key: plain(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [plain(v) for v in value]
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def get_recorder(recorder: Recorder) -> dict[str, Any]:
+    """What fastai's recorder has seen so far: every step's rate and loss, every epoch's values."""
+    return {
+        "lrs": plain(list(recorder.lrs)),
+        "losses": torch.stack([torch.as_tensor(loss) for loss in recorder.losses]),
+        "iters": list(recorder.iters),
+        "values": [plain(list(values)) for values in recorder.values],
+        "smooth_loss": (recorder.smooth_loss.count, recorder.smooth_loss.val),
+    }
+
+
+def set_recorder(recorder: Recorder, state: dict[str, Any]) -> None:
+    recorder.lrs, recorder.iters = list(state["lrs"]), list(state["iters"])
+    recorder.losses = list(state["losses"])
+    recorder.values = [L(values) for values in state["values"]]
+    recorder.smooth_loss.count, recorder.smooth_loss.val = state["smooth_loss"]
 
 
 def get_random_states() -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Folders of pictures, `train/CLASS/*.png` and the like: decoded once, then kept beside the user's other caches."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -125,4 +126,5 @@ def _save_cache(cache: Path, images: torch.Tensor, stamp: str) -> None:
         save_file({"images": images}, partial, {"stamp": stamp})
         partial.replace(cache)
     except (OSError, SafetensorError):
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()

@@ -1,10 +1,11 @@
 """A whole split of a data set in memory: the dataset behind `BatchLoader`."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from fastai.data.transforms import CategoryMap
 from torch import Tensor
 
 from .augment import crop_windows
@@ -19,15 +20,16 @@ class ImageSet:
     Attributes:
         images: uint8, shape (N, 3, size, size).
         labels: int64, shape (N,), or None for pictures without labels.
-        vocab: Class names; a label is an index into it.
+        vocab: Class names, as fastai keeps them; a label is an index into it.
         name: The data set's name, "" where it has none; recipes may have settings of its own for it.
         split_idx: 0 for pictures that are augmented (training), 1 for those that are not.
     """
 
     n_inp = 1
 
-    def __init__(self, images: Tensor, labels: Tensor | None, vocab: list[str], name: str = "", split_idx: int = 1):
-        self.images, self.labels, self.vocab = images, labels, list(vocab)
+    def __init__(self, images: Tensor, labels: Tensor | None, vocab: Sequence[str], name: str = "", split_idx: int = 1):
+        self.images, self.labels = images, labels
+        self.vocab = CategoryMap(vocab, sort=False)
         self.name, self.split_idx = name, split_idx
         self._resident: dict[tuple, Any] = {}
 
@@ -104,6 +106,6 @@ class ImageSet:
         for item in items:
             picture, *label = item if isinstance(item, tuple) else (item,)
             images.append(read_picture(picture, self.size))
-            labels += [self.vocab.index(name) if isinstance(name, str) else int(name) for name in label]
+            labels += [self.vocab.o2i[name] if isinstance(name, str) else int(name) for name in label]
         stacked = torch.stack(images) if images else self.images.new_empty(0, *self.images.shape[1:])
         return ImageSet(stacked, torch.tensor(labels) if labels else None, self.vocab, self.name)

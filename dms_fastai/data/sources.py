@@ -126,6 +126,9 @@ def _read_npz(file: Path, size: int | None) -> Splits:
     vocab = [str(name) for name in names]
     if len(vocab) < 2:
         raise UserError(f"{file} has one class; a classifier needs at least 2")
+    if len(set(vocab)) < len(vocab):
+        twice = next(name for name in vocab if vocab.count(name) > 1)
+        raise UserError(f"{file}: class_names has {twice!r} more than once")
     result = {}
     for split in splits:
         where, y = f"{file}: {split}", labels[split]

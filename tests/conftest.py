@@ -1,0 +1,46 @@
+"""What several tests share: digits in loaders, a trained teacher, and a cache folder of the session's own."""
+
+import matplotlib
+import pytest
+import torch
+from fastai.callback.progress import ProgressCallback
+
+from dms_fastai import dms_learner, load_data
+
+matplotlib.use("agg")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    """Decoded folders go to a folder that ends with the session."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("DMS_FASTAI_CACHE", str(tmp_path_factory.mktemp("cache")))
+    yield
+    patch.undo()
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def dls():
+    """The digits, 8x8, in batches of 64."""
+    return load_data("digits", bs=64)
+
+
+@pytest.fixture(scope="session")
+def teacher():
+    """A Learner that has seen the digits for eight epochs: a teacher for tests that do not ask for a very good one."""
+    torch.manual_seed(0)
+    learn = quiet(dms_learner(load_data("digits", bs=64), "se"))
+    learn.fit_recipe(epochs=8)
+    return learn
+
+
+def quiet(learn):
+    """The Learner without its progress bar."""
+    learn.remove_cb(ProgressCallback)
+    learn.logger = print
+    return learn

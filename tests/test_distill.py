@@ -1,0 +1,220 @@
+"""TeacherDistill: who may teach, what the teacher sees, and where it never goes."""
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from fastai.callback.core import Callback
+from fastai.data.transforms import Normalize, parent_label
+from fastai.learner import Learner, load_learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.optimizer import SGD
+from fastai.vision.data import ImageDataLoaders
+from PIL import Image
+from torch import nn
+
+from dms_fastai import DMSLoss, MixUp, TeacherDistill, UserError, dms_learner, load_teacher
+from dms_fastai.callbacks import Teacher
+from dms_fastai.export import export_run
+from dms_fastai.models.weights import ModelCard, save_weights
+from tests.conftest import quiet
+
+
+class Witness(nn.Module):
+    """A teacher that keeps what it was shown, and always says class 3."""
+
+    def __init__(self, classes=10):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(classes))
+        self.seen = []
+
+    def forward(self, x):
+        self.seen.append((x, self.training, torch.is_grad_enabled()))
+        return nn.functional.one_hot(torch.full((len(x),), 3), len(self.bias)) * 8.0 + self.bias
+
+
+class Pictures(Callback):
+    """Keep what the student is shown."""
+
+    order = 40
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def before_batch(self):
+        if self.learn.training:
+            self.seen.append(self.learn.xb[0])
+
+
+def stock(dls, cbs, loss_func=None, lr=0.01):
+    model = timm.create_model("test_dmsresnet")
+    return quiet(Learner(dls, model, loss_func or DMSLoss(), opt_func=SGD, lr=lr, cbs=cbs))
+
+
+def distil(teacher, **kwargs):
+    """The callback with this very model, not a copy, so that tests can ask it what it saw."""
+    return TeacherDistill(Teacher(teacher), **kwargs)
+
+
+def test_the_teacher_sees_the_mixed_pictures_without_gradients_in_evaluation_mode(dls):
+    witness, pictures = Witness(), Pictures()
+    stock(dls, [distil(witness), MixUp(), pictures]).fit(1)
+    assert len(witness.seen) == len(pictures.seen) == len(dls.train)  # and not in validation
+    for (x, training, grad), shown in zip(witness.seen, pictures.seen, strict=True):
+        assert torch.equal(x, shown)
+        assert not training
+        assert not grad
+    assert witness.bias.grad is None
+
+
+def test_the_student_learns_what_the_teacher_says(dls):
+    """With alpha = 1 only the teacher counts; one that always says 3 makes a student that does."""
+    learn = stock(dls, [distil(Witness())], DMSLoss(alpha=1.0, T=1.0), lr=0.1)
+    learn.fit(3)
+    predictions, _ = learn.get_preds()
+    assert (predictions.argmax(1) == 3).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_any_other_loss_gives_the_same_training(dls, teacher, mixed):
+    def losses(loss_func, **kwargs):
+        torch.manual_seed(0)
+        learn = stock(dls, [TeacherDistill(teacher, **kwargs), *([MixUp()] if mixed else [])], loss_func)
+        learn.fit(1)
+        return torch.stack(list(learn.recorder.losses))
+
+    ours = losses(DMSLoss(alpha=0.7, T=3.0))
+    torch.testing.assert_close(ours, losses(CrossEntropyLossFlat(), alpha=0.7, T=3.0))
+
+
+def test_two_places_for_one_setting_are_refused(dls, teacher):
+    with pytest.raises(UserError) as error:
+        stock(dls, [TeacherDistill(teacher, alpha=0.5)]).fit(1)
+    assert "alpha given to TeacherDistill" in error.value.message
+
+
+def test_the_lender_of_a_teacher_keeps_it_as_it_is(dls, teacher):
+    before = {k: v.clone() for k, v in teacher.model.state_dict().items()}
+    teacher.model.train()
+    stock(dls, [TeacherDistill(teacher)]).fit(1)
+    assert teacher.model.training
+    assert all(p.requires_grad for p in teacher.model.parameters())
+    assert all(torch.equal(before[k], v) for k, v in teacher.model.state_dict().items())
+
+
+@pytest.mark.parametrize("mean", [(0.0, 0.0, 0.0), (0.485, 0.456, 0.406)])
+def test_a_teacher_gets_its_own_normalisation(dls, mean):
+    witness, pictures, std = Witness(), Pictures(), (1.0, 0.5, 0.25)
+    stock(dls, [TeacherDistill(Teacher(witness, mean, std)), pictures]).fit(1)
+
+    def pixels(x, m, s):
+        m, s = (torch.tensor(v).view(1, 3, 1, 1) for v in (m, s))
+        return x * s + m
+
+    theirs = pixels(witness.seen[0][0], mean, std)
+    torch.testing.assert_close(theirs, pixels(pictures.seen[0], dls.train.mean, dls.train.std))
+    assert 0 <= theirs.min() + 1e-5
+    assert theirs.max() <= 1 + 1e-5
+
+
+def predictions_of(source, x):
+    taught = load_teacher(source)
+    with torch.no_grad():
+        return taught.model.eval()(x)
+
+
+def test_every_kind_of_teacher_is_the_same_teacher(teacher, tmp_path):
+    x = torch.randn(4, 3, 8, 8)
+    expected = predictions_of(teacher, x)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    export_run(teacher, folder)
+    for source in (teacher.model, folder, folder / "model.safetensors", folder / "learner.pkl", str(folder)):
+        torch.testing.assert_close(predictions_of(source, x), expected)
+    for source in (teacher, folder, folder / "learner.pkl"):
+        taught = load_teacher(source)
+        assert taught.vocab == [str(i) for i in range(10)]
+        assert taught.mean == tuple(teacher.dls.train.mean)
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [("nowhere", "no teacher at nowhere"), ("nowhere.safetensors", "no such file"), ("nowhere.pkl", "no such teacher"),
+     ("timm:dmsresnett", "did you mean 'dmsresnet'"), ("timm:dmsresnet50", "weights"), (3, "int is no teacher")],
+)  # fmt: skip
+def test_no_teacher_there(source, words):
+    with pytest.raises(UserError, match=words):
+        load_teacher(source)
+
+
+def test_damaged_weights_are_no_teacher(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"\x10" + b"\x00" * 40)
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_teacher(file)
+
+
+def test_a_teacher_of_other_classes_is_refused_with_both(dls, tmp_path):
+    mean, std = dls.train.mean, dls.train.std
+    card = ModelCard("test_dmsresnet", ["zero", *map(str, range(1, 10))], mean, std, 8)
+    save_weights(card.build(), card, tmp_path / "names.safetensors")
+    with pytest.raises(UserError) as error:
+        stock(dls, [TeacherDistill(tmp_path / "names.safetensors")]).fit(1)
+    assert "'zero'" in error.value.message
+    assert "'0'" in error.value.message
+    with pytest.raises(UserError) as error:
+        stock(dls, [TeacherDistill(timm.create_model("test_dmsresnet", num_classes=100))]).fit(1)
+    assert "100" in error.value.message
+    assert "10" in error.value.message
+    with pytest.raises(UserError) as error:
+        stock(dls, [distil(Witness(7))]).fit(1)
+    assert "7" in error.value.message
+
+
+def test_an_exported_learner_leaves_its_teacher_behind(dls, teacher, tmp_path):
+    big = timm.create_model("dmsresnet", num_classes=10)
+    sizes = {}
+    for name, teaching in {"kd": big, "mixup": None}.items():
+        learn = quiet(dms_learner(dls, name, teacher=teaching, path=tmp_path))
+        learn.fit_recipe(epochs=1)
+        learn.export(f"{name}.pkl")
+        sizes[name] = (tmp_path / f"{name}.pkl").stat().st_size
+    assert sizes["kd"] == pytest.approx(sizes["mixup"], rel=0.01)
+
+    loaded = load_learner(tmp_path / "kd.pkl")
+    assert loaded.teacher_distill.teacher is None
+    loaded.dls = dls
+    with pytest.raises(UserError) as error:
+        quiet(loaded).fit(1)
+    assert "without its teacher" in error.value.message
+
+
+@pytest.fixture(scope="module")
+def native_dls(tmp_path_factory):
+    """Stock fastai DataLoaders, normalised with ImageNet's statistics, over four classes of plain colours."""
+    root = tmp_path_factory.mktemp("colours")
+    for label, colour in {"black": (0, 0, 0), "blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}.items():
+        for index in range(12):
+            file = root / label / f"{index}.png"
+            file.parent.mkdir(exist_ok=True)
+            Image.new("RGB", (16, 16), tuple(max(0, v - index) for v in colour)).save(file)
+    files = sorted(Path(root).rglob("*.png"))
+    stats = Normalize.from_stats((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), cuda=False)
+    return ImageDataLoaders.from_name_func(
+        root, files, parent_label, valid_pct=0.25, seed=0, bs=8, num_workers=0, batch_tfms=stats, device="cpu"
+    )
+
+
+def test_in_a_stock_learner_with_stock_data(native_dls):
+    """fastai's own loaders, normalisation and loss; the teacher's pictures are the student's, renormalised."""
+    witness = Witness(4)
+    cbs = [MixUp(0.4), TeacherDistill(Teacher(witness, (0.0,) * 3, (1.0,) * 3), alpha=0.5, T=4.0)]
+    model = timm.create_model("test_dmsresnet", num_classes=4)
+    learn = quiet(Learner(native_dls, model, CrossEntropyLossFlat(), opt_func=SGD, cbs=cbs))
+    learn.fit(1)
+    x = witness.seen[0][0]
+    assert type(x) is torch.Tensor
+    assert -1e-5 <= x.min()
+    assert x.max() <= 1 + 1e-5

@@ -1,0 +1,329 @@
+"""`dms_learner`: a real fastai Learner, with everything that one can do, by every recipe."""
+
+import subprocess
+import sys
+import warnings
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.hook import ActivationStats
+from fastai.callback.progress import CSVLogger, ProgressCallback
+from fastai.callback.schedule import lr_find  # noqa: F401  (patches Learner)
+from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
+from fastai.interpret import ClassificationInterpretation
+from fastai.learner import Learner, load_learner
+from PIL import Image
+
+from dms_fastai import UserError, dms_learner, load_data, load_recipe
+from dms_fastai.callbacks.precision import Precision, has_bf16
+from dms_fastai.learner import cosine_annealing
+from tests.conftest import quiet
+
+
+@pytest.fixture(scope="module")
+def student(teacher):
+    """A distilled student in a Learner. Tests leave its weights as they are."""
+    torch.manual_seed(0)
+    learn = quiet(dms_learner(load_data("digits", bs=64), "kd", teacher=teacher))
+    learn.fit_recipe(epochs=8)
+    return learn
+
+
+def test_it_is_a_learner_that_learns(student):
+    assert isinstance(student, Learner)
+    assert student.recorder.metric_names == [
+        "epoch", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "time",
+    ]  # fmt: skip
+    assert student.recorder.values[-1][3] > 0.8
+
+
+def test_real_digits_are_learnt_by_teacher_and_student():
+    """The recipes' own settings, a third of their epochs: both must be good at real pictures, not only improve."""
+    dls = load_data("digits", bs=64)
+    torch.manual_seed(0)
+    good = quiet(dms_learner(dls, "mixup"))
+    good.fit_recipe(epochs=14)
+    pupil = quiet(dms_learner(dls, "kd", teacher=good))
+    pupil.fit_recipe(epochs=14)
+    assert good.validate()[1] > 0.96
+    assert pupil.validate()[1] > 0.96
+
+
+def test_lr_find_suggests_a_rate_and_leaves_the_weights(student):
+    before = [p.clone() for p in student.model.parameters()]
+    suggestion = student.lr_find(num_it=30, show_plot=False)
+    assert 1e-7 < suggestion.valley < 10
+    assert all(torch.equal(p, q) for p, q in zip(before, student.model.parameters(), strict=True))
+
+
+def test_fit_one_cycle(dls, teacher):
+    learn = quiet(dms_learner(dls, "kd", teacher=teacher))
+    learn.fit_one_cycle(2, 0.1)
+    assert len(learn.recorder.values) == 2
+    assert learn.recorder.hps["lr"][-1] < 1e-3
+
+
+def test_predictions_come_in_order_and_agree_with_validate(student):
+    probabilities, targets = student.get_preds()
+    torch.testing.assert_close(probabilities.sum(1), torch.ones(len(targets)), atol=1e-4, rtol=0)
+    assert torch.equal(targets, student.dls.valid_ds.labels)
+    accuracy = (probabilities.argmax(1) == targets).float().mean().item()
+    assert accuracy == pytest.approx(student.validate()[1], abs=1e-6)
+    everything = student.get_preds(ds_idx=0)
+    assert torch.equal(everything[1], student.dls.train_ds.labels)
+    losses = student.get_preds(with_loss=True)[2]
+    expected = -probabilities[torch.arange(len(targets)), targets].log()
+    torch.testing.assert_close(losses, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_tta_averages_augmented_predictions(student):
+    averaged, targets = student.tta(n=2)
+    plain, _ = student.get_preds()
+    assert averaged.shape == plain.shape
+    assert not torch.equal(averaged, plain)
+    assert (averaged.argmax(1) == targets).float().mean() > 0.8
+    assert torch.equal(student.get_preds()[0], plain)  # augmentation is off again
+
+
+def test_pictures_can_be_shown(student):
+    student.dls.show_batch(max_n=9)
+    assert len(plt.gcf().axes) == 9
+    assert plt.gcf().axes[0].get_title() in student.dls.vocab
+    plt.close("all")
+    student.show_results(max_n=4)
+    assert len([axes for axes in plt.gcf().axes if axes.get_title()]) == 4
+    plt.close("all")
+    student.recorder.plot_loss()
+    student.recorder.plot_sched()
+    plt.close("all")
+
+
+def test_interpretation(student):
+    interpretation = ClassificationInterpretation.from_learner(student)
+    matrix = interpretation.confusion_matrix()
+    assert matrix.sum() == len(student.dls.valid_ds)
+    probabilities, targets = student.get_preds()
+    assert np.trace(matrix) == (probabilities.argmax(1) == targets).sum().item()
+    interpretation.plot_top_losses(4)
+    plt.close("all")
+    interpretation.plot_confusion_matrix()
+    plt.close("all")
+    losses, index = interpretation.top_losses(3)
+    worst = -probabilities[torch.arange(len(targets)), targets].log()
+    torch.testing.assert_close(losses, worst.topk(3).values, atol=1e-3, rtol=1e-3)
+    assert interpretation.most_confused() is not None
+
+
+@pytest.fixture
+def picture(dls, tmp_path):
+    """A file with the first digit of the test pictures, its label, and the picture itself."""
+    pixels, label = dls.valid_ds[0]
+    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    image.save(tmp_path / "digit.png")
+    return tmp_path / "digit.png", int(label), image
+
+
+def test_predict_on_a_file_a_picture_and_an_array(student, picture):
+    file, label, image = picture
+    probability, targets = student.get_preds()
+    for item in (file, str(file), image, np.array(image)):
+        category, index, probabilities = student.predict(item)
+        assert category == student.dls.vocab[index]
+        torch.testing.assert_close(probabilities, probability[0], atol=1e-2, rtol=0)
+    assert targets[0] == label
+
+
+def test_test_dl_with_and_without_labels(student, picture):
+    file, label, _ = picture
+    assert student.get_preds(dl=student.dls.test_dl([file] * 3))[0].shape == (3, 10)
+    labelled = student.dls.test_dl([(file, label), (file, str(label))])
+    assert student.get_preds(dl=labelled)[1].tolist() == [label, label]
+
+
+def test_an_exported_learner_predicts_the_same_in_another_process(student, picture, tmp_path):
+    file, _, _ = picture
+    student.export(tmp_path / "kd.pkl")
+    expected = student.predict(file)
+    code = (
+        "import sys, warnings; warnings.simplefilter('ignore')\n"
+        "from fastai.learner import load_learner\n"
+        "learn = load_learner(sys.argv[1])\n"
+        "with learn.no_bar(): category, index, probabilities = learn.predict(sys.argv[2])\n"
+        "print(category, *probabilities.tolist())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "kd.pkl", file], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    category, *probabilities = done.stdout.split()[-11:]
+    assert category == expected[0]
+    torch.testing.assert_close(torch.tensor([float(p) for p in probabilities]), expected[2], atol=1e-3, rtol=0)
+
+
+def test_a_loaded_learner_can_be_trained_further(student, tmp_path):
+    student.export(tmp_path / "kd.pkl")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded = quiet(load_learner(tmp_path / "kd.pkl"))
+    loaded.dls = student.dls
+    loaded.teacher_distill.teacher = student.teacher_distill.teacher
+    loaded.fit(1)
+    assert loaded.validate()[1] > 0.5
+
+
+def test_exporting_does_not_disturb_training(dls, tmp_path):
+    def train(export):
+        torch.manual_seed(0)
+        learn = quiet(dms_learner(dls, "se"))
+        learn.fit(1, 0.01)
+        if export:
+            learn.export(tmp_path / "se.pkl")
+        learn.fit(1, 0.01)
+        return learn.model.fc.weight
+
+    assert torch.equal(train(True), train(False))
+
+
+def test_the_cosine_of_equation_and_epoch():
+    lrs = [cosine_annealing(0.1, None, pct) for pct in (0, 0.25, 0.5, 1)]
+    assert lrs == pytest.approx([0.1, 0.1 * (1 + 0.5**0.5) / 2, 0.05, 0.0])
+    assert cosine_annealing(0.1, 4, 0.49) == pytest.approx(cosine_annealing(0.1, None, 0.25))
+
+
+def test_fit_recipe_follows_the_schedule(dls):
+    def rates(**schedule):
+        learn = quiet(dms_learner(dls, "se", settings={f"schedule.{k}": v for k, v in schedule.items()}))
+        learn.fit_recipe()
+        return learn.recorder.hps["lr"]
+
+    smooth = rates(name="cosine", epochs=2)
+    steps = len(dls.train)
+    assert smooth == pytest.approx([0.05 * (1 + np.cos(np.pi * i / (2 * steps))) for i in range(2 * steps)])
+    stepped = rates(name="cosine", epochs=2, step="epoch")
+    assert stepped == pytest.approx([0.1] * steps + [0.05] * steps)
+    cycle = rates(name="one-cycle", epochs=2)
+    assert max(cycle) == pytest.approx(0.1, rel=0.01)
+    assert cycle[0] == pytest.approx(0.1 / 25)
+
+
+def test_sgd_is_torchs_with_l2_decay():
+    """Two steps on one weight by hand: v = 0.9 v + (g + 5e-4 w), w = w - 0.1 v."""
+    learn = dms_learner(load_data("digits", bs=64), "se", settings={"schedule.name": "cosine"})
+    learn.create_opt()
+    p = learn.model.fc.weight
+    w, v = p.detach().double().numpy().copy(), 0.0
+    for gradient in (0.3, -0.2):
+        p.grad = torch.full_like(p, gradient)
+        learn.opt.step()
+        v = 0.9 * v + (gradient + 5e-4 * w)
+        w = w - 0.1 * v
+    np.testing.assert_allclose(p.detach().numpy(), w, rtol=1e-5, atol=1e-7)
+
+
+def test_lookahead_moves_the_slow_weights_every_k_steps(dls):
+    learn = dms_learner(dls, "se", settings={"lookahead.k": 3, "lookahead.alpha": 0.5, "optimizer.weight_decay": 0.0})
+    learn.create_opt()
+    p, start = learn.model.fc.bias, learn.model.fc.bias.detach().clone()
+    learn.opt.set_hypers(mom=0.0)
+    seen = []
+    for _ in range(6):
+        p.grad = torch.ones_like(p)
+        learn.opt.step()
+        seen.append((start - p.detach()).mean().item())
+    # Fast weights move 0.1 a step. torch's own slow copy is first taken at step 3.
+    assert seen[:2] == pytest.approx([0.1, 0.2])
+    assert seen[4] - seen[2] == pytest.approx(0.2)
+    assert seen[5] == pytest.approx(seen[2] + 0.15)
+
+
+def test_gradients_are_clipped_by_value(dls):
+    class Largest(Callback):
+        def before_step(self):
+            self.learn.largest = max(p.grad.abs().max().item() for p in self.learn.model.parameters())
+
+    for clip, bound in ((1e-3, 1e-3), (None, None)):
+        learn = quiet(dms_learner(dls, "se", settings={"optimizer.clip_value": clip} if clip else None, cbs=Largest()))
+        learn.fit(1)
+        assert learn.largest == pytest.approx(bound) if clip else learn.largest > 1e-3
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError, CancelFitException])
+def test_autocast_never_outlives_a_batch(dls, stop):
+    class Stop(Callback):
+        order = 20
+
+        def before_batch(self):
+            raise stop("now")
+
+    learn = quiet(dms_learner(dls, "se", cbs=Stop()))
+    if stop is CancelFitException:
+        learn.fit(1)
+    else:
+        with pytest.raises(stop):
+            learn.fit(1)
+    assert not torch.is_autocast_enabled("cpu")
+    assert learn.precision.autocast is None
+
+
+def test_the_model_runs_in_bf16_where_the_processor_has_it(dls, monkeypatch):
+    seen = []
+
+    class See(Callback):
+        def after_pred(self):
+            seen.append(self.learn.pred.dtype)
+
+    quiet(dms_learner(dls, "se", cbs=See())).fit(1)
+    assert set(seen) == {torch.bfloat16 if has_bf16(torch.device("cpu")) else torch.float32}
+    seen.clear()
+    learn = dms_learner(dls, "se", cbs=See())
+    learn.remove_cb(Precision)
+    quiet(learn).fit(1)
+    assert set(seen) == {torch.float32}
+
+
+def test_fastais_own_callbacks_go_on_working(dls, teacher, tmp_path):
+    learn = quiet(dms_learner(dls, "kd", teacher=teacher, path=tmp_path))
+    statistics = ActivationStats(modules=[learn.model.conv1])
+    learn.fit_recipe(
+        epochs=3,
+        cbs=[SaveModelCallback(monitor="valid_loss"), EarlyStoppingCallback(monitor="valid_loss", patience=5),
+             CSVLogger(), statistics],
+    )  # fmt: skip
+    assert (tmp_path / "models" / "model.pth").is_file()
+    assert len((tmp_path / "history.csv").read_text().splitlines()) == 4
+    assert len(statistics.stats) == 3 * len(dls.train)
+    learn.save("again")
+    learn.load("again")
+
+
+def test_the_progress_bar_works(dls, capsys):
+    learn = dms_learner(dls, "se")
+    assert isinstance(learn.progress, ProgressCallback)
+    learn.fit_recipe(epochs=1)
+    assert "valid_accuracy" in capsys.readouterr().out
+
+
+def test_any_timm_architecture_and_any_recipe_object(dls):
+    learn = quiet(dms_learner(dls, load_recipe("mixup", "digits", arch="resnet10t")))
+    learn.fit(1)
+    assert type(learn.model).__module__ == "timm.models.resnet"
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"recipe": "kd"}, "'kd' needs a teacher"),
+        ({"recipe": "se", "teacher": torch.nn.Linear(1, 1)}, "does not distil"),
+        ({"recipe": "sse"}, "did you mean 'se'"),
+        ({"recipe": "se", "arch": "dmsresnet99"}, "unknown model"),
+        ({"recipe": "se", "settings": {"model.args": {"width": 3}}}, "cannot be built"),
+        ({"recipe": load_recipe("se"), "arch": "dmsresnet"}, "recipes by name"),
+    ],
+)
+def test_what_cannot_be_built_is_said(dls, kwargs, words):
+    with pytest.raises(UserError) as error:
+        dms_learner(dls, **kwargs)
+    assert words in error.value.message

@@ -1,0 +1,189 @@
+"""Equations (i) to (iv) against arithmetic in NumPy and float64 that shares no code with them."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dms_fastai import DMSLoss, UserError
+from dms_fastai.losses import cross_entropy, kd_divergence, kd_loss, mixup_kd_loss, mixup_loss
+
+settings.register_profile("losses", max_examples=60, deadline=None)
+settings.load_profile("losses")
+
+
+def log_softmax(z):
+    z = z - z.max(1, keepdims=True)
+    return z - np.log(np.exp(z).sum(1, keepdims=True))
+
+
+def ref_cross_entropy(z, y, weight=None, smoothing=0.0):
+    """-sum_c w_c q_c log p_c with q = (1 - s) onehot + s / C; the mean over indices is weighted by w_y."""
+    c = z.shape[1]
+    q = np.eye(c)[y] if y.ndim == 1 else y
+    q = (1 - smoothing) * q + smoothing / c
+    w = np.ones(c) if weight is None else weight
+    total = -(w * q * log_softmax(z)).sum()
+    return total / (w[y].sum() if y.ndim == 1 else len(z))
+
+
+def ref_divergence(z_s, z_t, T):
+    log_s, log_t = log_softmax(z_s / T), log_softmax(z_t / T)
+    return T**2 * (np.exp(log_t) * (log_t - log_s)).sum() / len(z_s)
+
+
+@st.composite
+def batches(draw):
+    """Logits of student and teacher, two targets, lambda, and class weights, all drawn at random."""
+    n, c = draw(st.integers(1, 7)), draw(st.integers(2, 12))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    scale = draw(st.sampled_from([0.1, 3.0, 30.0]))
+    z_s, z_t = rng.normal(0, scale, (2, n, c))
+    y_a = rng.integers(0, c, n)
+    return {
+        "z_s": z_s,
+        "z_t": z_t,
+        "y_a": y_a,
+        "y_b": y_a[rng.permutation(n)],
+        "lam": draw(st.floats(0, 1)),
+        "weight": draw(st.sampled_from([None, rng.uniform(0.1, 3, c)])),
+        "smoothing": draw(st.sampled_from([0.0, 0.1, 1.0])),
+        "alpha": draw(st.floats(0, 1)),
+        "T": draw(st.floats(0.5, 20)),
+    }
+
+
+def tensor(value):
+    return None if value is None else torch.from_numpy(np.asarray(value))
+
+
+def close(value, reference):
+    assert value.item() == pytest.approx(reference, rel=1e-9, abs=1e-9)
+
+
+@given(batches())
+def test_equation_iii_cross_entropy(b):
+    value = cross_entropy(tensor(b["z_s"]), tensor(b["y_a"]), tensor(b["weight"]), b["smoothing"])
+    close(value, ref_cross_entropy(b["z_s"], b["y_a"], b["weight"], b["smoothing"]))
+
+
+@given(batches())
+def test_equation_i_mixup_loss(b):
+    hard = (tensor(b["weight"]), b["smoothing"])
+    value = mixup_loss(tensor(b["z_s"]), tensor(b["y_a"]), tensor(b["y_b"]), b["lam"], *hard)
+    a, b_ = (ref_cross_entropy(b["z_s"], b[y], b["weight"], b["smoothing"]) for y in ("y_a", "y_b"))
+    close(value, b["lam"] * a + (1 - b["lam"]) * b_)
+
+
+@given(batches())
+def test_equation_ii_kd_loss(b):
+    value = kd_loss(tensor(b["z_s"]), tensor(b["z_t"]), tensor(b["y_a"]), b["alpha"], b["T"])
+    hard = ref_cross_entropy(b["z_s"], b["y_a"])
+    close(value, b["alpha"] * ref_divergence(b["z_s"], b["z_t"], b["T"]) + (1 - b["alpha"]) * hard)
+
+
+@given(batches())
+def test_equation_iv_mixup_kd_loss(b):
+    targets = (tensor(b["y_a"]), tensor(b["y_b"]), b["lam"])
+    value = mixup_kd_loss(tensor(b["z_s"]), tensor(b["z_t"]), *targets, b["alpha"], b["T"])
+    a, b_ = (ref_cross_entropy(b["z_s"], b[y]) for y in ("y_a", "y_b"))
+    hard = b["lam"] * a + (1 - b["lam"]) * b_
+    close(value, b["alpha"] * ref_divergence(b["z_s"], b["z_t"], b["T"]) + (1 - b["alpha"]) * hard)
+
+
+@given(batches())
+def test_the_authors_divergence_is_the_textbooks_over_the_number_of_classes(b):
+    value = kd_divergence(tensor(b["z_s"]), tensor(b["z_t"]), b["T"], kl="mean")
+    close(value, ref_divergence(b["z_s"], b["z_t"], b["T"]) / b["z_s"].shape[1])
+
+
+@given(batches())
+def test_lambda_one_a_sample(b):
+    rng = np.random.default_rng(0)
+    lam, n = rng.uniform(size=len(b["z_s"])), len(b["z_s"])
+    value = mixup_loss(tensor(b["z_s"]), tensor(b["y_a"]), tensor(b["y_b"]), tensor(lam))
+    by_sample = [
+        lam[i] * ref_cross_entropy(b["z_s"][[i]], b["y_a"][[i]])
+        + (1 - lam[i]) * ref_cross_entropy(b["z_s"][[i]], b["y_b"][[i]])
+        for i in range(n)
+    ]
+    close(value, np.mean(by_sample))
+
+
+@given(batches())
+def test_soft_targets(b):
+    rng = np.random.default_rng(1)
+    soft = rng.dirichlet(np.ones(b["z_s"].shape[1]), len(b["z_s"]))
+    value = cross_entropy(tensor(b["z_s"]), tensor(soft), tensor(b["weight"]), b["smoothing"])
+    close(value, ref_cross_entropy(b["z_s"], soft, b["weight"], b["smoothing"]))
+    one_hot = np.eye(b["z_s"].shape[1])[b["y_a"]]
+    mixed = mixup_loss(tensor(b["z_s"]), tensor(one_hot), tensor(soft), b["lam"])
+    close(mixed, ref_cross_entropy(b["z_s"], b["lam"] * one_hot + (1 - b["lam"]) * soft))
+
+
+@given(batches())
+def test_gradient_of_equation_ii_is_the_textbooks(b):
+    """d/dZ_s = alpha T (softmax(Z_s / T) - softmax(Z_t / T)) / B + (1 - alpha) (softmax(Z_s) - onehot) / B."""
+    z = tensor(b["z_s"]).requires_grad_()
+    kd_loss(z, tensor(b["z_t"]), tensor(b["y_a"]), b["alpha"], b["T"]).backward()
+    n, c = b["z_s"].shape
+    soft = np.exp(log_softmax(b["z_s"] / b["T"])) - np.exp(log_softmax(b["z_t"] / b["T"]))
+    hard = np.exp(log_softmax(b["z_s"])) - np.eye(c)[b["y_a"]]
+    expected = (b["alpha"] * b["T"] * soft + (1 - b["alpha"]) * hard) / n
+    np.testing.assert_allclose(z.grad.numpy(), expected, rtol=1e-8, atol=1e-10)
+
+
+@given(batches(), st.sampled_from(["batchmean", "mean"]))
+def test_the_learners_loss_chooses_by_what_the_batch_carries(b, kl):
+    loss = DMSLoss(b["alpha"], b["T"], kl, tensor(b["weight"]), b["smoothing"])
+    hard, soft = (tensor(b["weight"]), b["smoothing"]), (b["alpha"], b["T"], kl)
+    z_s, z_t, y_a, y_b = (tensor(b[key]) for key in ("z_s", "z_t", "y_a", "y_b"))
+    assert loss(z_s, y_a) == cross_entropy(z_s, y_a, *hard)
+    assert loss(z_s, y_a, y_b, b["lam"]) == mixup_loss(z_s, y_a, y_b, b["lam"], *hard)
+    assert loss(z_s, y_a, None, None, z_t) == kd_loss(z_s, z_t, y_a, *soft, *hard)
+    assert loss(z_s, y_a, y_b, b["lam"], z_t) == mixup_kd_loss(z_s, z_t, y_a, y_b, b["lam"], *soft, *hard)
+
+
+@given(batches())
+def test_unreduced_losses_add_up(b):
+    each, total = DMSLoss(b["alpha"], b["T"], reduction="none"), DMSLoss(b["alpha"], b["T"], reduction="sum")
+    mean = DMSLoss(b["alpha"], b["T"])
+    args = (tensor(b["z_s"]), tensor(b["y_a"]), tensor(b["y_b"]), b["lam"], tensor(b["z_t"]))
+    assert each(*args).shape == (len(b["z_s"]),)
+    close(each(*args).sum(), total(*args).item())
+    close(each(*args).mean(), mean(*args).item())
+
+
+def test_known_values():
+    zeros = torch.zeros(1, 10, dtype=torch.float64)
+    assert cross_entropy(zeros, torch.tensor([3])).item() == pytest.approx(np.log(10))
+    assert kd_divergence(zeros, zeros, 6.0).item() == pytest.approx(0, abs=1e-12)
+    # Two classes, student undecided, teacher at 3:1 before a temperature of 2: sqrt(3):1.
+    teacher = torch.tensor([[np.log(3.0), 0.0]])
+    p = 3**0.5 / (3**0.5 + 1)
+    expected = 4 * (p * np.log(2 * p) + (1 - p) * np.log(2 * (1 - p)))
+    assert kd_divergence(torch.zeros(1, 2, dtype=torch.float64), teacher, 2.0).item() == pytest.approx(expected)
+
+
+def test_half_precision_logits_are_computed_in_float32():
+    logits = torch.randn(8, 10).bfloat16()
+    y = torch.randint(0, 10, (8,))
+    assert cross_entropy(logits, y).dtype == torch.float32
+    assert cross_entropy(logits, y) == cross_entropy(logits.float(), y)
+
+
+def test_activation_and_decodes():
+    loss, logits = DMSLoss(), torch.randn(5, 4)
+    torch.testing.assert_close(loss.activation(logits).sum(1), torch.ones(5))
+    assert torch.equal(loss.decodes(loss.activation(logits)), logits.argmax(1))
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [({"alpha": 1.1}, "alpha is 1.1"), ({"alpha": -0.1}, "alpha"), ({"alpha": float("nan")}, "alpha"),
+     ({"T": 0}, "T is 0"), ({"T": -1}, "temperature"), ({"kl": "sum"}, "'sum'"), ({"label_smoothing": 2}, "2")],
+)  # fmt: skip
+def test_values_out_of_range_are_refused(setting, words):
+    with pytest.raises(UserError, match=words):
+        DMSLoss(**setting)

@@ -1,0 +1,163 @@
+"""Recipes: what the shipped ones say, how files extend one another, and what is refused."""
+
+import dataclasses
+import string
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dms_fastai import UserError, load_recipe
+from dms_fastai.recipes import Recipe, ablation_of, parse_setting, recipe_names
+
+
+def test_the_ablation_is_the_chain_of_files():
+    assert ablation_of("kd") == ["baseline", "se", "mixup", "kd"]
+    names = [load_recipe(name).model.name for name in ablation_of("kd")]
+    assert names == ["dmsresnet_plain", "dmsresnet", "dmsresnet", "dmsresnet"]
+    assert [load_recipe(name).mixup is not None for name in ablation_of("kd")] == [False, False, True, True]
+
+
+def test_every_stage_trains_as_the_paper_says():
+    for name in ("baseline", "se", "mixup", "kd", "teacher"):
+        recipe = load_recipe(name)
+        optimizer = recipe.optimizer
+        assert (optimizer.lr, optimizer.momentum, optimizer.weight_decay) == (0.1, 0.9, 5e-4)
+        assert (recipe.schedule.name, recipe.schedule.epochs, recipe.data.batch_size) == ("cosine", 200, 128)
+        assert (recipe.model.drop_rate, recipe.augment.pad * 32, recipe.augment.flip) == (0.1, 4, 0.5)
+        assert recipe.lookahead is None
+    assert load_recipe("teacher").model.name == "dmsresnet50"
+    distill = load_recipe("kd").distill
+    assert (distill.alpha, distill.T, distill.kl) == (0.95, 6.0, "batchmean")
+
+
+def test_the_authors_recipes_train_as_their_notebooks_did():
+    student, teacher = load_recipe("authors/kd"), load_recipe("authors/teacher")
+    for recipe in (student, teacher):
+        assert (recipe.lookahead.k, recipe.lookahead.alpha, recipe.optimizer.clip_value) == (5, 0.5, 0.1)
+        assert recipe.schedule.step == "epoch"
+    assert (student.distill.alpha, student.distill.T, student.distill.kl) == (1.0, 6.0, "mean")
+    assert (student.mixup.alpha, student.model.drop_rate, student.teacher) == (1.0, 0.1, "authors/teacher")
+    assert (teacher.mixup.alpha, teacher.model.drop_rate, teacher.model.name) == (0.9, 0.0, "dmsresnet50")
+
+
+@pytest.mark.parametrize("data", ["", "digits"])
+@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("schedule", ["cosine", "one-cycle"])
+def test_a_resolved_recipe_survives_being_written(name, data, schedule, tmp_path):
+    recipe = load_recipe(name, data, settings={"schedule.name": schedule})
+    file = tmp_path / "anything.toml"
+    file.write_text(recipe.to_toml())
+    assert load_recipe(file) == recipe
+
+
+numbers = st.floats(1e-6, 1e6, allow_nan=False)
+recipes = st.builds(
+    lambda name, lr, epochs, alpha, T, teacher: Recipe(
+        name=name,
+        title=name,
+        optimizer=dataclasses.replace(load_recipe("se").optimizer, lr=lr),
+        schedule=dataclasses.replace(load_recipe("se").schedule, epochs=epochs),
+        distill=dataclasses.replace(load_recipe("kd").distill, alpha=alpha, T=T),
+        teacher=teacher,
+    ),
+    st.text(string.printable + "äß漢🙂", min_size=1),
+    numbers,
+    st.integers(1, 10**9),
+    st.floats(0, 1),
+    numbers,
+    st.text(min_size=1),
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(recipes)
+def test_any_recipe_survives_being_written(tmp_path_factory, recipe):
+    file = tmp_path_factory.mktemp("recipe") / "any.toml"
+    file.write_text(recipe.to_toml(), encoding="utf-8")
+    assert load_recipe(file) == recipe
+
+
+@given(st.text())
+def test_any_text_is_a_setting_or_a_clear_refusal(text):
+    try:
+        key, _ = parse_setting(text)
+    except UserError as error:
+        assert "\n" not in error.message or "\n" in text
+    else:
+        assert key == text.partition("=")[0].strip()
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("a.b=3", 3), ("a.b = 0.5", 0.5), ("a.b=true", True), ("a.b=[1, 2]", [1, 2]), ("a.b=one-cycle", "one-cycle"),
+     ("a.b='x=y'", "x=y"), ("a.b=1e-3", 1e-3)],
+)  # fmt: skip
+def test_settings_are_toml_and_bare_words_are_text(text, value):
+    assert parse_setting(text) == ("a.b", value)
+
+
+def write(folder, **files):
+    for name, text in files.items():
+        (folder / f"{name}.toml").write_text(text)
+    return folder
+
+
+def test_files_extend_one_another_and_change_for_a_data_set(tmp_path):
+    write(
+        tmp_path,
+        base="[optimizer]\nlr = 0.2\nmomentum = 0.8\n[on.digits.optimizer]\nlr = 0.3\n",
+        mine='extends = "base.toml"\n[optimizer]\nlr = 0.4\n[on.digits.schedule]\nepochs = 2\n',
+    )
+    mine = tmp_path / "mine.toml"
+    assert load_recipe(mine).optimizer.lr == 0.4
+    assert load_recipe(mine).optimizer.momentum == 0.8
+    assert load_recipe(mine, "digits").optimizer.lr == 0.3
+    assert load_recipe(mine, "digits").schedule.epochs == 2
+    assert load_recipe(mine, "digits", settings={"optimizer.lr": 0.5}).optimizer.lr == 0.5
+    assert load_recipe(mine).name == "mine"
+
+
+def test_the_plain_variant_of_an_architecture_is_the_ablations_baseline():
+    assert load_recipe("baseline", arch="test_dmsresnet").model.name == "test_dmsresnet_plain"
+    assert load_recipe("se", arch="test_dmsresnet").model.name == "test_dmsresnet"
+    assert load_recipe("baseline", arch="resnet18").model.name == "resnet18"
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"recipe": "kdd"}, "unknown recipe 'kdd': did you mean 'kd'"),
+        ({"recipe": "nowhere.toml"}, "no such recipe file: nowhere.toml"),
+        ({"arch": "dmsresnet5O"}, "did you mean 'dmsresnet50'"),
+        ({"settings": {"schedule.epoch": 3}}, "unknown recipe key 'schedule.epoch': did you mean 'schedule.epochs'"),
+        ({"settings": {"schedul.epochs": 3}}, "did you mean 'schedule'"),
+        ({"settings": {"schedule.epochs": 0}}, "schedule.epochs is 0; it must be at least 1"),
+        ({"settings": {"schedule.epochs": 1.5}}, "must be a whole number"),
+        ({"settings": {"schedule.epochs": True}}, "must be a whole number"),
+        ({"settings": {"schedule.name": "linear"}}, "must be 'cosine' or 'one-cycle'"),
+        ({"settings": {"optimizer.lr": "fast"}}, "optimizer.lr is 'fast'; it must be a number"),
+        ({"settings": {"optimizer.lr": float("nan")}}, "must be above 0"),
+        ({"settings": {"distill.alpha": 1.5}}, "distill.alpha is 1.5; it must be between 0 and 1"),
+        ({"settings": {"distill.T": 0}}, "distill.T is 0; it must be above 0"),
+        ({"settings": {"mixup.alpha": -1}}, "mixup.alpha is -1"),
+        ({"settings": {"data.valid": 1.0}}, "data.valid is 1.0"),
+        ({"settings": {"data.valid": "train"}}, "data.valid is 'train'"),
+        ({"settings": {"model": 3}}, "model is 3; it must be a table"),
+    ],
+)
+def test_what_is_wrong_is_named(kwargs, words):
+    with pytest.raises(UserError) as error:
+        load_recipe(**{"recipe": "kd", **kwargs})
+    assert words in error.value.message
+    assert "\n" not in error.value.message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("lr = ", "not valid TOML"), ('extends = "gone.toml"', "gone.toml"), ('extends = "mine.toml"', "extends itself"),
+     ("[distill]\nalpha = 0.5", "distils without a teacher"), ('title = "x"\nbogus = 1', "unknown recipe key 'bogus'")],
+)  # fmt: skip
+def test_files_that_cannot_be_read(tmp_path, text, words):
+    with pytest.raises(UserError, match=words):
+        load_recipe(write(tmp_path, mine=text) / "mine.toml")

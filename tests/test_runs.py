@@ -1,0 +1,248 @@
+"""The command line and the folders that it writes, end to end on real digits."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from dms_fastai import cli, load_data, load_recipe
+from dms_fastai.models.weights import ModelCard, load_weights, save_weights
+from dms_fastai.recipes import recipe_names
+
+FILES = {"curves.png", "learner.pkl", "metrics.csv", "model.safetensors", "recipe.toml", "run.json"}
+
+
+@pytest.fixture
+def dms(monkeypatch, capsys, tmp_path):
+    """Run the command in an empty folder; gives the exit code and what was printed to either stream."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["dms-fastai", *map(str, args)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def rows(folder):
+    with (folder / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def figures(folder):
+    """The rows without what depends on the clock."""
+    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows(folder)]
+
+
+def weights(folder):
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def same_run(one, other):
+    assert figures(one) == figures(other)
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_kd_from_nothing_to_a_prediction(dms, tmp_path):
+    code, out, _ = dms("run", "kd", "--data", "digits", "--epochs", 2, "--set", "model.drop_rate=0.05")
+    assert code == 0
+    student, teacher = (tmp_path / "artifacts" / "digits" / name / "seed0" for name in ("kd", "teacher"))
+    assert {f.name for f in student.iterdir()} == {f.name for f in teacher.iterdir()} == FILES
+    assert "Teacher: epoch 2/2" in out
+    assert "+ SE + MixUp + KD: epoch 2/2" in out
+    assert "chosen on the test set" in out
+
+    facts = json.loads((student / "run.json").read_text())
+    assert facts["status"] == "finished"
+    assert facts["parameters"] == 56_587
+    assert facts["last"]["valid_accuracy"] == float(rows(student)[-1]["valid_accuracy"])
+    assert facts["best"]["valid_accuracy"] == max(float(row["valid_accuracy"]) for row in rows(student))
+    assert f"{100 * facts['last']['valid_accuracy']:.2f} %" in out
+    assert load_recipe(student / "recipe.toml").model.drop_rate == 0.05
+    assert load_recipe(teacher / "recipe.toml").model.drop_rate == 0.1  # --set is not for the teacher
+    assert Image.open(student / "curves.png").size[0] > 500
+
+    # The figure in run.json is that of the weights: count it again by hand, in float32.
+    model, card = load_weights(student / "model.safetensors")
+    x, y = next(iter(load_data("digits", device="cpu").valid))
+    with torch.no_grad():
+        accuracy = (model(x).argmax(1) == y).float().mean().item()
+    assert accuracy == pytest.approx(facts["last"]["valid_accuracy"], abs=0.01)
+    assert card.vocab == [str(i) for i in range(10)]
+
+    began = time.monotonic()
+    code, again, _ = dms("run", "kd", "--epochs", 2, "--set", "model.drop_rate=0.05")
+    assert code == 0
+    assert "epoch 1/2" not in again
+    assert time.monotonic() - began < 5
+    code, _, err = dms("run", "kd", "--epochs", 3, "--set", "model.drop_rate=0.05")
+    assert code == 2
+    assert "schedule.epochs 2 -> 3" in err
+    assert dms("report")[1].count("Teacher") == 1
+
+    picture = tmp_path / "ünï 漢.png"
+    Image.fromarray(load_data("digits").valid_ds.images[0].permute(1, 2, 0).numpy()).save(picture)
+    answers = {dms("predict", student / name, picture)[1] for name in ("model.safetensors", "", "learner.pkl")}
+    for answer in answers:
+        assert answer.startswith(str(picture))
+        assert answer.count("%") == 3
+    assert len({answer.split(": ")[1].split(" ")[0] for answer in answers}) == 1
+
+
+def test_the_ablation_has_all_stages_and_one_teacher(dms, tmp_path):
+    code, out, _ = dms("run", "ablation", "--epochs", 1, "--out", "there", "--seed", 5, "--set", "mixup.alpha=0.5")
+    assert code == 0
+    assert {p.parent.name for p in (tmp_path / "there").rglob("seed5")} == {"baseline", "se", "mixup", "teacher", "kd"}
+    for word in ("ResNet", "+ SE", "+ SE + MixUp", "Teacher", "+ SE + MixUp + KD", "56,538"):
+        assert word in out
+    mixups = {n: load_recipe(tmp_path / "there" / n / "seed5" / "recipe.toml").mixup for n in ("se", "mixup", "kd")}
+    assert mixups["se"] is None
+    assert mixups["mixup"].alpha == mixups["kd"].alpha == 0.5
+
+
+def test_a_run_that_ran_out_of_time_goes_on_to_the_same_end(dms, tmp_path):
+    """Stopped twice and resumed, a run with MixUp, dropout, augmentation and Lookahead ends bit for bit the same."""
+    args = ("run", "mixup", "--epochs", 3, "--set", "lookahead.k=3", "--device", "cpu")
+    assert dms(*args, "--out", "whole")[0] == 0
+    for epoch in (1, 2):
+        code, out, _ = dms(*args, "--out", "pieces", "--time-limit", "0.001s")
+        assert code == 75
+        assert f"interrupted, epoch {epoch}/3" in out
+    code, out, _ = dms("report", "pieces")
+    assert "interrupted, epoch 2/3" in out
+    code, out, _ = dms(*args, "--out", "pieces")
+    assert code == 0
+    assert "going on after epoch 2 of 3" in out
+    same_run(tmp_path / "whole" / "mixup" / "seed0", tmp_path / "pieces" / "mixup" / "seed0")
+    assert not (tmp_path / "pieces" / "mixup" / "seed0" / "checkpoint").exists()
+
+
+def test_ctrl_c_ends_cleanly_and_the_same_command_goes_on(dms, tmp_path):
+    args = ["run", "se", "--epochs", "6", "--device", "cpu", "--out"]
+    command = [sys.executable, "-m", "dms_fastai.cli", *args, "pieces"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    seen = ""
+    while "epoch 2/6" not in seen:
+        seen += process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "the same command goes on" in out
+    assert "Traceback" not in err
+    assert dms(*args, "pieces")[0] == dms(*args, "whole")[0] == 0
+    same_run(tmp_path / "whole" / "se" / "seed0", tmp_path / "pieces" / "se" / "seed0")
+
+
+def test_seeds_differ_and_repeat(dms, tmp_path):
+    for out, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert dms("run", "baseline", "--epochs", 1, "--seed", seed, "--out", out)[0] == 0
+    same_run(*(tmp_path / out / "baseline" / "seed1" for out in ("a", "b")))
+    assert figures(tmp_path / "a" / "baseline" / "seed1") != figures(tmp_path / "c" / "baseline" / "seed2")
+
+
+def test_restart_throws_away_what_there_was(dms, tmp_path):
+    assert dms("run", "se", "--epochs", 1, "--out", "x")[0] == 0
+    assert dms("run", "se", "--epochs", 2, "--out", "x")[0] == 2
+    assert dms("run", "se", "--epochs", 2, "--out", "x", "--restart")[0] == 0
+    assert len(rows(tmp_path / "x" / "se" / "seed0")) == 2
+
+
+def test_a_finished_run_teaches(dms, tmp_path):
+    assert dms("run", "mixup", "--epochs", 1, "--out", "x")[0] == 0
+    for source in ("x/mixup/seed0", "x/mixup/seed0/model.safetensors", "x/mixup/seed0/learner.pkl"):
+        out = tmp_path / source.replace("/", "-")
+        assert dms("run", "kd", "--epochs", 1, "--out", out, "--teacher", source)[0] == 0
+        assert [p.name for p in out.iterdir()] == ["kd"]
+
+
+def test_a_held_out_share_is_not_called_the_test_set(dms):
+    code, out, _ = dms("run", "se", "--epochs", 1, "--set", "data.valid=0.1")
+    assert code == 0
+    assert "chosen on the validation pictures" in out
+
+
+def test_the_lists(dms):
+    code, out, _ = dms("recipes")
+    assert code == 0
+    assert all(name in out for name in recipe_names())
+    code, out, _ = dms("models")
+    assert code == 0
+    for name in timm.list_models(module="dmsresnet"):
+        assert name in out
+    assert "4,697,742" in out
+
+
+def make_bad_teacher(folder):
+    card = ModelCard("test_dmsresnet", ["cat", "dog"], (0.5,) * 3, (0.5,) * 3, 8)
+    save_weights(card.build(), card, folder / "cats.safetensors")
+
+
+def make_bad_folders(folder):
+    for path in ("empty/train", "one/train/cat", "one/test/cat", "bad/train/cat", "bad/train/dog", "bad/test/cat"):
+        (folder / path).mkdir(parents=True)
+        if "/c" in path or "/d" in path:
+            Image.new("RGB", (8, 8)).save(folder / path / "0.png")
+    (folder / "bad" / "train" / "dog" / "1.png").write_text("no picture")
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ("run kdd", "unknown recipe 'kdd': did you mean 'kd'?"),
+        ("run ablatoin", "did you mean 'ablation'?"),
+        ("run kd --arch dmsresnt", "did you mean 'dmsresnet'?"),
+        ("run kd --data digit", "did you mean 'digits'?"),
+        ("run kd --set schedule.epoch=3", "did you mean 'schedule.epochs'?"),
+        ("run kd --set lr", "write table.key=value"),
+        ("run kd --epochs 0", "schedule.epochs is 0"),
+        ("run kd --schedule linear", "'cosine' or 'one-cycle'"),
+        ("run kd --set distill.alpha=1.5", "between 0 and 1"),
+        ("run kd --set distill.T=0", "above 0"),
+        ("run se --set distill.alpha=0.5", "without a teacher"),
+        ("run ablation --set lookahead.k=5", "no stage of the ablation"),
+        ("run kd --teacher cats.safetensors", "2 classes and the data have 10"),
+        ("run kd --teacher nowhere", "no teacher at nowhere"),
+        ("run se --teacher cats.safetensors", "does not distil"),
+        ("run kd --device cuda", "no GPU"),
+        ("run kd --device tpu", "auto, cpu or cuda"),
+        ("run se --time-limit 9", "90s, 9m or 2h"),
+        ("run se --data empty", "no class folders"),
+        ("run se --data one", "only the class 'cat'"),
+        ("run se --data bad", "1.png is not a picture"),
+        ("run gone.toml", "no such recipe file"),
+        ("predict gone.pkl x.png", "no such Learner"),
+        ("predict gone x.png", "no model at gone"),
+        ("predict cats.safetensors x.png", "no such picture: x.png"),
+        ("predict cats.safetensors cats.safetensors", "cats.safetensors is not a picture"),
+        ("report", "no such folder: artifacts"),
+        ("report .", "no runs in ."),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_leaves_nothing(dms, tmp_path, args, words, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    make_bad_teacher(tmp_path)
+    make_bad_folders(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    code, _, err = dms(*args.split())
+    assert code == 2
+    assert words in err
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    assert sorted(tmp_path.rglob("*")) == before
