@@ -111,7 +111,7 @@ def test_interpretation(student):
     plt.close("all")
     interpretation.plot_confusion_matrix()
     plt.close("all")
-    losses, index = interpretation.top_losses(3)
+    losses, _ = interpretation.top_losses(3)
     worst = -probabilities[torch.arange(len(targets)), targets].log()
     torch.testing.assert_close(losses, worst.topk(3).values, atol=1e-3, rtol=1e-3)
     assert interpretation.most_confused() is not None

@@ -82,10 +82,9 @@ def test_any_recipe_survives_being_written(tmp_path_factory, recipe):
 def test_any_text_is_a_setting_or_a_clear_refusal(text):
     try:
         key, _ = parse_setting(text)
-    except UserError as error:
-        assert "\n" not in error.message or "\n" in text
-    else:
-        assert key == text.partition("=")[0].strip()
+    except UserError:
+        return
+    assert key == text.partition("=")[0].strip() != ""
 
 
 @pytest.mark.parametrize(

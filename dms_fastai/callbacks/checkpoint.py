@@ -29,7 +29,8 @@ class Checkpoint(Callback):
     def resume(self, learn: Any) -> tuple[int, list[dict[str, Any]]]:
         """Put `learn` back to where the checkpoint left it: epochs done (0 without a checkpoint) and their rows.
 
-        The recorder and the random states follow when the fit begins. Only tensors and plain values are read from the file, no code.
+        The recorder and the random states follow when the fit begins. The file holds tensors and plain values, and no
+        code in it is run.
         """
         if not self.file.is_file():
             return 0, []
