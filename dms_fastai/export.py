@@ -9,7 +9,7 @@ from fastai.learner import load_learner
 from torch import Tensor
 
 from .callbacks.distill import WEIGHTS
-from .data.augment import normalize
+from .data.augment import affine, normalize
 from .data.pictures import read_picture
 from .errors import UserError
 from .learner import DMSLearner
@@ -46,9 +46,9 @@ def predict_files(source: Path, pictures: Iterable[Path]) -> tuple[list[str], Te
         raise UserError(f"no model at {source}; give a learner.pkl, a model.safetensors or a run's folder")
     model, card = load_weights(source / WEIGHTS if source.is_dir() else source)
     x = torch.stack([read_picture(picture, card.size) for picture in pictures])
-    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (card.mean, card.std))
     with torch.inference_mode():
-        return card.vocab, model(normalize(x, mean, std)).softmax(1)
+        x = normalize(x, *affine(card.mean, card.std, card.size, x.device))
+        return card.vocab, model(x).softmax(1)
 
 
 def _load_pkl(file: Path):

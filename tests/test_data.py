@@ -10,7 +10,7 @@ from PIL import Image
 
 from dms_fastai import UserError, load_data
 from dms_fastai.data import folder as folder_module
-from dms_fastai.data.augment import crop_windows, normalize, random_crop, random_flip
+from dms_fastai.data.augment import Crops, affine, normalize
 from dms_fastai.data.pictures import read_picture, resize
 from dms_fastai.data.sources import load_splits, split_by_class
 
@@ -182,14 +182,21 @@ def test_resizing_keeps_the_middle():
 # Augmentation
 
 
-def test_every_crop_is_one_of_the_padded_picture():
-    images = torch.randint(1, 256, (5, 3, 8, 8), dtype=torch.uint8)
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+def test_every_crop_is_one_of_the_padded_picture(flip):
+    images = torch.randint(1, 256, (5, 3, 8, 10), dtype=torch.uint8)
     padded = np.pad(images.numpy(), ((0, 0), (0, 0), (2, 2), (2, 2)))
+    if flip:
+        padded = padded[..., ::-1]
     index = torch.randint(0, 5, (200,))
-    crops, places = random_crop(crop_windows(images, 2), index), set()
+    crops, places = Crops(images, 2, mirrored=True).take(index, flip), set()
+    assert crops.is_contiguous(memory_format=torch.channels_last)
     for crop, i in zip(crops.numpy(), index.tolist(), strict=True):
         found = [
-            (t, left) for t in range(5) for left in range(5) if (padded[i, :, t : t + 8, left : left + 8] == crop).all()
+            (t, left)
+            for t in range(5)
+            for left in range(5)
+            if (padded[i, :, t : t + 8, left : left + 10] == crop).all()
         ]
         assert len(found) == 1
         places.update(found)
@@ -197,19 +204,25 @@ def test_every_crop_is_one_of_the_padded_picture():
 
 
 def test_flips_are_as_frequent_as_asked_for():
-    x = torch.arange(8, dtype=torch.uint8).expand(4000, 3, 8, 8)
-    flipped = random_flip(x, 0.25)[:, 0, 0, 0] == 7
+    images = torch.arange(8, dtype=torch.uint8).expand(10, 3, 8, 8)
+    crops = Crops(images, 0, mirrored=True)
+    flipped = crops.take(torch.zeros(4000, dtype=torch.long), 0.25)[:, 0, 0, 0] == 7
     assert flipped.float().mean().item() == pytest.approx(0.25, abs=0.03)
-    assert torch.equal(random_flip(x, 1.0), x.flip(-1))
-    assert torch.equal(random_flip(x, 0.0), x)
+
+
+def test_without_border_and_mirror_a_crop_is_the_picture():
+    images = torch.randint(0, 256, (5, 3, 9, 7), dtype=torch.uint8)
+    index = torch.tensor([4, 0, 0, 3])
+    assert torch.equal(Crops(images).take(index), images[index])
+    assert len(Crops(images[:0]).take(index[:0])) == 0
 
 
 def test_normalisation_in_float64():
     x = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
-    mean, std = np.array([0.49, 0.48, 0.45]).reshape(1, 3, 1, 1), np.array([0.2, 0.1, 0.3]).reshape(1, 3, 1, 1)
-    expected = (x.numpy().astype(np.float64) / 255 - mean) / std
-    value = normalize(x, torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32))
-    np.testing.assert_allclose(value.numpy(), expected, rtol=1e-5, atol=1e-5)
+    mean, std = (0.49, 0.48, 0.45), (0.2, 0.1, 0.3)
+    m, s = (np.array(v).reshape(1, 3, 1, 1) for v in (mean, std))
+    value = normalize(x, *affine(mean, std, 8, torch.device("cpu")))
+    np.testing.assert_allclose(value.numpy(), (x.numpy().astype(np.float64) / 255 - m) / s, rtol=1e-5, atol=1e-5)
     assert value.is_contiguous(memory_format=torch.channels_last)
 
 

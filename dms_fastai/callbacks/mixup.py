@@ -63,7 +63,7 @@ class MixUp(Callback):
 
     def draw(self, n: int, device: torch.device) -> Tensor:
         """Lambda in float32, without dimensions or of shape (n,), on `device`."""
-        a = torch.tensor(self.alpha, device=device)
+        a = torch.full((), self.alpha, device=device)  # made there: a copy from the host would wait
         return Beta(a, a, validate_args=False).sample(() if self.per == "batch" else (n,))
 
 

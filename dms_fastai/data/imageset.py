@@ -1,14 +1,15 @@
 """A whole split of a data set in memory: the dataset behind `BatchLoader`."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from fastai.data.transforms import CategoryMap
 from torch import Tensor
 
-from .augment import crop_windows
+from .augment import Crops
 from .pictures import read_picture
 
 __all__ = ["ImageSet"]
@@ -73,18 +74,16 @@ class ImageSet:
         finally:
             self.split_idx = before
 
-    def on(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """`images` and `labels` on `device`, where they stay: copied at the first call."""
-        labels = self.labels
-        return self._keep(("images", device), lambda: self.images.to(device)), (
-            None if labels is None else self._keep(("labels", device), lambda: labels.to(device))
-        )
+    def labels_on(self, device: torch.device) -> Tensor | None:
+        """The labels on `device`, where they stay: copied at the first call."""
+        return None if self.labels is None else self._keep(("labels", device), lambda: self.labels.to(device))
 
-    def windows_on(self, device: torch.device, padding: int) -> Tensor:
-        """`crop_windows` of the pictures on `device`, where they stay: padded at the first call."""
-        return self._keep(("windows", device, padding), lambda: crop_windows(self.images.to(device), padding))
+    def crops_on(self, device: torch.device, padding: int, mirrored: bool) -> Crops:
+        """`Crops` of the pictures on `device`, where they stay: made at the first call."""
+        make = partial(Crops, padding=padding, mirrored=mirrored)
+        return self._keep(("crops", device, padding, mirrored), lambda: make(self.images.to(device)))
 
-    def _keep(self, key: tuple, make) -> Any:
+    def _keep(self, key: tuple, make: Callable[[], Any]) -> Any:
         if key not in self._resident:
             self._resident[key] = make()
         return self._resident[key]

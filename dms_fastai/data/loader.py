@@ -13,7 +13,7 @@ from fastcore.foundation import L
 from torch import Tensor
 
 from ..models.dmsresnet import MEAN, STD
-from .augment import normalize, random_crop, random_flip
+from .augment import affine, normalize
 from .imageset import ImageSet
 
 __all__ = ["BatchLoader"]
@@ -51,6 +51,7 @@ class BatchLoader(TfmdDL):
         kwargs["num_workers"] = 0  # nothing is left to do for workers
         super().__init__(dataset, bs=bs, shuffle=shuffle, drop_last=drop_last, **kwargs)
         self.pad, self.flip, self.mean, self.std = pad, flip, tuple(mean), tuple(std)
+        self._affine_on: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def new(self, dataset: Any = None, cls: type | None = None, **kwargs: Any) -> "BatchLoader":
         """This loader over another set, or over pictures that `ImageSet.from_items` can read."""
@@ -73,21 +74,19 @@ class BatchLoader(TfmdDL):
 
     def load_batch(self, index: Tensor) -> tuple[Tensor, ...]:
         """The pictures at `index`, shape (B,), augmented where this set is, normalised, with their labels."""
-        device = self._where()
-        images, labels = self.dataset.on(device)
-        if self.dataset.split_idx == 0:
-            padding = round(self.pad * self.dataset.size)
-            x = random_crop(self.dataset.windows_on(device, padding), index) if padding else images[index]
-            x = random_flip(x, self.flip) if self.flip else x
+        device, images = self._where(), self.dataset
+        labels = images.labels_on(device)
+        if images.split_idx == 0:
+            x = images.crops_on(device, round(self.pad * images.size), self.flip > 0).take(index, self.flip)
         else:
-            x = images[index]
-        x = normalize(x, *self._statistics(device))
+            x = images.crops_on(device, 0, False).take(index)
+        x = normalize(x, *self._affine(device))
         return (x,) if labels is None else (x, labels[index])
 
     def decode(self, b: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The batch as fastai shows it: pictures 0...1 and categories, on the CPU."""
         x, *y = (t.detach().cpu() for t in b)
-        mean, std = self._statistics(x.device)
+        mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (self.mean, self.std))
         return TensorImage((x * std + mean).clamp(0, 1)), *(TensorCategory(t) for t in y)
 
     def _decode_batch(self, b: tuple[Tensor, ...], max_n: int = 9, full: bool = True) -> L:
@@ -95,8 +94,11 @@ class BatchLoader(TfmdDL):
         names = [[Category(self.dataset.vocab[i]) for i in t[:max_n]] for t in y]
         return L(zip(x[:max_n], *names, strict=True))
 
-    def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        return tuple(torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (self.mean, self.std))
+    def _affine(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """What `normalize` needs, on `device`, where it stays: a copy for every batch would wait for it."""
+        if device not in self._affine_on:
+            self._affine_on[device] = affine(self.mean, self.std, self.dataset.size, device)
+        return self._affine_on[device]
 
     def _where(self) -> torch.device:
         return self.device or torch.device("cpu")
