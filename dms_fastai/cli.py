@@ -150,6 +150,9 @@ def main() -> None:
     except UserError as error:
         print(f"dms-fastai: {error.message}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:  # a folder that cannot be written, a full disk
+        print(f"dms-fastai: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

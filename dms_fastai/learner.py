@@ -7,7 +7,7 @@ from typing import Any
 
 import timm
 import torch
-from fastai.callback.core import CancelEpochException
+from fastai.callback.core import Callback, CancelEpochException, event
 from fastai.callback.schedule import ParamScheduler
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
@@ -17,7 +17,8 @@ from timm.optim import Lookahead
 from torch import nn
 
 from .callbacks import ClipGradValue, MixUp, Precision, TeacherDistill
-from .callbacks.distill import statistics
+from .callbacks.lazy import LazyLoss, LazySmoothLoss, lazy, to_cpu
+from .data.loader import statistics
 from .errors import UserError
 from .losses import DMSLoss
 from .models.weights import ModelCard
@@ -32,6 +33,7 @@ class DMSLearner(Learner):
 
     recipe: Recipe
     first_epoch = 0
+    _present: tuple[Callback, ...] | None = None
 
     def fit_recipe(self, epochs: int | None = None, lr: float | None = None, **kwargs: Any) -> None:
         """Train by the recipe's schedule.
@@ -44,7 +46,9 @@ class DMSLearner(Learner):
         schedule = self.recipe.schedule
         epochs, lr = epochs or schedule.epochs, lr or self.recipe.optimizer.lr
         if schedule.name == "one-cycle":
-            self.fit_one_cycle(epochs, lr, **kwargs)
+            m = self.recipe.optimizer.momentum
+            swing = min(0.05, m, (1 - m) / 2)  # 0.95, 0.85, 0.95 round 0.9: fastai's own cycle
+            self.fit_one_cycle(epochs, lr, moms=(m + swing, m - swing, m + swing), **kwargs)
             return
         steps = epochs if schedule.step == "epoch" else None
         cosine = ParamScheduler({"lr": partial(cosine_annealing, lr, steps)})
@@ -53,7 +57,30 @@ class DMSLearner(Learner):
     def fit(self, n_epoch: int, *args: Any, start_epoch: int = 0, **kwargs: Any) -> None:
         """`Learner.fit`, whose skipped epochs leave no trace in the recorder."""
         self.first_epoch = start_epoch
-        super().fit(n_epoch, *args, **kwargs)
+        try:
+            super().fit(n_epoch, *args, **kwargs)
+        finally:
+            if hasattr(self, "recorder"):
+                self.recorder.losses = to_cpu(getattr(self.recorder, "losses", []))
+
+    def __call__(self, event_name: str | list[str]) -> None:
+        """Send an event, or several, to the callbacks that have a method for it; fastai sorts and asks all."""
+        for name in [event_name] if isinstance(event_name, str) else event_name:
+            for callback in self._listeners(name):
+                callback(name)
+
+    def _listeners(self, name: str) -> list[Callback]:
+        present = tuple(self.cbs)
+        if present != self._present:
+            self._present, self._listening = present, {}
+        if name not in self._listening:
+            ordered = self.cbs.sorted("order")
+            # after_fit goes to all: it is where a callback that a fit has switched off is switched on again.
+            self._listening[name] = [cb for cb in ordered if name == event.after_fit or _handles(cb, name)]
+        return self._listening[name]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in super().__getstate__().items() if k not in ("_present", "_listening")}
 
     def _do_fit(self) -> None:
         for epoch in range(self.first_epoch, self.n_epoch):
@@ -120,11 +147,13 @@ def dms_learner(
         opt_func=partial(sgd, settings=recipe.optimizer, lookahead=recipe.lookahead),
         lr=recipe.optimizer.lr,
         cbs=[*_callbacks(recipe, teacher), *_listed(cbs)],
-        metrics=metrics,
+        metrics=[lazy(metric) for metric in _listed(metrics)],
         path=path,
     )
     learn.recipe = recipe
-    learn.recorder.train_metrics = True
+    recorder = learn.recorder
+    recorder.train_metrics = True
+    recorder.smooth_loss, recorder.loss = LazySmoothLoss(), LazyLoss()
     return learn
 
 
@@ -175,6 +204,11 @@ def _callbacks(recipe: Recipe, teacher: Any) -> list:
     elif teacher is not None:
         raise UserError(f"recipe {recipe.name!r} does not distil; leave the teacher out, or take 'kd'")
     return callbacks
+
+
+def _handles(callback: Callback, name: str) -> bool:
+    """Whether a callback has a method of its own for an event; asking the instance would ask its Learner, too."""
+    return hasattr(type(callback), name) or name in vars(callback)
 
 
 def _listed(cbs: Any) -> list:

@@ -1,7 +1,7 @@
 """Recipes: what a run trains, as typed and validated data, read from TOML files that extend one another.
 
-A recipe file holds what it changes: `extends` names the file that it starts from, relative to itself, and the tables
-`[on.NAME]` hold what changes further for the data set NAME. `load_recipe` follows the chain, applies them and what
+A recipe file holds what it changes: `extends` names the recipe that it starts from, or a file relative to itself, and
+the tables `[on.NAME]` hold what changes further for the data set NAME. `load_recipe` follows the chain, applies what
 the caller overrides, and returns a `Recipe`; `Recipe.to_toml` writes it out whole.
 """
 
@@ -98,7 +98,10 @@ class Lookahead:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rate over `epochs`. `step` says whether the cosine moves every batch or once an epoch."""
+    """Learning rate over `epochs`. `step` says whether the cosine moves every batch or once an epoch.
+
+    One-cycle moves the momentum too, by 0.05 to either side of the optimiser's.
+    """
 
     name: Literal["cosine", "one-cycle"] = "cosine"
     epochs: int = _at_least(1, 200)
@@ -186,8 +189,7 @@ def load_recipe(
         UserError: No such recipe, architecture or key (names the nearest known one), or a value out of range.
     """
     file = _find(recipe)
-    table = _merge(*(_read(f) for f in reversed(_chain(file))))
-    table = _merge(table, table.pop("on", {}).get(data, {}))
+    table = _merge(*(part for f in reversed(_chain(file)) for part in _parts(f, data)))
     if arch is not None:
         plain = table.get("model", {}).get("name", "").endswith("_plain")
         table = _merge(
@@ -253,9 +255,9 @@ def _chain(file: Path) -> list[Path]:
     """The file and those it extends, nearest first."""
     files = [file]
     while (base := _toml(files[-1]).get("extends")) is not None:
-        following = files[-1].parent / base
+        following = recipes_dir() / f"{base}.toml" if base in recipe_names() else files[-1].parent / str(base)
         if not following.is_file():
-            raise UserError(f"{files[-1]} extends {base!r}, and there is no file {following}")
+            raise UserError(f"{files[-1]} extends {base!r}, which is neither a recipe nor a file beside it")
         if following.resolve() in {f.resolve() for f in files}:
             raise UserError(f"{following} extends itself, by way of {files[-1]}")
         files.append(following)
@@ -264,6 +266,13 @@ def _chain(file: Path) -> list[Path]:
 
 def _read(file: Path) -> Table:
     return {key: value for key, value in _toml(file).items() if key != "extends"}
+
+
+def _parts(file: Path, data: str) -> tuple[Table, Table]:
+    """What a file says, and what it says further for a data set."""
+    table = _read(file)
+    on = table.pop("on", {})
+    return table, on.get(data, {}) if isinstance(on, Mapping) else {}
 
 
 def _toml(file: Path) -> Table:

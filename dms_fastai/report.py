@@ -78,14 +78,14 @@ def read_rows(folder: Path) -> list[dict[str, float]]:
 
 def ablation_table(runs: list[Run], title: str = "") -> Table:
     """The table that a run ends with: a row for each stage, the last epoch first."""
-    chosen_on = {"test": "the test set"}.get(runs[0].facts["valid"], "the validation pictures")
+    chosen_on = "the test set" if runs[-1].facts["valid"] == "test" else "the validation pictures"
     caption = f"* the best epoch, chosen on {chosen_on}: to be compared with the paper's figures only."
     if any(run.facts.get("mixup") for run in runs):
         caption += "\n+ of mixed pictures, by the first picture's label alone, as the paper counts."
     table = Table(title=title, caption=caption, box=SIMPLE_HEAD, title_justify="left", caption_justify="left")
     table.padding, table.collapse_padding = (0, 1), True
     table.add_column("stage", no_wrap=True)
-    for column in ("last epoch", "best*", "training", "parameters", "epochs", "time"):
+    for column in ("last\nepoch", "best*", "training", "parameters", "epochs", "time"):
         table.add_column(column, justify="right", no_wrap=True)
     for run in runs:
         facts = run.facts

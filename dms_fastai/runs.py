@@ -6,7 +6,6 @@ figures), `metrics.csv` (a row an epoch), `curves.png`, `learner.pkl`, `model.sa
 
 import datetime
 import json
-import os
 import platform
 import random
 import shutil
@@ -26,21 +25,25 @@ from fastcore.basics import noop
 from rich.console import Console
 
 from .callbacks.checkpoint import Checkpoint
-from .callbacks.distill import WEIGHTS, check_classes, load_teacher, vocabulary
+from .callbacks.distill import check_classes, load_teacher
 from .callbacks.history import History
 from .callbacks.progress import RichProgress, TimeLimit
 from .data import load_data, source_name
+from .data.loader import vocabulary
 from .errors import UserError
 from .export import export_run
+from .files import whole
 from .learner import DMSLearner, dms_learner
+from .models.weights import WEIGHTS
 from .recipes import Recipe, ablation_of, load_recipe, recipe_names
 from .report import METRICS, RUN, Run, plot_curves, read_run
 
-__all__ = ["Stage", "choose_device", "is_finished", "plan", "run_stage"]
+__all__ = ["Stage", "choose_device", "is_finished", "plan", "processor", "run_stage"]
 
 RECIPE = "recipe.toml"
 CHECKPOINT = "checkpoint"
 OPTIONAL_TABLES = ("mixup", "distill", "lookahead")
+SAME_PICTURES = ("data.size", "data.valid")  # what teacher and student must have in common
 
 
 @dataclass(frozen=True)
@@ -99,17 +102,21 @@ def plan(
         arch: Architecture of the recipe itself, not of its teacher.
         teacher: In place of the recipe's: a recipe, a run's folder, a file or "timm:NAME".
         epochs, schedule: For every stage, the teacher's too.
-        settings: Recipe values by dotted key, not for the teacher. In an ablation, tables that a stage may lack
-            (mixup, distill, lookahead) are set where the stage has them.
+        settings: Recipe values by dotted key; of these, a teacher shares the pictures' size and the held-out share
+            alone. In an ablation, tables that a stage may lack (mixup, distill, lookahead) are set where it has them.
 
     Raises:
-        UserError: A recipe, architecture or key that does not exist, or a value out of range.
+        UserError: A recipe, architecture or key that does not exist, a value out of range, or a teacher that cannot
+            be had or does not know the data's classes.
     """
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed is {seed}; it must be between 0 and {2**32 - 1}")
     name = source_name(data)
     root = out if out is not None else Path("artifacts") / name
     common = {"schedule.epochs": epochs, "schedule.name": schedule}
     common = {key: value for key, value in common.items() if value is not None}
     settings = dict(settings or {})
+    shared = common | {key: value for key, value in settings.items() if key in SAME_PICTURES}
 
     several = recipe == "ablation"
     recipes = []
@@ -127,12 +134,19 @@ def plan(
         if built.distill is not None:
             source = teacher if teacher is not None else built.teacher
             if source in recipe_names() or source.endswith(".toml"):
-                teaching = load_recipe(source, name, None, common)
+                teaching = load_recipe(source, name, None, shared)
+                if teaching.distill is not None:
+                    raise UserError(
+                        f"recipe {teaching.name!r} needs a teacher itself; train it, and give its run's folder"
+                    )
                 source = root / teaching.name / f"seed{seed}"
-                if not (is_finished(source) or source in {s.folder for s in stages}):
+                if is_finished(source):
+                    _refuse_other_recipe(teaching, source, SAME_PICTURES)
+                elif source not in {s.folder for s in stages}:
                     stages.append(Stage(teaching, source))
-            elif not source.startswith("timm:"):
-                load_teacher(source)  # say now, not after the stages before it, that it cannot be had
+            else:  # say now, not after the stages before it, that it cannot be had or does not fit
+                dls = load_data(data, size=built.data.size, valid=built.data.valid, device="cpu")
+                check_classes(load_teacher(source), vocabulary(dls))
         elif teacher is not None and not several:
             raise UserError(f"recipe {built.name!r} does not distil; leave --teacher out, or take kd")
         stages.append(Stage(built, root / built.name / f"seed{seed}", source))
@@ -164,12 +178,8 @@ def run_stage(
     """
     console = console or Console()
     recipe, folder = stage.recipe, stage.folder
-    if restart and (folder / RECIPE).is_file():
-        shutil.rmtree(folder)
-    _refuse_other_recipe(recipe, folder)
-    if is_finished(folder):
-        return read_run(folder)
-
+    if not restart:
+        _refuse_other_recipe(recipe, folder)
     dls = load_data(
         data,
         bs=recipe.data.batch_size,
@@ -179,12 +189,18 @@ def run_stage(
         flip=recipe.augment.flip,
         device=device,
     )
-    _seed_everything(seed)
-    if stage.teacher is not None:
-        teacher = load_teacher(stage.teacher)
+    teacher = None if stage.teacher is None else load_teacher(stage.teacher)
+    origin = {"data_digest": [dls.train_ds.digest(), dls.valid_ds.digest()]}
+    if teacher is not None:
         check_classes(teacher, vocabulary(dls))
-    else:
-        teacher = None
+        origin |= {"teacher": _name_of(stage.teacher), "teacher_digest": teacher.digest()}
+    if restart and (folder / RECIPE).is_file():
+        shutil.rmtree(folder)
+    _refuse_other_origin(origin, folder)
+    if is_finished(folder):
+        return read_run(folder)
+
+    _seed_everything(seed)
     learn = dms_learner(dls, recipe, teacher=teacher, path=folder)
     learn.remove_cb(ProgressCallback)
     learn.logger = noop
@@ -198,7 +214,7 @@ def run_stage(
     _write_text(folder / RECIPE, recipe.to_toml())
     history = History(folder / METRICS, rows)
     cbs = [history, checkpoint, *([TimeLimit(deadline)] if deadline is not None else [])]
-    facts = _facts(learn, seed, data, before)
+    facts = _facts(learn, seed, before) | origin
     clock = time.perf_counter()
 
     def note(status: str) -> Run:
@@ -218,8 +234,9 @@ def run_stage(
         return note("interrupted")
     export_run(learn, folder)
     plot_curves(history.rows, f"{recipe.title}, {learn.card.arch} on {facts['data']}", folder / "curves.png")
-    shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
-    return note("finished")
+    finished = note("finished")
+    shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)  # not before the run says that it needs it no more
+    return finished
 
 
 def _applies(key: str, recipe: Recipe) -> bool:
@@ -227,15 +244,31 @@ def _applies(key: str, recipe: Recipe) -> bool:
     return table not in OPTIONAL_TABLES or getattr(recipe, table) is not None
 
 
-def _refuse_other_recipe(recipe: Recipe, folder: Path) -> None:
+def _refuse_other_recipe(recipe: Recipe, folder: Path, of: tuple[str, ...] | None = None) -> None:
+    """Raise a UserError that names the keys in which a run's recipe differs; only those `of` the given ones."""
     file = folder / RECIPE
     if not file.is_file():
         return
     theirs, ours = (_flat(t) for t in (tomllib.loads(file.read_text(encoding="utf-8")), recipe.to_table()))
-    keys = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
+    keys = sorted(key for key in of or theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
     if keys:
         changes = ", ".join(f"{key} {theirs.get(key)} -> {ours.get(key)}" for key in keys)
         raise UserError(f"{folder} holds a run of another recipe ({changes}); give --out another folder, or --restart")
+
+
+def _refuse_other_origin(origin: Mapping[str, Any], folder: Path) -> None:
+    """Raise a UserError where a folder's run was made from other pictures or by another teacher."""
+    if not (folder / RUN).is_file():
+        return
+    facts = read_run(folder).facts
+    for key, what in (("data_digest", "on other pictures"), ("teacher_digest", "with another teacher")):
+        if facts.get(key) != origin.get(key):
+            raise UserError(f"{folder} holds a run {what}; give --out another folder, or --restart")
+
+
+def _name_of(teacher: str | Path) -> str:
+    """A teacher's source as given, less what is of this machine alone."""
+    return Path(teacher).name if Path(teacher).is_absolute() else str(teacher)
 
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -251,7 +284,7 @@ def _seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _facts(learn: DMSLearner, seed: int, data: str | Path, before: Mapping[str, Any]) -> dict[str, Any]:
+def _facts(learn: DMSLearner, seed: int, before: Mapping[str, Any]) -> dict[str, Any]:
     """What is known before the first epoch."""
     recipe, device = learn.recipe, learn.dls.device
     return {
@@ -260,15 +293,15 @@ def _facts(learn: DMSLearner, seed: int, data: str | Path, before: Mapping[str, 
         "title": recipe.title,
         "model": recipe.model.name,
         "parameters": sum(p.numel() for p in learn.model.parameters()),
-        "data": source_name(data),
-        "valid": recipe.data.valid,
+        "data": learn.dls.train_ds.name,
+        "valid": learn.dls.valid_ds.split,
         "training_pictures": len(learn.dls.train_ds),
         "validation_pictures": len(learn.dls.valid_ds),
         "classes": learn.dls.c,
         "mixup": recipe.mixup is not None,
         "seed": seed,
         "epochs": recipe.schedule.epochs,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "threads": torch.get_num_threads(),
         "versions": {name: metadata.version(name) for name in ("dms-fastai", "fastai", "timm", "torch")}
         | {"python": platform.python_version()},
@@ -286,7 +319,8 @@ def _figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {"last": {key: rows[-1][key] for key in keys}, "best": {key: best[key] for key in keys}}
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name of the CPU."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -309,6 +343,5 @@ def _commit() -> str | None:
 
 
 def _write_text(file: Path, text: str) -> None:
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
+    with whole(file) as partial:
+        partial.write_text(text, encoding="utf-8")

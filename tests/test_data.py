@@ -179,6 +179,20 @@ def test_resizing_keeps_the_middle():
     assert (resize(wide, 5) == 100).all()
 
 
+def test_labels_must_be_known_and_complete(dls):
+    picture = dls.valid_ds.images[0]
+    for items, words in (([(picture, "x")], "'x'"), ([(picture, 10)], "10"), ([(picture, 1), picture], "2 pictures")):
+        with pytest.raises(UserError, match=words):
+            dls.test_dl(items)
+
+
+def test_a_digest_tells_pictures_and_labels_apart(dls):
+    images = dls.valid_ds
+    every = torch.arange(len(images))
+    assert images.digest() == images.subset(every).digest()
+    assert images.digest() != images.subset(every.flip(0)).digest()
+
+
 # Augmentation
 
 

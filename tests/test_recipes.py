@@ -111,10 +111,18 @@ def test_files_extend_one_another_and_change_for_a_data_set(tmp_path):
     mine = tmp_path / "mine.toml"
     assert load_recipe(mine).optimizer.lr == 0.4
     assert load_recipe(mine).optimizer.momentum == 0.8
-    assert load_recipe(mine, "digits").optimizer.lr == 0.3
+    assert load_recipe(mine, "digits").optimizer.lr == 0.4  # the nearer file wins, and within a file its data table
+    assert load_recipe(tmp_path / "base.toml", "digits").optimizer.lr == 0.3
     assert load_recipe(mine, "digits").schedule.epochs == 2
     assert load_recipe(mine, "digits", settings={"optimizer.lr": 0.5}).optimizer.lr == 0.5
     assert load_recipe(mine).name == "mine"
+
+
+def test_ones_own_recipe_extends_a_shipped_one_by_name(tmp_path):
+    own = write(tmp_path, kd='extends = "kd"\n[distill]\nT = 3') / "kd.toml"
+    assert load_recipe(own).distill.T == 3.0
+    assert load_recipe(own).teacher == "teacher"
+    assert ablation_of(own) == ["baseline", "se", "mixup", "kd", "kd"]
 
 
 def test_the_plain_variant_of_an_architecture_is_the_ablations_baseline():
@@ -154,9 +162,15 @@ def test_what_is_wrong_is_named(kwargs, words):
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("lr = ", "not valid TOML"), ('extends = "gone.toml"', "gone.toml"), ('extends = "mine.toml"', "extends itself"),
-     ("[distill]\nalpha = 0.5", "distils without a teacher"), ('title = "x"\nbogus = 1', "unknown recipe key 'bogus'")],
-)  # fmt: skip
+    [
+        ("lr = ", "not valid TOML"),
+        ('extends = "gone.toml"', "'gone.toml', which is neither"),
+        ("extends = 3", "neither"),
+        ('extends = "mine.toml"', "extends itself"),
+        ("[distill]\nalpha = 0.5", "distils without a teacher"),
+        ('title = "x"\nbogus = 1', "unknown recipe key 'bogus'"),
+    ],
+)
 def test_files_that_cannot_be_read(tmp_path, text, words):
     with pytest.raises(UserError, match=words):
         load_recipe(write(tmp_path, mine=text) / "mine.toml")

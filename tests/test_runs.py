@@ -2,11 +2,13 @@
 
 import csv
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -140,7 +142,9 @@ def test_ctrl_c_ends_cleanly_and_the_same_command_goes_on(dms, tmp_path):
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     seen = ""
     while "epoch 2/6" not in seen:
-        seen += process.stdout.readline()
+        line = process.stdout.readline()
+        assert line, process.stderr.read()
+        seen += line
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
@@ -170,6 +174,38 @@ def test_a_finished_run_teaches(dms, tmp_path):
         out = tmp_path / source.replace("/", "-")
         assert dms("run", "kd", "--epochs", 1, "--out", out, "--teacher", source)[0] == 0
         assert [p.name for p in out.iterdir()] == ["kd"]
+
+
+def test_other_pictures_and_another_teacher_are_refused_in_the_same_folder(dms, tmp_path):
+    for name, kept in (("p", 64), ("q", 48)):
+        (tmp_path / name).mkdir()
+        digits = load_data("digits")
+        arrays = {}
+        for split, images in (("train", digits.train_ds), ("test", digits.valid_ds)):
+            arrays[f"{split}_images"] = images.images[:kept].permute(0, 2, 3, 1).numpy()
+            arrays[f"{split}_labels"] = images.labels[:kept].numpy()
+        np.savez(tmp_path / name / "d.npz", **arrays)
+    args = ("--arch", "test_dmsresnet", "--epochs", 1, "--out", "x")
+    assert dms("run", "mixup", "--data", "p/d.npz", *args)[0] == 0
+    code, _, err = dms("run", "mixup", "--data", "q/d.npz", *args)
+    assert code == 2
+    assert "other pictures" in err
+    assert dms("run", "se", "--data", "p/d.npz", *args)[0] == 0
+    assert dms("run", "kd", "--data", "p/d.npz", *args, "--teacher", "x/se/seed0")[0] == 0
+    code, _, err = dms("run", "kd", "--data", "p/d.npz", *args, "--teacher", "x/mixup/seed0")
+    assert code == 2
+    assert "another teacher" in err
+
+
+def test_a_teacher_is_shown_the_same_pictures(dms, tmp_path):
+    args = ("run", "kd", "--epochs", 1, "--out", "x", "--set", "data.size=16", "--set", "data.valid=0.2")
+    assert dms(*args)[0] == 0
+    teacher = load_recipe(tmp_path / "x" / "teacher" / "seed0" / "recipe.toml")
+    assert (teacher.data.size, teacher.data.valid) == (16, 0.2)
+    shutil.rmtree(tmp_path / "x" / "kd")
+    code, _, err = dms("run", "kd", "--epochs", 1, "--out", "x")
+    assert code == 2
+    assert "data.size 16 -> None" in err
 
 
 def test_a_held_out_share_is_not_called_the_test_set(dms):
@@ -219,10 +255,14 @@ def make_bad_folders(folder):
         ("run ablation --set lookahead.k=5", "no stage of the ablation"),
         ("run kd --teacher cats.safetensors", "2 classes and the data have 10"),
         ("run kd --teacher nowhere", "no teacher at nowhere"),
+        ("run kd --teacher kd", "needs a teacher itself"),
+        ("run ablation --teacher cats.safetensors", "2 classes and the data have 10"),
         ("run se --teacher cats.safetensors", "does not distil"),
         ("run kd --device cuda", "no GPU"),
         ("run kd --device tpu", "auto, cpu or cuda"),
         ("run se --time-limit 9", "90s, 9m or 2h"),
+        ("run se --seed -1", "seed is -1"),
+        ("run se --epochs 1 --out cats.safetensors", "Not a directory"),
         ("run se --data empty", "no class folders"),
         ("run se --data one", "only the class 'cat'"),
         ("run se --data bad", "1.png is not a picture"),

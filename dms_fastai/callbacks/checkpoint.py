@@ -1,6 +1,5 @@
 """Checkpoints: all that it takes to go on after an epoch as if nothing had happened."""
 
-import os
 import random
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,9 @@ import torch
 from fastai.callback.core import Callback
 from fastai.learner import Recorder
 from fastcore.foundation import L
+
+from ..files import whole
+from .lazy import to_cpu
 
 __all__ = ["Checkpoint"]
 
@@ -58,12 +60,8 @@ class Checkpoint(Callback):
             "rows": self.learn.history.rows,
         }
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.file.with_name(f"{self.file.name}.partial")
-        with partial.open("wb") as opened:
-            torch.save(state, opened)
-            opened.flush()
-            os.fsync(opened.fileno())
-        partial.replace(self.file)
+        with whole(self.file) as partial:
+            torch.save(state, partial)
 
 
 def plain(value: Any) -> Any:
@@ -77,9 +75,10 @@ def plain(value: Any) -> Any:
 
 def get_recorder(recorder: Recorder) -> dict[str, Any]:
     """What fastai's recorder has seen so far: every step's rate and loss, every epoch's values."""
+    recorder.losses = to_cpu(recorder.losses)
     return {
         "lrs": plain(list(recorder.lrs)),
-        "losses": torch.stack([torch.as_tensor(loss) for loss in recorder.losses]),
+        "losses": torch.stack(recorder.losses),
         "iters": list(recorder.iters),
         "values": [plain(list(values)) for values in recorder.values],
         "smooth_loss": (recorder.smooth_loss.count, recorder.smooth_loss.val),
@@ -109,5 +108,5 @@ def set_random_states(states: dict[str, Any]) -> None:
     name, keys, *rest = states["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(states["torch"])
-    if states["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"])
+    for device, state in zip(range(torch.cuda.device_count()), states["cuda"], strict=False):
+        torch.cuda.set_rng_state(state, device)

@@ -19,5 +19,5 @@ class ClipGradValue(Callback):
             raise UserError(f"clip_value is {clip_value}; it must be above 0")
         self.clip_value = clip_value
 
-    def after_backward(self) -> None:
+    def before_step(self) -> None:
         torch.nn.utils.clip_grad_value_(self.learn.model.parameters(), self.clip_value)

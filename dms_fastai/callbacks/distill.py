@@ -1,6 +1,8 @@
 """Knowledge distillation: a teacher whose logits the loss gets to see."""
 
 import copy
+import hashlib
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,18 +11,15 @@ from typing import Any
 import timm
 import torch
 from fastai.callback.core import Callback
-from fastai.data.core import DataLoaders
-from fastai.data.transforms import Normalize
 from fastai.learner import Learner, load_learner
 from torch import Tensor, nn
 
+from ..data.loader import statistics, vocabulary
 from ..errors import UserError, unknown
 from ..losses import DMSLoss, kd_divergence
-from ..models.weights import load_weights
+from ..models.weights import WEIGHTS, load_weights
 
 __all__ = ["Teacher", "TeacherDistill", "load_teacher"]
-
-WEIGHTS = "model.safetensors"
 
 
 @dataclass
@@ -37,6 +36,14 @@ class Teacher:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     vocab: list[str] | None = None
+
+    def digest(self) -> str:
+        """A short hash of the weights: what tells one teacher from another."""
+        state = hashlib.blake2b(digest_size=8)
+        for name, value in self.model.state_dict().items():
+            state.update(name.encode())
+            state.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return state.hexdigest()
 
 
 def load_teacher(source: "Teacher | nn.Module | Learner | str | Path") -> Teacher:
@@ -67,10 +74,25 @@ def load_teacher(source: "Teacher | nn.Module | Learner | str | Path") -> Teache
         model, card = load_weights(path)
         return Teacher(model, tuple(card.mean), tuple(card.std), card.vocab)
     if path.suffix == ".pkl":
-        if not path.is_file():
-            raise UserError(f"no such teacher: {path}")
-        return load_teacher(load_learner(path))
+        return load_teacher(open_learner(path))
     raise UserError(f"no teacher at {source}; give a run's folder, a .safetensors or .pkl file, or 'timm:NAME'")
+
+
+def open_learner(file: Path) -> Learner:
+    """The Learner in a .pkl of `Learner.export`. Loading one runs the code inside it.
+
+    Raises:
+        UserError: The file is missing or cannot be loaded.
+    """
+    if not file.is_file():
+        raise UserError(f"no such Learner: {file}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return load_learner(file)
+    except Exception as error:  # unpickling lets through whatever the file's classes raise
+        reason = str(error).splitlines()[0] if str(error) else "no reason given"
+        raise UserError(f"{file} cannot be loaded as a fastai Learner ({type(error).__name__}: {reason})") from None
 
 
 class TeacherDistill(Callback):
@@ -81,8 +103,8 @@ class TeacherDistill(Callback):
     has no gradients, plays no part in validation, and stays out of exported and pickled Learners.
     """
 
-    # After MixUp (0), the cast to plain tensors (9) and the start of mixed precision (10).
-    order, run_valid = 12, False
+    # The loss is complete before gradient accumulation (6) divides it; mixed precision still lasts in after_pred.
+    order, run_valid = 5, False
     teacher = logits = None
     _stateattrs = ("teacher", "logits")
 
@@ -120,23 +142,20 @@ class TeacherDistill(Callback):
         self.teacher.model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
         self.affine = self._affine(device)
 
-    def before_batch(self) -> None:
+    def after_pred(self) -> None:
+        """Ask the teacher about the pictures that the student has just seen."""
         x = self.learn.xb[0]
         if self.affine is not None:
             scale, shift = self.affine
             x = x * scale + shift
         with torch.no_grad():
             self.logits = self.teacher.model(x)
+        theirs, ours = self.logits.shape[1], self.learn.pred.shape[1]
+        if theirs != ours:
+            raise UserError(f"the teacher gives {theirs} logits a picture, the student {ours}; they need the same")
         if isinstance(self.learn.loss_func, DMSLoss):
             y_a, y_b, lam = (*self.learn.yb, None, None)[:3]
             self.learn.yb = (y_a, y_b, lam, self.logits)
-
-    def after_pred(self) -> None:
-        if self.logits.shape != self.learn.pred.shape:
-            theirs, ours = self.logits.shape[1], self.learn.pred.shape[1]
-            raise UserError(
-                f"the teacher gives {theirs} logits a picture and the student {ours}; both need the same classes"
-            )
 
     def after_loss(self) -> None:
         if isinstance(self.learn.loss_func, DMSLoss):
@@ -146,6 +165,10 @@ class TeacherDistill(Callback):
         divergence = kd_divergence(self.learn.pred, self.logits, kd.T, kd.kl)
         self.learn.loss_grad = kd.alpha * divergence + (1 - kd.alpha) * self.learn.loss_grad
         self.learn.loss = self.learn.loss_grad.detach().clone()
+
+    def after_cancel_batch(self) -> None:
+        if isinstance(self.learn.loss_func, DMSLoss):
+            self.learn.yb = self.learn.yb[:1]
 
     def after_fit(self) -> None:
         self.logits = None
@@ -157,23 +180,6 @@ class TeacherDistill(Callback):
             return None
         mean_t, std_t, mean_s, std_s = (torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (*theirs, *ours))
         return std_s / std_t, (mean_s - mean_t) / std_t
-
-
-def vocabulary(dls: DataLoaders) -> list[str] | None:
-    """The class names of fastai DataLoaders, where they have any."""
-    vocab = getattr(dls, "vocab", None)
-    return None if vocab is None else [str(name) for name in vocab]
-
-
-def statistics(dls: DataLoaders) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation that DataLoaders normalise with: this package's, or fastai's `Normalize`."""
-    loader = dls.train
-    if getattr(loader, "mean", None) is not None:
-        return tuple(loader.mean), tuple(loader.std)
-    for transform in getattr(loader.after_batch, "fs", []):
-        if isinstance(transform, Normalize):
-            return tuple(transform.mean.flatten().tolist()), tuple(transform.std.flatten().tolist())
-    return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 
 
 def check_classes(teacher: Teacher, vocab: list[str] | None) -> None:

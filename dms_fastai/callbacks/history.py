@@ -1,12 +1,13 @@
 """What happened, epoch by epoch, as rows that anything can read."""
 
 import csv
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 from fastai.callback.core import Callback
+
+from ..files import whole
 
 __all__ = ["History", "write_rows"]
 
@@ -54,9 +55,7 @@ class History(Callback):
 
 def write_rows(rows: list[dict[str, Any]], file: Path) -> None:
     """Rows as .csv, whole or not at all."""
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    with partial.open("w", newline="") as opened:
+    with whole(file) as partial, partial.open("w", newline="") as opened:
         writer = csv.DictWriter(opened, fieldnames=list(rows[0]) if rows else ["epoch"])
         writer.writeheader()
         writer.writerows(rows)
-    partial.replace(file)

@@ -61,6 +61,10 @@ class MixUp(Callback):
         self.learn.loss_grad = torch.lerp(loss_b, self.learn.loss_grad, lam.to(loss_b.dtype))
         self.learn.loss = self.learn.loss_grad.detach().clone()
 
+    def after_cancel_batch(self) -> None:
+        if isinstance(self.learn.loss_func, DMSLoss):
+            self.learn.yb = self.learn.yb[:1]
+
     def draw(self, n: int, device: torch.device) -> Tensor:
         """Lambda in float32, without dimensions or of shape (n,), on `device`."""
         a = torch.full((), self.alpha, device=device)  # made there: a copy from the host would wait

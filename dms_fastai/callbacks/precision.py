@@ -1,4 +1,4 @@
-"""bf16 where the hardware has it, channels last everywhere."""
+"""bf16 where the hardware has it."""
 
 import torch
 from fastai.callback.core import Callback
@@ -18,22 +18,24 @@ def has_bf16(device: torch.device) -> bool:
 class Precision(Callback):
     """Run the model in bf16 autocast where `has_bf16` says so. bf16 has float32's range: no gradient scaling is needed.
 
-    The loss computes in float32 by itself, so autocast need not last longer than the prediction.
+    Autocast ends with the prediction, which is float32 again for losses and metrics.
     """
 
-    order = 10
+    order = 11  # after fastai's own mixed precision, which goes first where somebody asks for it
     autocast = None
     _stateattrs = ("autocast",)
 
     def before_batch(self) -> None:
         self.release()
         device = self.learn.xb[0].device
-        if has_bf16(device):
+        if has_bf16(device) and not torch.is_autocast_enabled(device.type):
             self.autocast = torch.autocast(device.type, torch.bfloat16)
             self.autocast.__enter__()
 
     def after_pred(self) -> None:
-        self.release()
+        if self.autocast is not None:
+            self.release()
+            self.learn.pred = self.learn.pred.float()
 
     def after_cancel_batch(self) -> None:
         self.release()

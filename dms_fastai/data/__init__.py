@@ -81,4 +81,6 @@ def _choose(splits: dict[str, ImageSet], valid: str | float, seed: int, data: st
     held_out, rest = split_by_class(splits["train"].labels, valid, seed)
     if not len(held_out) or not len(rest):
         raise UserError(f"valid is {valid}: of {len(splits['train'])} training pictures that leaves one side empty")
-    return splits["train"].subset(rest), splits["train"].subset(held_out)
+    train, evaluation = splits["train"].subset(rest), splits["train"].subset(held_out)
+    evaluation.split = "held out"
+    return train, evaluation

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..errors import UserError
+from ..files import whole
 from .imageset import ImageSet
 from .pictures import read_picture
 
@@ -119,12 +120,8 @@ def _load_cache(cache: Path, stamp: str) -> torch.Tensor | None:
 
 
 def _save_cache(cache: Path, images: torch.Tensor, stamp: str) -> None:
-    """Write beside the place and rename: a reader never sees half a file. A cache that cannot be kept is no error."""
-    partial = cache.with_name(f"{cache.name}.{os.getpid()}.partial")
-    try:
+    """Keep decoded pictures. A cache that cannot be kept is no error."""
+    with contextlib.suppress(OSError, SafetensorError):
         cache.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"images": images}, partial, {"stamp": stamp})
-        partial.replace(cache)
-    except (OSError, SafetensorError):
-        with contextlib.suppress(OSError):
-            partial.unlink()
+        with whole(cache) as partial:
+            save_file({"images": images}, partial, {"stamp": stamp})

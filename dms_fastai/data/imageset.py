@@ -1,5 +1,6 @@
 """A whole split of a data set in memory: the dataset behind `BatchLoader`."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -9,6 +10,7 @@ import torch
 from fastai.data.transforms import CategoryMap
 from torch import Tensor
 
+from ..errors import UserError
 from .augment import Crops
 from .pictures import read_picture
 
@@ -23,6 +25,7 @@ class ImageSet:
         labels: int64, shape (N,), or None for pictures without labels.
         vocab: Class names, as fastai keeps them; a label is an index into it.
         name: The data set's name, "" where it has none; recipes may have settings of its own for it.
+        split: Which split of it: "train", "test", "val" or "held out" of train; "" where it is none of them.
         split_idx: 0 for pictures that are augmented (training), 1 for those that are not.
     """
 
@@ -31,7 +34,7 @@ class ImageSet:
     def __init__(self, images: Tensor, labels: Tensor | None, vocab: Sequence[str], name: str = "", split_idx: int = 1):
         self.images, self.labels = images, labels
         self.vocab = CategoryMap(vocab, sort=False)
-        self.name, self.split_idx = name, split_idx
+        self.name, self.split, self.split_idx = name, "", split_idx
         self._resident: dict[tuple, Any] = {}
 
     def __len__(self) -> int:
@@ -96,6 +99,19 @@ class ImageSet:
     def subset(self, index: Tensor) -> "ImageSet":
         return ImageSet(self.images[index], self.labels[index], self.vocab, self.name, self.split_idx)
 
+    def digest(self) -> str:
+        """A short hash of all pictures and labels: what tells one data set from another of the same name."""
+        state = hashlib.blake2b(digest_size=8)
+        for tensor in (self.images, self.labels):
+            state.update(b"" if tensor is None else tensor.contiguous().numpy())
+        return state.hexdigest()
+
+    def _label(self, value: Any) -> int:
+        label = self.vocab.o2i.get(value, -1) if isinstance(value, str) else int(value)
+        if not 0 <= label < self.c:
+            raise UserError(f"label {value!r} is none of the {self.c} classes: {', '.join(map(str, self.vocab))}")
+        return label
+
     def from_items(self, items: Iterable[Any]) -> "ImageSet":
         """A set of other pictures, read to this set's size: paths, PIL pictures, arrays, or (picture, label) pairs.
 
@@ -105,6 +121,8 @@ class ImageSet:
         for item in items:
             picture, *label = item if isinstance(item, tuple) else (item,)
             images.append(read_picture(picture, self.size))
-            labels += [self.vocab.o2i[name] if isinstance(name, str) else int(name) for name in label]
+            labels += [self._label(value) for value in label]
+        if labels and len(labels) < len(images):
+            raise UserError(f"{len(images)} pictures come with {len(labels)} labels; give each a label, or none")
         stacked = torch.stack(images) if images else self.images.new_empty(0, *self.images.shape[1:])
         return ImageSet(stacked, torch.tensor(labels) if labels else None, self.vocab, self.name)

@@ -1,13 +1,14 @@
 """One loader for every source: pictures stay on the device as uint8, and a batch is made there in one go."""
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import fastai.vision.learner  # noqa: F401  (teaches show_batch, show_results and plot_top_losses to draw pictures)
 import torch
-from fastai.data.core import TfmdDL
+from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.load import DataLoader
-from fastai.data.transforms import Category
+from fastai.data.transforms import Category, Normalize
 from fastai.torch_core import TensorCategory, TensorImage
 from fastcore.foundation import L
 from torch import Tensor
@@ -16,7 +17,7 @@ from ..models.dmsresnet import MEAN, STD
 from .augment import affine, normalize
 from .imageset import ImageSet
 
-__all__ = ["BatchLoader"]
+__all__ = ["BatchLoader", "statistics", "vocabulary"]
 
 
 class BatchLoader(TfmdDL):
@@ -66,7 +67,7 @@ class BatchLoader(TfmdDL):
         return order.tolist()
 
     def create_batches(self, samps: Iterator[int]) -> Iterator[tuple[Tensor, ...]]:
-        index = torch.tensor(list(samps), dtype=torch.long).to(self._where())
+        index = torch.tensor(list(islice(samps, self.n)), dtype=torch.long).to(self._where())
         if self.drop_last:
             index = index[: len(index) // self.bs * self.bs]
         if len(index):
@@ -101,4 +102,21 @@ class BatchLoader(TfmdDL):
         return self._affine_on[device]
 
     def _where(self) -> torch.device:
-        return self.device or torch.device("cpu")
+        return torch.device("cpu") if self.device is None else self.device
+
+
+def vocabulary(dls: DataLoaders) -> list[str] | None:
+    """The class names of fastai DataLoaders, where they have any."""
+    vocab = getattr(dls, "vocab", None)
+    return None if vocab is None else [str(name) for name in vocab]
+
+
+def statistics(dls: DataLoaders) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation that DataLoaders normalise with: `BatchLoader`'s own, or those of `Normalize`."""
+    loader = getattr(dls.train, "dl", dls.train)  # what a distributed loader wraps
+    if getattr(loader, "mean", None) is not None:
+        return tuple(loader.mean), tuple(loader.std)
+    for transform in getattr(loader.after_batch, "fs", []):
+        if isinstance(transform, Normalize):
+            return tuple(transform.mean.flatten().tolist()), tuple(transform.std.flatten().tolist())
+    return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)

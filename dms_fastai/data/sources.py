@@ -58,8 +58,8 @@ def load_splits(data: str | Path, size: int | None = None) -> Splits:
         splits = read_folder(Path(data), size or 32)
     else:
         splits = _read_npz(Path(data), size)
-    for split in splits.values():
-        split.name = name
+    for key, split in splits.items():
+        split.name, split.split = name, key
     return splits
 
 

@@ -1,7 +1,6 @@
 """Weights on disk: safetensors files that say by themselves what model they are and what it was trained on."""
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,12 @@ from safetensors.torch import save
 from torch import nn
 
 from ..errors import UserError
+from ..files import whole
 
-__all__ = ["ModelCard", "load_weights", "save_weights"]
+__all__ = ["WEIGHTS", "ModelCard", "load_weights", "save_weights"]
 
 KEY = "dms_fastai"
+WEIGHTS = "model.safetensors"  # in the folder of a run
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,8 @@ class ModelCard:
 def save_weights(model: nn.Module, card: ModelCard, file: Path) -> None:
     """Write the model's state and its card, whole or not at all."""
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    partial.write_bytes(save(state, {KEY: json.dumps(asdict(card))}))
-    partial.replace(file)
+    with whole(file) as partial:
+        partial.write_bytes(save(state, {KEY: json.dumps(asdict(card))}))
 
 
 def load_weights(file: Path) -> tuple[nn.Module, ModelCard]:
