@@ -22,8 +22,10 @@ LEARNER = "learner.pkl"
 def export_run(learn: DMSLearner, folder: Path) -> None:
     """Write `learner.pkl` and `model.safetensors` into a run's folder, each whole or not at all."""
     save_weights(learn.model, learn.card, folder / WEIGHTS)
+    rates = vars(learn.recorder).pop("hps", {})  # every step's rate, which fastai would take along
     with whole(folder / LEARNER) as partial:
         learn.export(partial.resolve())
+    learn.recorder.hps = rates
 
 
 def predict_files(source: Path, pictures: Iterable[Path]) -> tuple[list[str], Tensor]:
