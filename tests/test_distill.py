@@ -9,10 +9,13 @@ from fastai.callback.core import Callback
 from fastai.data.transforms import Normalize, parent_label
 from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat
+from fastai.metrics import accuracy
 from fastai.optimizer import SGD
 from fastai.vision.data import ImageDataLoaders
+from fastai.vision.learner import vision_learner
 from PIL import Image
 from torch import nn
+from torchvision.models import resnet18
 
 from dms_fastai import DMSLoss, MixUp, TeacherDistill, UserError, dms_learner, load_teacher
 from dms_fastai.callbacks import Teacher
@@ -191,6 +194,14 @@ def test_an_exported_learner_leaves_its_teacher_behind(dls, teacher, tmp_path):
     with pytest.raises(UserError) as error:
         quiet(loaded).fit(1)
     assert "without its teacher" in error.value.message
+
+
+def test_in_fastais_vision_learner_with_our_data(dls, teacher):
+    """As the README has it: fastai infers the loss from the data."""
+    cbs = [MixUp(0.4), TeacherDistill(teacher, alpha=0.9, T=4)]
+    learn = quiet(vision_learner(dls, resnet18, pretrained=False, metrics=accuracy, cbs=cbs))
+    learn.fine_tune(1)
+    assert learn.recorder.values[-1][2] > 0.15
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from fastai.data.transforms import CategoryMap
+from fastai.losses import CrossEntropyLossFlat
 from torch import Tensor
 
 from ..errors import UserError
@@ -62,6 +63,11 @@ class ImageSet:
     def c(self) -> int:
         """The number of classes, under fastai's name."""
         return len(self.vocab)
+
+    @property
+    def loss_func(self) -> CrossEntropyLossFlat:
+        """The loss that a stock Learner takes where it is given none."""
+        return CrossEntropyLossFlat()
 
     @property
     def items(self) -> "ImageSet":
