@@ -40,23 +40,32 @@ def run(
     """Train a recipe, with the teacher it needs, and print what came of it. The same command goes on after a stop."""
     from .recipes import parse_setting
     from .report import ablation_table, read_run
-    from .runs import choose_device, is_finished, plan, run_stage
+    from .runs import check_folders, choose_device, is_finished, plan, run_stage
 
     deadline = None if time_limit is None else time.monotonic() + parse_duration(time_limit)
     where = choose_device(device)
     settings = dict(parse_setting(text) for text in set_ or [])
     stages = plan(recipe, data, out, seed, arch, teacher, epochs, schedule, settings)
+    if not restart:
+        check_folders(stages)
     runs = []
     for stage in stages:
         if stage.teacher is not None and is_finished(stage.teacher) and stage.teacher not in {r.folder for r in runs}:
             runs.append(read_run(Path(stage.teacher)))
+            console.print(
+                f"taught by the finished run in {stage.teacher}", soft_wrap=True, highlight=False, markup=False
+            )
         try:
             result = run_stage(stage, data, seed, where, deadline, restart, console)
         except KeyboardInterrupt:
-            console.print(f"\nstopped in {stage.recipe.title}; the same command goes on from its last whole epoch")
+            console.print(
+                f"\nstopped in {stage.recipe.title}; the same command goes on from its last whole epoch", markup=False
+            )
             raise typer.Exit(INTERRUPTED) from None
         if not result.finished:
-            console.print(f"time is up: {stage.recipe.title}, {result.state}; the same command goes on from there")
+            console.print(
+                f"time is up: {stage.recipe.title}, {result.state}; the same command goes on from there", markup=False
+            )
             raise typer.Exit(TIME_IS_UP)
         runs.append(result)
     console.print(ablation_table(runs, f"{runs[-1].facts['data']}, seed {seed}"))
@@ -150,6 +159,8 @@ def main() -> None:
     except UserError as error:
         print(f"dms-fastai: {error.message}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
     except OSError as error:  # a folder that cannot be written, a full disk
         print(f"dms-fastai: {error}", file=sys.stderr)
         sys.exit(2)

@@ -5,6 +5,8 @@ from difflib import get_close_matches
 
 __all__ = ["UserError", "unknown"]
 
+MANY = 20  # names in a message
+
 
 class UserError(ValueError):
     """Something the user can mend. The command line prints `message` alone and exits with code 2."""
@@ -15,8 +17,11 @@ class UserError(ValueError):
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
-    """The error for a name that does not exist; it names the nearest that does, or all where none is near."""
+    """The error for a name that does not exist; it names the nearest that does, or all where they are few."""
     known = sorted(known)
     near = get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else "known: " + ", ".join(known)
+    if near:
+        hint = f"did you mean {near[0]!r}?"
+    else:
+        hint = "known: " + ", ".join(known) if len(known) <= MANY else f"none of the {len(known)} known is near it"
     return UserError(f"unknown {kind} {name!r}: {hint}")

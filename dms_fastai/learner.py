@@ -44,7 +44,10 @@ class DMSLearner(Learner):
             kwargs: Further arguments of `fit`, such as `cbs` and `start_epoch`.
         """
         schedule = self.recipe.schedule
-        epochs, lr = epochs or schedule.epochs, lr or self.recipe.optimizer.lr
+        epochs = schedule.epochs if epochs is None else epochs
+        lr = self.recipe.optimizer.lr if lr is None else lr
+        if epochs < 1 or not lr > 0:
+            raise UserError(f"epochs is {epochs} and lr is {lr}; they must be at least 1 and above 0")
         if schedule.name == "one-cycle":
             m = self.recipe.optimizer.momentum
             swing = min(0.05, m, (1 - m) / 2)  # 0.95, 0.85, 0.95 round 0.9: fastai's own cycle

@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from .callbacks.progress import clock
@@ -92,7 +93,7 @@ def ablation_table(runs: list[Run], title: str = "") -> Table:
         last, best = facts.get("last"), facts.get("best")
         mixed = "+" if facts.get("mixup") else " "
         table.add_row(
-            "\n".join(filter(None, (facts["title"], f"[dim]{facts['model']}[/]", run.state))),
+            "\n".join(filter(None, (escape(facts["title"]), f"[dim]{facts['model']}[/]", run.state))),
             f"[bold]{_percent(last['valid_accuracy'])}[/]" if last else "-",
             _percent(best["valid_accuracy"]) if best else "-",
             _percent(last["train_accuracy"]) + mixed if last else "-",

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import time
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -38,7 +38,7 @@ from .models.weights import WEIGHTS
 from .recipes import Recipe, ablation_of, load_recipe, recipe_names
 from .report import METRICS, RUN, Run, plot_curves, read_run
 
-__all__ = ["Stage", "choose_device", "is_finished", "plan", "processor", "run_stage"]
+__all__ = ["Stage", "check_folders", "choose_device", "is_finished", "plan", "processor", "run_stage"]
 
 RECIPE = "recipe.toml"
 CHECKPOINT = "checkpoint"
@@ -153,6 +153,12 @@ def plan(
     return stages
 
 
+def check_folders(stages: Iterable[Stage]) -> None:
+    """Raise a UserError, before anything is trained, where a stage's folder holds a run of another recipe."""
+    for stage in stages:
+        _refuse_other_recipe(stage.recipe, stage.folder)
+
+
 def run_stage(
     stage: Stage,
     data: str | Path,
@@ -244,10 +250,14 @@ def _applies(key: str, recipe: Recipe) -> bool:
     return table not in OPTIONAL_TABLES or getattr(recipe, table) is not None
 
 
+def _epochs_done(folder: Path) -> int:
+    return read_run(folder).facts.get("epochs_done", 0) if (folder / RUN).is_file() else 0
+
+
 def _refuse_other_recipe(recipe: Recipe, folder: Path, of: tuple[str, ...] | None = None) -> None:
     """Raise a UserError that names the keys in which a run's recipe differs; only those `of` the given ones."""
     file = folder / RECIPE
-    if not file.is_file():
+    if not file.is_file() or not _epochs_done(folder):
         return
     theirs, ours = (_flat(t) for t in (tomllib.loads(file.read_text(encoding="utf-8")), recipe.to_table()))
     keys = sorted(key for key in of or theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
@@ -258,7 +268,7 @@ def _refuse_other_recipe(recipe: Recipe, folder: Path, of: tuple[str, ...] | Non
 
 def _refuse_other_origin(origin: Mapping[str, Any], folder: Path) -> None:
     """Raise a UserError where a folder's run was made from other pictures or by another teacher."""
-    if not (folder / RUN).is_file():
+    if not _epochs_done(folder):
         return
     facts = read_run(folder).facts
     for key, what in (("data_digest", "on other pictures"), ("teacher_digest", "with another teacher")):

@@ -1,6 +1,7 @@
 """Sources, the cache of decoded folders, batched augmentation and the loader."""
 
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -297,6 +298,8 @@ def test_it_is_a_fastai_loader(dls):
         ({"data": "digits", "bs": 0}, "batch size is 0"),
         ({"data": "digits", "size": 4}, "at least 8"),
         ({"data": "digits", "valid": 1.5}, "valid is 1.5"),
+        ({"data": "digits", "flip": 2}, "flip is 2"),
+        ({"data": "digits", "pad": -1}, "pad is -1"),
         ({"data": "digits", "valid": "train"}, "'train'"),
         ({"data": "digits", "valid": 0.0001}, "one side empty"),
     ],
@@ -344,6 +347,9 @@ def spoil(root, what):
         file.write_bytes(file.read_bytes()[:40])
     elif what == "strange class":
         (root / "test" / "red").rename(root / "test" / "purple")
+    elif what == "empty test":
+        shutil.rmtree(root / "test")
+        (root / "test").mkdir()
     elif what == "no test":
         (root / "test").rename(root / "other")
 
@@ -359,6 +365,7 @@ def spoil(root, what):
         ("cut off", "1.png is not a picture"),
         ("strange class", "'purple'"),
         ("no test", "valid=0.1"),
+        ("empty test", "valid=0.1"),
     ],
 )
 def test_folders_that_cannot_be_trained_on(tmp_path, what, words):

@@ -137,6 +137,7 @@ def test_the_plain_variant_of_an_architecture_is_the_ablations_baseline():
         ({"recipe": "kdd"}, "unknown recipe 'kdd': did you mean 'kd'"),
         ({"recipe": "nowhere.toml"}, "no such recipe file: nowhere.toml"),
         ({"arch": "dmsresnet5O"}, "did you mean 'dmsresnet50'"),
+        ({"arch": "zzzzzzzz"}, "known is near it"),
         ({"settings": {"schedule.epoch": 3}}, "unknown recipe key 'schedule.epoch': did you mean 'schedule.epochs'"),
         ({"settings": {"schedul.epochs": 3}}, "did you mean 'schedule'"),
         ({"settings": {"schedule.epochs": 0}}, "schedule.epochs is 0; it must be at least 1"),

@@ -168,6 +168,14 @@ def test_restart_throws_away_what_there_was(dms, tmp_path):
     assert len(rows(tmp_path / "x" / "se" / "seed0")) == 2
 
 
+def test_every_folder_is_checked_before_anything_is_trained(dms, tmp_path):
+    assert dms("run", "mixup", "--epochs", 1, "--out", "x")[0] == 0
+    code, out, err = dms("run", "ablation", "--epochs", 2, "--out", "x")
+    assert code == 2
+    assert "schedule.epochs 1 -> 2" in err
+    assert "epoch 1/" not in out
+
+
 def test_a_finished_run_teaches(dms, tmp_path):
     assert dms("run", "mixup", "--epochs", 1, "--out", "x")[0] == 0
     for source in ("x/mixup/seed0", "x/mixup/seed0/model.safetensors", "x/mixup/seed0/learner.pkl"):

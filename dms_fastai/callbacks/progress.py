@@ -4,6 +4,7 @@ import time
 
 from fastai.callback.core import Callback, CancelFitException
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 __all__ = ["RichProgress", "TimeLimit"]
@@ -42,7 +43,13 @@ class RichProgress(Callback):
     def before_fit(self) -> None:
         learn = self.learn
         self.task = self.progress.add_task(
-            self.title, total=None, epoch=learn.first_epoch + 1, epochs=learn.n_epoch, loss="-", accuracy="-", rate="-"
+            escape(self.title),
+            total=None,
+            epoch=learn.first_epoch + 1,
+            epochs=learn.n_epoch,
+            loss="-",
+            accuracy="-",
+            rate="-",
         )
 
     def before_epoch(self) -> None:
@@ -76,6 +83,7 @@ class RichProgress(Callback):
             f"{self.title}: epoch {row['epoch']}/{epochs}, loss {row['train_loss']:.3f}, accuracy {accuracy}, "
             f"{rate} images/s, {clock(left)} left",
             soft_wrap=True,
+            markup=False,
         )
 
 

@@ -51,6 +51,10 @@ def load_data(
         raise UserError(f"the batch size is {bs}; it must be at least 1")
     if size is not None and size < 8:
         raise UserError(f"the size is {size} pixels; it must be at least 8")
+    if not 0 <= pad <= 1:
+        raise UserError(f"pad is {pad}; the border must be between 0 and 1 of the size")
+    if flip is not None and not 0 <= flip <= 1:
+        raise UserError(f"flip is {flip}; the probability must be between 0 and 1")
     splits = load_splits(data, size)
     train, evaluation = _choose(splits, valid, seed, data)
     train.split_idx = 0

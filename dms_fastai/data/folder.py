@@ -47,6 +47,7 @@ def read_folder(folder: Path, size: int) -> dict[str, ImageSet]:
     if found["train"] is None:
         raise UserError(f"{folder} has no folder 'train'; the layout is train/CLASS/*.png and test/CLASS/*.png")
     files = {split: _list_pictures(path) for split, path in found.items() if path is not None}
+    files = {split: classes for split, classes in files.items() if classes or split == "train"}
     vocab = sorted(files["train"])
     if len(vocab) < 2:
         have = f"only the class {vocab[0]!r}" if vocab else "no class folders"

@@ -67,7 +67,7 @@ def load_weights(file: Path) -> tuple[nn.Module, ModelCard]:
             {name: value.to(torch.float32) if value.is_floating_point() else value for name, value in state.items()}
         )
     except FileNotFoundError:
-        raise UserError(f"no such file: {file}") from None
+        raise UserError(f"no such file: {file}; a run has one once it is finished") from None
     except KeyError:
         raise UserError(f"{file} does not say what model it holds; it was not written by dms_fastai") from None
     except (OSError, SafetensorError, ValueError, TypeError, RuntimeError) as error:
