@@ -19,10 +19,11 @@ from dms_fastai.runs import processor
 ARTIFACTS = Path(__file__).parent.parent / "artifacts" / "benchmarks"
 
 
-def arguments(description: str, rounds: int) -> argparse.ArgumentParser:
+def arguments(description: str, rounds: int | None = None) -> argparse.ArgumentParser:
     """A parser with what every benchmark has."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=rounds, help="times each contender is timed, in turn")
+    if rounds is not None:
+        parser.add_argument("--rounds", type=int, default=rounds, help="times each contender is timed, in turn")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads for torch")
     parser.add_argument("--out", type=Path, default=ARTIFACTS, help="folder of the JSON")
     return parser

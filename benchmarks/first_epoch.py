@@ -17,13 +17,15 @@ from dms_fastai import dms_learner, load_data
 
 
 def main() -> None:
-    parser = arguments(__doc__, rounds=1)
+    parser = arguments(__doc__)
     parser.add_argument("--data", default="digits")
     parser.add_argument("--recipe", default="se")
     parser.add_argument("--arch", default=None)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--every", type=int, default=25)
     args = parser.parse_args()
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     dls = load_data(args.data, bs=args.batch_size)
     learn = dms_learner(dls, args.recipe, arch=args.arch, settings={"schedule.name": "one-cycle"})
