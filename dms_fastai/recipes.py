@@ -80,11 +80,15 @@ class Augment:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """SGD with momentum and L2 weight decay; gradient values are clipped to +-`clip_value` where it is given."""
+    """SGD with momentum and L2 weight decay; gradient values are clipped to +-`clip_value` where it is given.
+
+    The paper decays all parameters; `wd_bn_bias = false` spares batch norms and biases.
+    """
 
     lr: float = _positive(0.1)
     momentum: float = _momentum(0.9)
     weight_decay: float = _not_negative(5e-4)
+    wd_bn_bias: bool = True
     clip_value: float | None = _positive(None)
 
 
@@ -127,11 +131,19 @@ class Distill:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that a training run needs to know beside its data, its seed and its folder."""
+    """Everything that a training run needs to know beside its data, its seed and its folder.
+
+    Attributes:
+        teacher: Who teaches, where the recipe distils: whatever `--teacher` takes.
+        precision: "auto" is bf16 where the hardware multiplies it.
+        compile: "auto" is torch.compile on a GPU, for training long enough to pay for it.
+    """
 
     name: str = ""
     title: str = ""
     teacher: str | None = None
+    precision: Literal["auto", "float32"] = "auto"
+    compile: Literal["auto", "never"] = "auto"
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     augment: Augment = field(default_factory=Augment)
@@ -334,7 +346,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         if option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
         kind = typing.get_origin(option) or option
-        if isinstance(kind, type) and isinstance(value, kind) and not isinstance(value, bool):
+        if isinstance(kind, type) and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
             return value
     raise UserError(
         f"{where} is {value!r}; it must be {' or '.join(_describe(o) for o in options if o is not type(None))}"
@@ -344,7 +356,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
 def _describe(option: Any) -> str:
     if typing.get_origin(option) is Literal:
         return " or ".join(repr(choice) for choice in typing.get_args(option))
-    kinds = {int: "a whole number", float: "a number", str: "text", dict: "a table"}
+    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a table"}
     return kinds.get(typing.get_origin(option) or option, str(option))
 
 

@@ -25,12 +25,15 @@ from tests.conftest import quiet
 
 
 class Witness(nn.Module):
-    """A teacher that keeps what it was shown, and always says class 3."""
+    """A teacher that keeps what it was shown, and always says class 3. Its copies are itself: tests can ask it."""
 
     def __init__(self, classes=10):
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(classes))
         self.seen = []
+
+    def __deepcopy__(self, memo):
+        return self
 
     def forward(self, x):
         self.seen.append((x, self.training, torch.is_grad_enabled()))
@@ -56,14 +59,9 @@ def stock(dls, cbs, loss_func=None, lr=0.01):
     return quiet(Learner(dls, model, loss_func or DMSLoss(), opt_func=SGD, lr=lr, cbs=cbs))
 
 
-def distil(teacher, **kwargs):
-    """The callback with this very model, not a copy, so that tests can ask it what it saw."""
-    return TeacherDistill(Teacher(teacher), **kwargs)
-
-
 def test_the_teacher_sees_the_mixed_pictures_without_gradients_in_evaluation_mode(dls):
     witness, pictures = Witness(), Pictures()
-    stock(dls, [distil(witness), MixUp(), pictures]).fit(1)
+    stock(dls, [TeacherDistill(witness), MixUp(), pictures]).fit(1)
     assert len(witness.seen) == len(pictures.seen) == len(dls.train)  # and not in validation
     for (x, training, grad), shown in zip(witness.seen, pictures.seen, strict=True):
         assert torch.equal(x, shown)
@@ -74,7 +72,7 @@ def test_the_teacher_sees_the_mixed_pictures_without_gradients_in_evaluation_mod
 
 def test_the_student_learns_what_the_teacher_says(dls):
     """With alpha = 1 only the teacher counts; one that always says 3 makes a student that does."""
-    learn = stock(dls, [distil(Witness())], DMSLoss(alpha=1.0, T=1.0), lr=0.1)
+    learn = stock(dls, [TeacherDistill(Witness())], DMSLoss(alpha=1.0, T=1.0), lr=0.1)
     learn.fit(3)
     predictions, _ = learn.get_preds()
     assert (predictions.argmax(1) == 3).float().mean() > 0.99
@@ -174,7 +172,7 @@ def test_a_teacher_of_other_classes_is_refused_with_both(dls, tmp_path):
     assert "100" in error.value.message
     assert "10" in error.value.message
     with pytest.raises(UserError) as error:
-        stock(dls, [distil(Witness(7))]).fit(1)
+        stock(dls, [TeacherDistill(Witness(7))]).fit(1)
     assert "7" in error.value.message
 
 

@@ -23,7 +23,7 @@ from PIL import Image
 
 from dms_fastai import DMSLoss, TeacherDistill, UserError, dms_learner, load_data, load_recipe
 from dms_fastai.callbacks.precision import Precision
-from dms_fastai.learner import cosine_annealing
+from dms_fastai.schedule import cosine_annealing
 from tests.conftest import quiet
 
 

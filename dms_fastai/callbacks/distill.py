@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..data.loader import statistics, vocabulary
 from ..errors import UserError, unknown
 from ..losses import DMSLoss, kd_divergence
+from ..models.fold import fold_batch_norms
 from ..models.weights import WEIGHTS, load_weights
 
 __all__ = ["Teacher", "TeacherDistill", "load_teacher"]
@@ -105,8 +106,8 @@ class TeacherDistill(Callback):
 
     # The loss is complete before gradient accumulation (6) divides it; mixed precision still lasts in after_pred.
     order, run_valid = 5, False
-    teacher = logits = None
-    _stateattrs = ("teacher", "logits")
+    teacher = network = made_of = logits = None
+    _stateattrs = ("teacher", "network", "made_of", "logits")
 
     def __init__(
         self,
@@ -129,7 +130,7 @@ class TeacherDistill(Callback):
         self.teacher = load_teacher(teacher)
 
     def before_train(self) -> None:
-        """Check that teacher and student fit, and put the teacher where the student is."""
+        """Check that teacher and student fit, and put a copy of the teacher, made for speed, where the student is."""
         if self.teacher is None:
             raise UserError(
                 "this Learner was exported without its teacher; set learn.teacher_distill.teacher = load_teacher(...), "
@@ -138,8 +139,11 @@ class TeacherDistill(Callback):
         if self.given and isinstance(self.learn.loss_func, DMSLoss):
             raise UserError(f"{', '.join(self.given)} given to TeacherDistill, but DMSLoss has its own; set it there")
         check_classes(self.teacher, vocabulary(self.learn.dls))
+        if self.network is not None and self.made_of is self.teacher:
+            return
         device = next(self.learn.model.parameters()).device
-        self.teacher.model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+        self.made_of = self.teacher
+        self.network = fold_batch_norms(self.teacher.model).to(device, memory_format=torch.channels_last)
         self.affine = self._affine(device)
 
     def after_pred(self) -> None:
@@ -149,7 +153,7 @@ class TeacherDistill(Callback):
             scale, shift = self.affine
             x = x * scale + shift
         with torch.no_grad():
-            self.logits = self.teacher.model(x)
+            self.logits = self.network(x)
         theirs, ours = self.logits.shape[1], self.learn.pred.shape[1]
         if theirs != ours:
             raise UserError(f"the teacher gives {theirs} logits a picture, the student {ours}; they need the same")
@@ -171,7 +175,7 @@ class TeacherDistill(Callback):
             self.learn.yb = self.learn.yb[:1]
 
     def after_fit(self) -> None:
-        self.logits = None
+        self.network = self.made_of = self.logits = None
 
     def _affine(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
         """Scale and shift from the student's normalisation to the teacher's; None where they are the same."""

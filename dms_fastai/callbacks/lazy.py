@@ -11,7 +11,12 @@ from fastai.learner import AvgLoss, AvgMetric, AvgSmoothLoss, Metric
 from fastai.torch_core import find_bs, num_distrib
 from torch import Tensor
 
-__all__ = ["LazyLoss", "LazyMetric", "LazySmoothLoss", "lazy", "to_cpu"]
+__all__ = ["LazyLoss", "LazyMetric", "LazySmoothLoss", "accuracy", "lazy", "to_cpu"]
+
+
+def accuracy(pred: Tensor, y: Tensor) -> Tensor:
+    """Share of the logits (B, C) whose largest is that of the class y, shape (B,)."""
+    return (pred.argmax(dim=1) == y).float().mean()
 
 
 class LazySmoothLoss(AvgSmoothLoss):

@@ -1,11 +1,18 @@
-"""bf16 where the hardware has it."""
+"""bf16 where the hardware has it, and TF32 where float32 stays."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 
 import torch
 from fastai.callback.core import Callback
 
-__all__ = ["Precision", "has_bf16"]
+from ..errors import UserError
+
+__all__ = ["Precision", "fast_kernels", "has_bf16"]
 
 
+@cache
 def has_bf16(device: torch.device) -> bool:
     """Whether `device` multiplies bf16 matrices in hardware, so that autocast gains speed."""
     if device.type == "cuda":
@@ -13,6 +20,23 @@ def has_bf16(device: torch.device) -> bool:
     if device.type == "cpu":
         return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
     return False
+
+
+@contextmanager
+def fast_kernels(device: torch.device | None) -> Iterator[None]:
+    """On a GPU: float32 matrices multiplied in TF32, and each convolution by the kernel that was timed as the fastest."""
+    cudnn = torch.backends.cudnn
+    if device is None or device.type != "cuda":
+        yield
+        return
+    before = torch.get_float32_matmul_precision(), cudnn.benchmark
+    torch.set_float32_matmul_precision("high")
+    cudnn.benchmark = not cudnn.deterministic
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        cudnn.benchmark = before[1]
 
 
 class Precision(Callback):
@@ -25,10 +49,24 @@ class Precision(Callback):
     autocast = None
     _stateattrs = ("autocast",)
 
+    def __init__(self, precision: str = "auto"):
+        """
+        Args:
+            precision: "auto", or "float32" to leave it at that on any hardware.
+
+        Raises:
+            UserError: Another word.
+        """
+        super().__init__()
+        if precision not in ("auto", "float32"):
+            raise UserError(f"precision is {precision!r}; it must be 'auto' or 'float32'")
+        self.precision = precision
+
     def before_batch(self) -> None:
         self.release()
         device = self.learn.xb[0].device
-        if has_bf16(device) and not torch.is_autocast_enabled(device.type):
+        wanted = self.precision == "auto" and has_bf16(device)
+        if wanted and not torch.is_autocast_enabled(device.type):
             self.autocast = torch.autocast(device.type, torch.bfloat16)
             self.autocast.__enter__()
 

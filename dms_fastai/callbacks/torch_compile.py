@@ -1,0 +1,84 @@
+"""torch.compile for training on a GPU."""
+
+import os
+import shutil
+from typing import Any
+
+import torch
+from fastai.callback.core import Callback
+from torch import nn
+from torch.utils._triton import has_triton
+
+from ..losses import DMSLoss
+from .distill import TeacherDistill
+
+__all__ = ["TorchCompile", "can_compile"]
+
+WORTH_IT = 5_000  # compiling costs a minute or two, and a compiled step saves milliseconds
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile works on `device` and gains speed there: a GPU with Triton, and a C compiler for Triton.
+
+    On a CPU it works, too, but trains the networks of this package at 0.6 to 0.8 times the speed.
+    """
+    compilers = (os.environ.get("CC") or "cc", "gcc", "clang")
+    return device.type == "cuda" and has_triton() and any(map(shutil.which, compilers))
+
+
+class TorchCompile(Callback):
+    """Compile student, teacher and loss, with CUDA graphs, where training on a GPU is long enough to pay for it.
+
+    In place, and for the training batches alone: weights keep their names, and validation, prediction and export, with
+    their batches of any size, meet the modules as they were.
+    """
+
+    order = 6  # after TeacherDistill has made its network
+    compiled: tuple[tuple[nn.Module, Any], ...] | None = None
+    _stateattrs = ("compiled",)
+
+    def __init__(self, steps: int = WORTH_IT):
+        """
+        Args:
+            steps: Compile where at least so many training steps lie ahead, and `can_compile` says so.
+        """
+        super().__init__()
+        self.steps = steps
+
+    def before_train(self) -> None:
+        if self.compiled is None:
+            self.compiled = tuple((module, compiled_call(module)) for module in self.worth_compiling())
+        self.switch(on=True)
+
+    def worth_compiling(self) -> list[nn.Module]:
+        learn = self.learn
+        ahead = (learn.n_epoch - learn.epoch) * len(learn.dls.train)
+        if ahead < self.steps or not can_compile(next(learn.model.parameters()).device):
+            return []
+        teachers = [cb.network for cb in learn.cbs if isinstance(cb, TeacherDistill)]
+        return [learn.model, *teachers, *([learn.loss_func] if isinstance(learn.loss_func, DMSLoss) else [])]
+
+    def before_batch(self) -> None:
+        if self.compiled and self.learn.training:
+            torch.compiler.cudagraph_mark_step_begin()  # the last step's outputs may be written over
+
+    def after_train(self) -> None:
+        self.switch(on=False)
+
+    def after_fit(self) -> None:
+        self.release()
+
+    def switch(self, on: bool) -> None:
+        for module, call in self.compiled or ():
+            module._compiled_call_impl = call if on else None  # torch has no word for undoing compile()
+
+    def release(self) -> None:
+        """Leave the modules as they were. A Learner calls this when a fit ends by an exception that is no event."""
+        self.switch(on=False)
+        self.compiled = None
+
+
+def compiled_call(module: nn.Module) -> Any:
+    """What calls the compiled module in place of the module; `reduce-overhead` is torch's name for CUDA graphs."""
+    module.compile(dynamic=False, mode="reduce-overhead")
+    return module._compiled_call_impl
