@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import gc
 import json
 import statistics
 import time
@@ -14,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from dms_fastai.runs import processor
+from dms_fastai.runs import choose_device, processor
 
 ARTIFACTS = Path(__file__).parent.parent / "artifacts" / "benchmarks"
 
@@ -25,65 +26,118 @@ def arguments(description: str, rounds: int | None = None) -> argparse.ArgumentP
     if rounds is not None:
         parser.add_argument("--rounds", type=int, default=rounds, help="times each contender is timed, in turn")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads for torch")
+    parser.add_argument("--device", type=choose_device, default="auto", help="auto, cpu or cuda")
     parser.add_argument("--out", type=Path, default=ARTIFACTS, help="folder of the JSON")
     return parser
 
 
-def in_turn(contenders: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call: all contenders once, untimed, then A B C, A B C, ... so that a machine's drift hits all."""
-    for call in contenders.values():
-        call()
+class Stopwatch:
+    """Times the steps that follow the first few, in which workers start, kernels are chosen and memory is found."""
+
+    def __init__(self, device: torch.device, skip: int, steps: int):
+        """
+        Args:
+            device: What must have caught up before the clock is read.
+            skip: Steps that are not timed, at least 1.
+            steps: Steps that are.
+        """
+        self.device, self.skip, self.steps, self.done = device, skip, steps, 0
+
+    def lap(self) -> bool:
+        """Count a step; whether it was the last."""
+        self.done += 1
+        if self.done == self.skip:
+            self._began = now(self.device)
+        if self.done == self.skip + self.steps:
+            self.seconds = now(self.device) - self._began
+        return self.done >= self.skip + self.steps
+
+
+def in_turn(contenders: dict[str, Callable[[], float]], rounds: int, rehearse: bool = True) -> dict[str, list[float]]:
+    """What each contender returns, its seconds: A B C, A B C, ... so that a machine's drift hits all alike.
+
+    Args:
+        contenders: By name.
+        rounds: How often each is timed.
+        rehearse: Call each once before, for contenders without untimed steps of their own.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
+    for turn in range(-1 if rehearse else 0, rounds):
         for name, call in contenders.items():
-            began = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - began)
+            gc.collect()  # or the garbage of one is swept in the time of another
+            taken = call()
+            if turn >= 0:
+                seconds[name].append(taken)
     return seconds
 
 
-def where() -> dict[str, Any]:
+def wall(call: Callable[[], Any], device: torch.device) -> Callable[[], float]:
+    """The call as a contender that returns the seconds until `device` was done with it."""
+
+    def timed() -> float:
+        began = now(device)
+        call()
+        return now(device) - began
+
+    return timed
+
+
+def now(device: torch.device) -> float:
+    """Seconds on the clock, once `device` has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def where(device: torch.device) -> dict[str, Any]:
     """Hardware, versions and date, for the JSON."""
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "threads": torch.get_num_threads(),
         "versions": {package: metadata.version(package) for package in ("fastai", "timm", "torch", "torchvision")},
         "date": datetime.date.today().isoformat(),
     }
 
 
-def report(name: str, unit: str, figures: dict[str, list[float]], settings: dict[str, Any], out: Path) -> None:
-    """Print median, spread and the ratio to the first contender, and write NAME.json."""
-    first = next(iter(figures))
-    base = figures[first]
-    table = Table("", f"{unit}, median", "min to max", f"ratio to {first}, by round", title=name, title_justify="left")
+def ratio(value: float, base: float) -> float:
+    return value / base
+
+
+def difference(value: float, base: float) -> float:
+    return value - base
+
+
+def summary(
+    figures: dict[str, list[float]], unit: str, title: str, against: Callable[[float, float], float] = ratio
+) -> dict[str, dict[str, float]]:
+    """Print median and spread of each contender, and how it stands against the first one, round by round.
+
+    Returns:
+        The same figures, for the JSON.
+    """
+    first, base = next(iter(figures.items()))
+    digits = 2 if against is ratio else 0
+    versus = f"{against.__name__} to {first}" if against is ratio else f"above {first}"
+    table = Table("", f"{unit}, median", "min to max", versus, title=title, title_justify="left")
     rows = {}
-    for contender, values in figures.items():
-        ratios = [v / b for v, b in zip(values, base, strict=True)]
-        row = {
-            "median": statistics.median(values),
-            "min": min(values),
-            "max": max(values),
-            "ratio_median": statistics.median(ratios),
-            "ratio_min": min(ratios),
-            "ratio_max": max(ratios),
-        }
-        rows[contender] = row
-        spread = f"{row['min']:,.0f} to {row['max']:,.0f}"
+    for name, values in figures.items():
+        rows[name] = {}
+        compared = [against(v, b) for v, b in zip(values, base, strict=True)]
+        for prefix, numbers in (("", values), (f"{against.__name__}_", compared)):
+            parts = {"median": statistics.median(numbers), "min": min(numbers), "max": max(numbers)}
+            rows[name] |= {prefix + key: round(value, 4) for key, value in parts.items()}
         table.add_row(
-            contender,
-            f"{row['median']:,.0f}",
-            spread,
-            f"{row['ratio_median']:.2f} ({row['ratio_min']:.2f} to {row['ratio_max']:.2f})",
+            name,
+            f"{statistics.median(values):,.0f}",
+            f"{min(values):,.0f} to {max(values):,.0f}",
+            f"{statistics.median(compared):,.{digits}f} ({min(compared):,.{digits}f} to {max(compared):,.{digits}f})",
         )
     Console().print(table)
-    facts = {
-        "benchmark": name,
-        **where(),
-        "unit": unit,
-        "n": len(base),
-        "settings": settings,
-        "figures": rows,
-    }
+    return rows
+
+
+def write(name: str, facts: dict[str, Any], device: torch.device, out: Path) -> None:
+    """NAME.json, or NAME-cuda.json from a GPU."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / f"{name}.json").write_text(json.dumps(facts, indent=2) + "\n")
+    file = out / f"{name}{'-cuda' if device.type == 'cuda' else ''}.json"
+    file.write_text(json.dumps({"benchmark": name, **where(device), **facts}, indent=2) + "\n")

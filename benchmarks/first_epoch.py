@@ -5,14 +5,13 @@
 Prints and writes fastai's smoothed training loss every --every steps, and the validation accuracy after the epoch.
 """
 
-import json
 import time
 
 import torch
 from fastai.callback.progress import ProgressCallback
 from fastcore.basics import noop
 
-from benchmarks.common import arguments, where
+from benchmarks.common import arguments, write
 from dms_fastai import dms_learner, load_data
 
 
@@ -27,7 +26,7 @@ def main() -> None:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    dls = load_data(args.data, bs=args.batch_size)
+    dls = load_data(args.data, bs=args.batch_size, device=args.device)
     learn = dms_learner(dls, args.recipe, arch=args.arch, settings={"schedule.name": "one-cycle"})
     learn.remove_cb(ProgressCallback)
     learn.logger = noop
@@ -43,8 +42,6 @@ def main() -> None:
         print(f"step {step:4d}  loss {loss:.4f}")
     print(f"{steps} steps of {args.batch_size} pictures; validation accuracy {100 * accuracy:.2f} %; {seconds:.0f} s")
     facts = {
-        "benchmark": "first_epoch",
-        **where(),
         "model": learn.recipe.model.name,
         "data": dls.train_ds.name,
         "recipe": args.recipe,
@@ -54,8 +51,7 @@ def main() -> None:
         "valid_accuracy": accuracy,
         "seconds": round(seconds, 1),
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "first_epoch.json").write_text(json.dumps(facts, indent=2) + "\n")
+    write("first_epoch", facts, args.device, args.out)
 
 
 if __name__ == "__main__":

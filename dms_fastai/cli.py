@@ -36,6 +36,7 @@ def run(
     out: Annotated[Path | None, typer.Option(help="Folder of the runs, instead of artifacts/DATA.")] = None,
     time_limit: Annotated[str | None, typer.Option(help="Stop cleanly in time: 90s, 9m, 2h.")] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Throw away what these runs have so far.")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Print where a step's time goes; trace a few.")] = False,
 ) -> None:
     """Train a recipe, with the teacher it needs, and print what came of it. The same command goes on after a stop."""
     from .recipes import parse_setting
@@ -56,7 +57,7 @@ def run(
                 f"taught by the finished run in {stage.teacher}", soft_wrap=True, highlight=False, markup=False
             )
         try:
-            result = run_stage(stage, data, seed, where, deadline, restart, console)
+            result = run_stage(stage, data, seed, where, deadline, restart, console, profile)
         except KeyboardInterrupt:
             console.print(
                 f"\nstopped in {stage.recipe.title}; the same command goes on from its last whole epoch", markup=False

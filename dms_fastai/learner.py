@@ -10,12 +10,12 @@ import torch
 from fastai.callback.core import Callback, CancelEpochException, event
 from fastai.callback.schedule import ParamScheduler
 from fastai.data.core import DataLoaders
-from fastai.learner import Learner
+from fastai.learner import CastToTensor, Learner
 from torch import Tensor, nn
 
 from .callbacks import ClipGradValue, MixUp, Precision, TeacherDistill, TorchCompile
-from .callbacks.lazy import LazyLoss, LazySmoothLoss, accuracy, lazy, to_cpu
 from .callbacks.precision import fast_kernels
+from .callbacks.recorder import Recorder, accuracy, lazy
 from .data.loader import statistics
 from .errors import UserError
 from .losses import DMSLoss
@@ -27,10 +27,10 @@ from .schedule import cosine_annealing, one_cycle
 __all__ = ["DMSLearner", "build_model", "dms_learner"]
 
 # What happens in every batch; callbacks may sit it out in training or in validation.
-EVENTS_OF_A_BATCH = frozenset(
-    "before_batch after_pred after_loss before_backward after_cancel_backward after_backward "
-    "before_step after_cancel_step after_step after_cancel_batch after_batch".split()
-)
+EVENTS_OF_A_BATCH = {
+    "before_batch", "after_pred", "after_loss", "before_backward", "after_cancel_backward", "after_backward",
+    "before_step", "after_cancel_step", "after_step", "after_cancel_batch", "after_batch",
+}  # fmt: skip
 Listener = tuple[Callback, Callable[[], Any]]
 
 
@@ -75,8 +75,8 @@ class DMSLearner(Learner):
             with fast_kernels(self.dls.device):
                 super().fit(n_epoch, *args, **kwargs)
         finally:
-            if hasattr(self, "recorder"):
-                self.recorder.losses = to_cpu(getattr(self.recorder, "losses", []))
+            if isinstance(getattr(self, "recorder", None), Recorder):
+                self.recorder.fetch()  # after an exception as well, when no event is sent
             if hasattr(self, "torch_compile"):
                 self.torch_compile.release()
 
@@ -129,9 +129,11 @@ class DMSLearner(Learner):
                 self.precision.release()  # what ends a batch by an exception sends no event
 
     def _set_device(self, b: tuple) -> tuple:
+        """The batch where the model is, as plain tensors; what fastai searches every batch for, seldom with need."""
         device = next(self.model.parameters()).device
-        there = all(isinstance(t, Tensor) and t.device == device for t in b)
-        return b if there else super()._set_device(b)
+        if all(type(t) is Tensor and t.device == device for t in b):
+            return b
+        return tuple(t.as_subclass(Tensor) if isinstance(t, Tensor) else t for t in super()._set_device(b))
 
     @property
     def card(self) -> ModelCard:
@@ -183,10 +185,8 @@ def dms_learner(
         path=path,
     )
     learn.recipe = recipe
-    recorder = learn.recorder
-    recorder.train_metrics = True
-    recorder.smooth_loss, recorder.loss = LazySmoothLoss(), LazyLoss()
-    return learn
+    learn.remove_cbs([learn.recorder, CastToTensor])
+    return learn.add_cb(Recorder())
 
 
 def build_model(recipe: Recipe, num_classes: int) -> nn.Module:

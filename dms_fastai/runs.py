@@ -4,6 +4,7 @@ A run's folder holds `recipe.toml` (whole, enough to run it again), `run.json` (
 figures), `metrics.csv` (a row an epoch), `curves.png`, `learner.pkl`, `model.safetensors` and `checkpoint/`.
 """
 
+import contextlib
 import datetime
 import json
 import platform
@@ -11,7 +12,6 @@ import random
 import shutil
 import subprocess
 import time
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -27,6 +27,7 @@ from rich.console import Console
 from .callbacks.checkpoint import Checkpoint
 from .callbacks.distill import check_classes, load_teacher
 from .callbacks.history import History
+from .callbacks.profile import StepProfile
 from .callbacks.progress import RichProgress, TimeLimit
 from .data import load_data, source_name
 from .data.loader import vocabulary
@@ -167,6 +168,7 @@ def run_stage(
     deadline: float | None = None,
     restart: bool = False,
     console: Console | None = None,
+    profile: bool = False,
 ) -> Run:
     """Train a stage, or what is left of it, and write its folder. A finished one is only read.
 
@@ -177,6 +179,7 @@ def run_stage(
         deadline: On the clock of `time.monotonic`; training stops after the last epoch that fits.
         restart: Throw away what the folder holds.
         console: Where to show progress; None: standard output.
+        profile: Trace a few steps, and print where their time goes.
 
     Raises:
         UserError: The data or the teacher do not fit, or the folder holds a run of another recipe.
@@ -204,6 +207,8 @@ def run_stage(
         shutil.rmtree(folder)
     _refuse_other_origin(origin, folder)
     if is_finished(folder):
+        if profile:
+            console.print(f"{recipe.title}: finished before, nothing to profile; give --out elsewhere", markup=False)
         return read_run(folder)
 
     _seed_everything(seed)
@@ -231,8 +236,11 @@ def run_stage(
 
     note("running")
     try:
-        with RichProgress(recipe.title, console) as progress:
-            learn.fit_recipe(cbs=[*cbs, progress], start_epoch=start)
+        with contextlib.ExitStack() as stack:
+            cbs.append(stack.enter_context(RichProgress(recipe.title, console)))
+            if profile:
+                cbs += stack.enter_context(StepProfile(folder / "profile", console)).edges
+            learn.fit_recipe(cbs=cbs, start_epoch=start)
     except BaseException:
         note("interrupted")
         raise
@@ -259,7 +267,7 @@ def _refuse_other_recipe(recipe: Recipe, folder: Path, of: tuple[str, ...] | Non
     file = folder / RECIPE
     if not file.is_file() or not _epochs_done(folder):
         return
-    theirs, ours = (_flat(t) for t in (tomllib.loads(file.read_text(encoding="utf-8")), recipe.to_table()))
+    theirs, ours = (_flat(r.to_table()) for r in (load_recipe(file), recipe))  # loaded, so that defaults are filled in
     keys = sorted(key for key in of or theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
     if keys:
         changes = ", ".join(f"{key} {theirs.get(key)} -> {ours.get(key)}" for key in keys)

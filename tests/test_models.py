@@ -4,10 +4,13 @@ import pytest
 import timm
 import torch
 from timm.models import group_parameters
+from timm.task import LogitDistillationTask
 from torch import nn
 from torch.fx import symbolic_trace
 
 import dms_fastai  # noqa: F401  (registers the architectures)
+from dms_fastai.models.dropout import dropout
+from dms_fastai.models.fold import fold_batch_norms
 
 COUNTS = {
     "dmsresnet": 4_697_742,
@@ -63,6 +66,81 @@ def test_dropout_follows_every_block_and_precedes_the_classifier():
     model = timm.create_model("dmsresnet", drop_rate=0.1)
     assert [m.p for m in model.modules() if isinstance(m, nn.Dropout)] == [0.1] * 12
     assert isinstance(model.head_drop, nn.Dropout)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 7), (5, 3, 9, 11), (2, 64, 32, 32)])
+def test_dropout_drops_its_share_and_scales_the_rest(shape, dtype):
+    x = torch.ones(shape, dtype=dtype, requires_grad=True)
+    y = dropout(x, 0.25, True)
+    y.backward(torch.ones_like(y))
+    assert y.dtype == dtype
+    assert set(y.detach().float().unique().tolist()) <= {0.0, float(torch.tensor(1 / 0.75, dtype=dtype))}
+    assert torch.equal(x.grad, y)  # what was dropped gets no gradient, the rest is scaled alike
+    n = x.numel()
+    if n > 1000:
+        gap = ((y == 0).float().mean() - 0.25).abs()
+        assert gap < 5 * (0.25 * 0.75 / n) ** 0.5
+
+
+def test_dropout_is_drawn_anew_from_torchs_random_state_for_every_element():
+    x = torch.ones(64, 8, 16, 16).to(memory_format=torch.channels_last)
+    torch.manual_seed(5)
+    first, second = dropout(x, 0.5, True), dropout(x, 0.5, True)
+    torch.manual_seed(5)
+    assert torch.equal(first, dropout(x, 0.5, True))
+    assert first.is_contiguous(memory_format=torch.channels_last)
+    gone = (first == 0).permute(0, 2, 3, 1).flatten().float()
+    both = ((second == 0).permute(0, 2, 3, 1).flatten().float() * gone).mean()
+    assert abs(both - 0.25) < 0.01
+    for lag in (1, 2, 3, 4, 8):  # elements of one draw, and of neighbouring ones, know nothing of each other
+        assert abs((gone[lag:] * gone[:-lag]).mean() - 0.25) < 0.01
+
+
+def test_dropout_at_its_ends():
+    x = torch.randn(4, 5)
+    assert torch.equal(dropout(x, 0.3, False), x)
+    assert torch.equal(dropout(x, 0.0, True), x)
+    assert torch.equal(dropout(x, 1.0, True), torch.zeros_like(x))
+    assert dropout(torch.randn(1000), 0.999999, True).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["dmsresnet50", "test_dmsresnet", "resnet18", "vit_tiny_patch16_224"])
+def test_folding_batch_norms_changes_nothing_but_their_number(name):
+    model = timm.create_model(name, num_classes=7)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    folded = fold_batch_norms(model)
+    x = torch.randn(3, 3, *((224, 224) if name.startswith("vit") else (32, 32)))
+    assert model.training
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    assert not any(p.requires_grad for p in folded.parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(folded(x), model.eval()(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_network_that_cannot_be_traced_is_folded_to_a_copy():
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.bn(self.conv(x)) if x.mean() > 0 else x
+
+    model = Branching()
+    folded = fold_batch_norms(model)
+    assert folded is not model
+    assert model.training
+    assert not folded.training
+    x = torch.rand(2, 3, 4, 4)
+    torch.testing.assert_close(folded(x), model.eval()(x))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -169,3 +247,10 @@ def test_initialisation_is_torchs_own():
     bound = (64 * 9) ** -0.5
     assert weight.abs().max() <= bound
     assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.02)
+
+
+def test_timms_own_distillation_takes_them():
+    student, teacher = timm.create_model("test_dmsresnet", num_classes=4), timm.create_model("resnet10t", num_classes=4)
+    task = LogitDistillationTask(student, teacher, nn.CrossEntropyLoss(), task_loss_weight=0.1, verbose=False)
+    task(torch.randn(2, 3, 32, 32), torch.tensor([1, 2]))["loss"].backward()
+    assert student.conv1.weight.grad.abs().sum() > 0

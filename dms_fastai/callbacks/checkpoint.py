@@ -7,11 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 from fastai.callback.core import Callback
-from fastai.learner import Recorder
 from fastcore.foundation import L
 
 from ..files import whole
-from .lazy import to_cpu
+from .recorder import Recorder
 
 __all__ = ["Checkpoint"]
 
@@ -75,7 +74,7 @@ def plain(value: Any) -> Any:
 
 def get_recorder(recorder: Recorder) -> dict[str, Any]:
     """What fastai's recorder has seen so far: every step's rate and loss, every epoch's values."""
-    recorder.losses = to_cpu(recorder.losses)
+    recorder.fetch()
     return {
         "lrs": plain(list(recorder.lrs)),
         "losses": torch.stack(recorder.losses),

@@ -20,6 +20,8 @@ class MixUp(Callback):
     """
 
     order, run_valid = 0, False
+    beta: Beta | None = None
+    _stateattrs = ("beta", "partner")
 
     def __init__(self, alpha: float = 1.0, per: str = "batch"):
         """
@@ -67,8 +69,10 @@ class MixUp(Callback):
 
     def draw(self, n: int, device: torch.device) -> Tensor:
         """Lambda in float32, without dimensions or of shape (n,), on `device`."""
-        a = torch.full((), self.alpha, device=device)  # made there: a copy from the host would wait
-        return Beta(a, a, validate_args=False).sample(() if self.per == "batch" else (n,))
+        if self.beta is None or self.beta.concentration1.device != device:
+            a = torch.full((), self.alpha, device=device)
+            self.beta = Beta(a, a, validate_args=False)
+        return self.beta.sample(() if self.per == "batch" else (n,))
 
 
 def mix(x_a: Tensor, x_b: Tensor, lam: Tensor) -> Tensor:

@@ -24,19 +24,19 @@ def has_bf16(device: torch.device) -> bool:
 
 @contextmanager
 def fast_kernels(device: torch.device | None) -> Iterator[None]:
-    """On a GPU: float32 matrices multiplied in TF32, and each convolution by the kernel that was timed as the fastest."""
+    """On a GPU, multiply float32 matrices in TF32 and time convolution kernels to take the fastest; then as before."""
     cudnn = torch.backends.cudnn
     if device is None or device.type != "cuda":
         yield
         return
-    before = torch.get_float32_matmul_precision(), cudnn.benchmark
+    precision, benchmark = torch.get_float32_matmul_precision(), cudnn.benchmark
     torch.set_float32_matmul_precision("high")
     cudnn.benchmark = not cudnn.deterministic
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before[0])
-        cudnn.benchmark = before[1]
+        torch.set_float32_matmul_precision(precision)
+        cudnn.benchmark = benchmark
 
 
 class Precision(Callback):

@@ -30,6 +30,7 @@ class RichProgress(Callback):
             TimeRemainingColumn(elapsed_when_finished=True),
             console=console,
             transient=True,
+            auto_refresh=False,  # its thread would take a tenth of the time that Python has
             disable=not console.is_terminal,
         )
 
@@ -53,7 +54,7 @@ class RichProgress(Callback):
         )
 
     def before_epoch(self) -> None:
-        self.progress.update(self.task, epoch=self.learn.epoch + 1)
+        self.progress.update(self.task, epoch=self.learn.epoch + 1, refresh=True)
 
     def before_train(self) -> None:
         self.train_began = time.perf_counter()
@@ -70,13 +71,14 @@ class RichProgress(Callback):
             completed=self.learn.epoch * steps + done,
             loss=f"{float(self.learn.smooth_loss):.3f}",
             rate=f"{done * self.learn.dls.train.bs / (now - self.train_began):,.0f}",
+            refresh=True,
         )
 
     def after_epoch(self) -> None:
         row = self.learn.history.rows[-1]
         accuracy, rate = f"{100 * row['valid_accuracy']:.2f} %", f"{row['images_per_second']:,.0f}"
         if self.console.is_terminal:
-            self.progress.update(self.task, accuracy=accuracy, rate=rate)
+            self.progress.update(self.task, accuracy=accuracy, rate=rate, refresh=True)
             return
         epochs, left = self.learn.n_epoch, (self.learn.n_epoch - row["epoch"]) * row["seconds"]
         self.console.print(

@@ -20,6 +20,8 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from .dropout import Dropout
+
 __all__ = ["DMSResNet"]
 
 SE_REDUCTION = 16
@@ -55,7 +57,7 @@ class ResidualBlock(nn.Module):
         if stride != 1 or in_chs != out_chs:
             self.shortcut = nn.Sequential(*conv_bn(in_chs, out_chs, 1, stride, **dd))
         self.act = nn.ReLU(inplace=True)
-        self.drop = nn.Dropout(drop_rate)
+        self.drop = Dropout(drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.drop(self.act(self.residual(x) + self.shortcut(x)))
@@ -122,6 +124,7 @@ class DMSResNet(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.num_classes = num_classes
+        self.in_chans = in_chans
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
 

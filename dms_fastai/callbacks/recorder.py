@@ -1,17 +1,42 @@
-"""Losses and metrics that stay on the device until somebody reads them.
+"""fastai's recorder, for losses and metrics that stay on the device until somebody reads them.
 
-fastai's own are moved to the CPU every batch, and on a GPU each move waits for all the work before it.
+fastai moves its own to the CPU every batch, and on a GPU each move waits for all the work before it.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from fastai import learner as fastai
 from fastai.learner import AvgLoss, AvgMetric, AvgSmoothLoss, Metric
-from fastai.torch_core import find_bs, num_distrib
+from fastai.torch_core import num_distrib
 from torch import Tensor
 
-__all__ = ["LazyLoss", "LazyMetric", "LazySmoothLoss", "accuracy", "lazy", "to_cpu"]
+__all__ = ["LazyLoss", "LazyMetric", "LazySmoothLoss", "Recorder", "accuracy", "lazy", "to_cpu"]
+
+
+class Recorder(fastai.Recorder):
+    """`fastai.learner.Recorder` that measures the metrics in training, too, and waits for nothing."""
+
+    def __init__(self):
+        super().__init__(train_metrics=True)
+        self.smooth_loss, self.loss = LazySmoothLoss(), LazyLoss()
+
+    def after_batch(self) -> None:
+        learn = self.learn
+        if not learn.training or not len(learn.yb):
+            super().after_batch()
+            return
+        self.smooth_loss.accumulate(learn)
+        for metric in learn.metrics:
+            metric.accumulate(learn)
+        learn.smooth_loss = self.smooth_loss.value
+        self.losses.append(learn.smooth_loss)
+        self.lrs.append(learn.opt.hypers[-1]["lr"])
+
+    def fetch(self) -> None:
+        """The losses so far to the CPU, in one copy."""
+        self.losses = to_cpu(getattr(self, "losses", []))
 
 
 def accuracy(pred: Tensor, y: Tensor) -> Tensor:
@@ -35,7 +60,7 @@ class LazyLoss(AvgLoss):
         if num_distrib() > 1:  # fastai's own gathers what the other processes have
             super().accumulate(learn)
             return
-        n = find_bs(learn.yb)
+        n = len(learn.yb[0])
         self.total += learn.loss.detach().mean() * n
         self.count += n
 
@@ -47,7 +72,7 @@ class LazyMetric(AvgMetric):
         if num_distrib() > 1:
             super().accumulate(learn)
             return
-        n = find_bs(learn.yb)
+        n = len(learn.yb[0])
         value: Tensor | float = self.func(learn.pred, *learn.yb)
         self.total += (value.detach() if isinstance(value, Tensor) else value) * n
         self.count += n
