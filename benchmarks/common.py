@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fastai.data.core import DataLoaders
 from rich.console import Console
 from rich.table import Table
 
+from dms_fastai.data import BatchLoader, ImageSet
 from dms_fastai.runs import choose_device, processor
 
 ARTIFACTS = Path(__file__).parent.parent / "artifacts" / "benchmarks"
@@ -87,6 +89,18 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def random_pictures(n: int, batch_size: int, size: int, device: torch.device) -> DataLoaders:
+    """Loaders over `n` pictures of random pixels in ten classes, and a few to validate on."""
+    classes = [str(i) for i in range(10)]
+    train, valid = (
+        ImageSet(torch.randint(256, (count, 3, size, size), dtype=torch.uint8), torch.randint(10, (count,)), classes)
+        for count in (n, batch_size)
+    )
+    train.split_idx = 0
+    loaders = [BatchLoader(train, batch_size, shuffle=True, drop_last=True), BatchLoader(valid, batch_size)]
+    return DataLoaders(*loaders, device=device)
 
 
 def where(device: torch.device) -> dict[str, Any]:

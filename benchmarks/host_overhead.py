@@ -22,11 +22,10 @@ from rich.console import Console
 from torch import nn
 from torch.distributions import Beta
 
-from benchmarks.common import Stopwatch, arguments, difference, in_turn, summary, write
+from benchmarks.common import Stopwatch, arguments, difference, in_turn, random_pictures, summary, write
 from benchmarks.rivals import ALPHA, LR, MOMENTUM, WEIGHT_DECAY, LapCallback, T, stock_learner
 from dms_fastai import DMSLoss, dms_learner
 from dms_fastai.callbacks.progress import RichProgress
-from dms_fastai.data import BatchLoader, ImageSet
 
 SKIP = 20
 
@@ -51,7 +50,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     args = parser.parse_args()
     torch.set_num_threads(args.threads or 1)
-    dls = random_batches((SKIP + args.steps) * args.batch_size, args.batch_size, args.size, args.device)
+    dls = random_pictures((SKIP + args.steps) * args.batch_size, args.batch_size, args.size, args.device)
 
     def contender(train) -> float:
         torch.manual_seed(0)
@@ -68,18 +67,6 @@ def main() -> None:
     figures = summary(microseconds, "µs a step", "what a step costs", difference)
     shape = {"batch_size": args.batch_size, "size": args.size, "steps": args.steps}
     write("host_overhead", {"unit": "µs a step", **shape, "n": args.rounds, "figures": figures}, args.device, args.out)
-
-
-def random_batches(n: int, batch_size: int, size: int, device: torch.device) -> DataLoaders:
-    train, valid = (
-        ImageSet(
-            torch.randint(256, (count, 3, size, size), dtype=torch.uint8), torch.randint(10, (count,)), "0123456789"
-        )
-        for count in (n, batch_size)
-    )
-    train.split_idx = 0
-    loaders = [BatchLoader(train, batch_size, shuffle=True, drop_last=True), BatchLoader(valid, batch_size)]
-    return DataLoaders(*loaders, device=device)
 
 
 def bare(dls: DataLoaders, student: nn.Module, teacher: nn.Module, stopwatch: Stopwatch) -> None:

@@ -1,16 +1,15 @@
 """`dms_learner`: model, data, loss, callbacks and optimiser of a recipe, put together into a fastai Learner."""
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from fastai.callback.core import Callback, CancelEpochException, event
+from fastai.callback.core import CancelEpochException
 from fastai.callback.schedule import ParamScheduler
 from fastai.data.core import DataLoaders
-from fastai.learner import CastToTensor, Learner
+from fastai.learner import CastToTensor
 from torch import Tensor, nn
 
 from .callbacks import ClipGradValue, MixUp, Precision, TeacherDistill, TorchCompile
@@ -18,6 +17,7 @@ from .callbacks.precision import fast_kernels
 from .callbacks.recorder import Recorder, accuracy, lazy
 from .data.loader import statistics
 from .errors import UserError
+from .events import EventLearner
 from .losses import DMSLoss
 from .models.weights import ModelCard
 from .optim import sgd
@@ -26,23 +26,12 @@ from .schedule import cosine_annealing, one_cycle
 
 __all__ = ["DMSLearner", "build_model", "dms_learner"]
 
-# What happens in every batch; callbacks may sit it out in training or in validation.
-EVENTS_OF_A_BATCH = {
-    "before_batch", "after_pred", "after_loss", "before_backward", "after_cancel_backward", "after_backward",
-    "before_step", "after_cancel_step", "after_step", "after_cancel_batch", "after_batch",
-}  # fmt: skip
-Listener = tuple[Callback, Callable[[], Any]]
 
-
-class DMSLearner(Learner):
+class DMSLearner(EventLearner):
     """A fastai Learner that knows its recipe: everything that a Learner does, and `fit_recipe`."""
 
     recipe: Recipe
     first_epoch = 0
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        self._listening: dict[str, list[Listener]] = {}
-        super().__init__(*args, **kwargs)
 
     def fit_recipe(self, epochs: int | None = None, lr: float | None = None, **kwargs: Any) -> None:
         """Train by the recipe's schedule.
@@ -72,49 +61,13 @@ class DMSLearner(Learner):
         """`Learner.fit`, whose skipped epochs leave no trace in the recorder."""
         self.first_epoch = start_epoch
         try:
-            with fast_kernels(self.dls.device):
+            with fast_kernels(getattr(self.dls, "device", None)):
                 super().fit(n_epoch, *args, **kwargs)
         finally:
             if isinstance(getattr(self, "recorder", None), Recorder):
                 self.recorder.fetch()  # after an exception as well, when no event is sent
             if hasattr(self, "torch_compile"):
                 self.torch_compile.release()
-
-    def __call__(self, event_name: str | list[str]) -> None:
-        """Send an event, or several, to the callbacks that listen to it, in order.
-
-        What fastai does, at a tenth of its price: it sorts all callbacks and asks each of them, every time.
-        """
-        for name in [event_name] if isinstance(event_name, str) else event_name:
-            of_a_batch = name in EVENTS_OF_A_BATCH
-            listeners = self._listening.get(name) if of_a_batch else None
-            if listeners is None:
-                listeners = self._listeners(name)
-            part = "run_train" if self.training else "run_valid"
-            for callback, method in listeners:
-                if callback.run and (not of_a_batch or getattr(callback, part)):
-                    method()
-            if name == event.after_fit:
-                for callback in self.cbs:
-                    callback.run = True  # whoever was switched off was so for this fit
-
-    def _listeners(self, name: str) -> list[Listener]:
-        if name not in EVENTS_OF_A_BATCH:
-            self._listening.clear()  # before every epoch and more: a callback may have been changed by hand
-        found = [(cb, _method(cb, name)) for cb in self.cbs.sorted("order") if _listens(cb, name)]
-        self._listening[name] = found
-        return found
-
-    def add_cb(self, cb: Callback | type[Callback]) -> "DMSLearner":
-        self._listening.clear()
-        return super().add_cb(cb)
-
-    def remove_cb(self, cb: Callback | type[Callback]) -> "DMSLearner":
-        self._listening.clear()
-        return super().remove_cb(cb)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_listening": {}}
 
     def _do_fit(self) -> None:
         for epoch in range(self.first_epoch, self.n_epoch):
@@ -209,7 +162,9 @@ def _loss(recipe: Recipe) -> DMSLoss:
 
 
 def _callbacks(recipe: Recipe, teacher: Any) -> list:
-    callbacks = [Precision(recipe.precision), *([TorchCompile()] if recipe.compile == "auto" else [])]
+    callbacks = [Precision(recipe.precision)]
+    if recipe.compile != "never":
+        callbacks.append(TorchCompile() if recipe.compile == "auto" else TorchCompile(steps=0))
     if recipe.mixup is not None:
         callbacks.append(MixUp(recipe.mixup.alpha, recipe.mixup.per))
     if recipe.optimizer.clip_value is not None:
@@ -223,16 +178,6 @@ def _callbacks(recipe: Recipe, teacher: Any) -> list:
     elif teacher is not None:
         raise UserError(f"recipe {recipe.name!r} does not distil; leave the teacher out, or take 'kd'")
     return callbacks
-
-
-def _listens(callback: Callback, name: str) -> bool:
-    """Whether a callback has a method of its own for an event; asking the instance would ask its Learner, too."""
-    return hasattr(type(callback), name) or name in vars(callback) or type(callback).__call__ is not Callback.__call__
-
-
-def _method(callback: Callback, name: str) -> Callable[[], Any]:
-    """What to call for an event; a callback that takes all events in one place is sent them there."""
-    return getattr(callback, name) if type(callback).__call__ is Callback.__call__ else partial(callback, name)
 
 
 def _listed(cbs: Any) -> list:

@@ -136,14 +136,14 @@ class Recipe:
     Attributes:
         teacher: Who teaches, where the recipe distils: whatever `--teacher` takes.
         precision: "auto" is bf16 where the hardware multiplies it.
-        compile: "auto" is torch.compile on a GPU, for training long enough to pay for it.
+        compile: "auto" is torch.compile on a GPU for training long enough to pay for it, "always" for any there.
     """
 
     name: str = ""
     title: str = ""
     teacher: str | None = None
     precision: Literal["auto", "float32"] = "auto"
-    compile: Literal["auto", "never"] = "auto"
+    compile: Literal["auto", "always", "never"] = "auto"
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     augment: Augment = field(default_factory=Augment)

@@ -317,14 +317,12 @@ def test_compiled_training_is_eager_training(dls, teacher, compiling):
         torch.manual_seed(0)
         settings = {"compile": compile, "precision": "float32", "model.drop_rate": 0.0}
         learn = quiet(dms_learner(dls, "kd", teacher=teacher, settings=settings))
-        if compile == "auto":
-            learn.torch_compile.steps = 0
         seen = []
         learn.fit_recipe(1, cbs=Callback(before_validate=lambda cb: seen.append(cb.learn.model._compiled_call_impl)))
         assert seen == [None]  # validation is eager
         return learn
 
-    compiled, eager = train("auto"), train("never")
+    compiled, eager = train("always"), train("never")
     torch.testing.assert_close(
         torch.stack(compiled.recorder.losses), torch.stack(eager.recorder.losses), rtol=1e-3, atol=1e-3
     )
@@ -339,21 +337,18 @@ def test_an_interrupted_fit_leaves_nothing_compiled(dls, monkeypatch):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(torch_compile, "can_compile", lambda device: True)
-    learn = quiet(dms_learner(dls, "se"))
-    learn.torch_compile.steps = 0
+    learn = quiet(dms_learner(dls, "se", settings={"compile": "always"}))
     with pytest.raises(KeyboardInterrupt):
         learn.fit(1, cbs=Interrupt())
     assert learn.model._compiled_call_impl is None
     assert learn.loss_func._compiled_call_impl is None
 
 
-@pytest.mark.parametrize(("steps", "there"), [(10**9, True), (0, False)])
-def test_short_fits_and_cpus_are_not_compiled(dls, monkeypatch, steps, there):
+@pytest.mark.parametrize(("compile", "there"), [("auto", True), ("always", False), ("never", True)])
+def test_short_fits_and_cpus_are_not_compiled(dls, monkeypatch, compile, there):
     monkeypatch.setattr(torch_compile, "can_compile", lambda device: there)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: pytest.fail("compiled"))
-    learn = quiet(dms_learner(dls, "se"))
-    learn.torch_compile.steps = steps
-    learn.fit(1)
+    quiet(dms_learner(dls, "se", settings={"compile": compile})).fit(1)
 
 
 @pytest.mark.parametrize("fails", [False, True])

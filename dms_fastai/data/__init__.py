@@ -13,7 +13,7 @@ from .sources import NAMED, load_splits, source_name, split_by_class
 
 __all__ = ["NAMED", "BatchLoader", "ImageSet", "load_data", "source_name"]
 
-VALID_BATCH = 512
+VALID_BATCH = {"cpu": 128, "cuda": 512}  # a CPU is slower with tensors that outgrow its allocator's pools
 NO_FLIP = {"digits"}
 
 
@@ -65,7 +65,7 @@ def load_data(
     own = {"pad": pad, "flip": flip, "mean": mean, "std": std}
     loaders = [
         BatchLoader(train, bs, shuffle=True, drop_last=True, device=device, **own),
-        BatchLoader(evaluation, max(bs, VALID_BATCH), device=device, **own),
+        BatchLoader(evaluation, max(bs, VALID_BATCH.get(device.type, bs)), device=device, **own),
     ]
     return DataLoaders(*loaders, device=device)
 
