@@ -24,6 +24,7 @@ from fastai.callback.progress import ProgressCallback
 from fastcore.basics import noop
 from rich.console import Console
 
+from . import __version__
 from .callbacks.checkpoint import Checkpoint
 from .callbacks.distill import check_classes, load_teacher
 from .callbacks.history import History
@@ -321,8 +322,8 @@ def _facts(learn: DMSLearner, seed: int, before: Mapping[str, Any]) -> dict[str,
         "epochs": recipe.schedule.epochs,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "threads": torch.get_num_threads(),
-        "versions": {name: metadata.version(name) for name in ("dms-fastai", "fastai", "timm", "torch")}
-        | {"python": platform.python_version()},
+        "versions": {"dms-fastai": __version__, "python": platform.python_version()}
+        | {name: metadata.version(name) for name in ("fastai", "timm", "torch")},
         "commit": _commit(),
         "started": before.get("started", datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")),
     }
