@@ -83,7 +83,7 @@ class StepProfile:
             self.split = self._split()
             os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it reports on standard error that there is no GPU
             gpu = [ProfilerActivity.CUDA] if self.device.type == "cuda" else []
-            self.profiler = profile(activities=[ProfilerActivity.CPU, *gpu])
+            self.profiler = profile(activities=[ProfilerActivity.CPU, *gpu], acc_events=True)
             self.profiler.start()
         elif self.steps == STEPS:
             self._stop()
