@@ -2,6 +2,7 @@
 
 import sys
 import time
+from errno import ENOSPC
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +15,9 @@ from .errors import UserError
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 console = Console()
 
-INTERRUPTED, TIME_IS_UP = 130, 75
+INTERRUPTED = 130
+EXIT_CODES = {"SIGINT": INTERRUPTED, "SIGTERM": 143, "time limit": 75}
+TRUST = typer.Option("--trust-pickle", help="Load a .pkl, which runs the code in it: only from people you trust.")
 
 
 @app.callback()
@@ -36,17 +39,22 @@ def run(
     out: Annotated[Path | None, typer.Option(help="Folder of the runs, instead of artifacts/DATA.")] = None,
     time_limit: Annotated[str | None, typer.Option(help="Stop cleanly in time: 90s, 9m, 2h.")] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Throw away what these runs have so far.")] = False,
+    checkpoint_steps: Annotated[int | None, typer.Option(min=1, help="A checkpoint every so many steps, too.")] = None,
+    trust_pickle: Annotated[bool, TRUST] = False,
+    deterministic: Annotated[bool, typer.Option("--deterministic", help="The same bits on a GPU; slower.")] = False,
     profile: Annotated[bool, typer.Option("--profile", help="Print where a step's time goes; trace a few.")] = False,
 ) -> None:
     """Train a recipe, with the teacher it needs, and print what came of it. The same command goes on after a stop."""
     from .recipes import parse_setting
     from .report import ablation_table, read_run
-    from .runs import check_folders, choose_device, is_finished, plan, run_stage
+    from .runs import be_deterministic, check_folders, choose_device, is_finished, plan, run_stage
 
     deadline = None if time_limit is None else time.monotonic() + parse_duration(time_limit)
     where = choose_device(device)
     settings = dict(parse_setting(text) for text in set_ or [])
-    stages = plan(recipe, data, out, seed, arch, teacher, epochs, schedule, settings)
+    if deterministic:
+        be_deterministic()
+    stages = plan(recipe, data, out, seed, arch, teacher, epochs, schedule, settings, trust_pickle)
     if not restart:
         check_folders(stages)
     runs = []
@@ -56,18 +64,17 @@ def run(
             console.print(
                 f"taught by the finished run in {stage.teacher}", soft_wrap=True, highlight=False, markup=False
             )
-        try:
-            result = run_stage(stage, data, seed, where, deadline, restart, console, profile)
-        except KeyboardInterrupt:
-            console.print(
-                f"\nstopped in {stage.recipe.title}; the same command goes on from its last whole epoch", markup=False
-            )
-            raise typer.Exit(INTERRUPTED) from None
+        result = run_stage(
+            stage, data, seed, where, deadline, restart, console, profile, checkpoint_steps, trust_pickle
+        )
         if not result.finished:
+            reason = result.facts["stopped_by"]
             console.print(
-                f"time is up: {stage.recipe.title}, {result.state}; the same command goes on from there", markup=False
+                f"stopped ({reason}): {result.facts['title']}, {result.state}; the same command goes on from there",
+                markup=False,
+                soft_wrap=True,
             )
-            raise typer.Exit(TIME_IS_UP)
+            raise typer.Exit(EXIT_CODES[reason])
         runs.append(result)
     console.print(ablation_table(runs, f"{runs[-1].facts['data']}, seed {seed}"))
     console.print(f"learner: {runs[-1].folder / 'learner.pkl'}", soft_wrap=True, highlight=False)
@@ -105,14 +112,15 @@ def models() -> None:
 def predict(
     learner: Annotated[Path, typer.Argument(help="A learner.pkl, a model.safetensors, or a run's folder.")],
     images: Annotated[list[Path], typer.Argument(help="Pictures.")],
-    top: Annotated[int, typer.Option(help="How many classes to print.")] = 3,
+    top: Annotated[int, typer.Option(min=1, help="How many classes to print.")] = 3,
+    trust_pickle: Annotated[bool, TRUST] = False,
 ) -> None:
     """Classify pictures: the likeliest classes of each, with their probabilities."""
     from .export import predict_files
 
-    vocab, probabilities = predict_files(learner, images)
+    vocab, probabilities = predict_files(learner, images, trust_pickle)
     for image, row in zip(images, probabilities, strict=True):
-        best = row.topk(min(max(top, 1), len(vocab)))
+        best = row.topk(min(top, len(vocab)))
         classes = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         line = ", ".join(f"{vocab[index]} {100 * share:.1f} %" for index, share in classes)
         console.print(f"{image}: {line}", soft_wrap=True, highlight=False, markup=False)
@@ -163,7 +171,8 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except OSError as error:  # a folder that cannot be written, a full disk
-        print(f"dms-fastai: {error}", file=sys.stderr)
+        kept = "; what was finished is kept: make room, and the same command goes on" if error.errno == ENOSPC else ""
+        print(f"dms-fastai: {error}{kept}", file=sys.stderr)
         sys.exit(2)
 
 

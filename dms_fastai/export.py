@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .callbacks.distill import open_learner
+from .callbacks.distill import open_learner, without_code
 from .data.augment import affine, normalize
 from .data.pictures import read_picture
 from .errors import UserError
@@ -28,18 +28,20 @@ def export_run(learn: DMSLearner, folder: Path) -> None:
     learn.recorder.hps = rates
 
 
-def predict_files(source: Path, pictures: Iterable[Path]) -> tuple[list[str], Tensor]:
+def predict_files(source: Path, pictures: Iterable[Path], trust: bool = False) -> tuple[list[str], Tensor]:
     """Class names, and the probabilities of each picture, shape (N, C).
 
     Args:
-        source: A run's folder, a model.safetensors, or a .pkl of `Learner.export`, which runs the code inside it.
+        source: A run's folder, a model.safetensors, or a .pkl of `Learner.export`.
         pictures: Files.
+        trust: Load a .pkl, which runs the code inside it. Without, the weights beside it are taken, in a run's folder.
 
     Raises:
-        UserError: There is no model at `source`, or a file is no picture.
+        UserError: There is no model at `source`, it is a .pkl that is not trusted, or a file is no picture.
     """
+    source = without_code(source, trust)
     if source.suffix == ".pkl":
-        learn = open_learner(source)
+        learn = open_learner(source, trust)
         learn.remove_cbs([cb for cb in learn.cbs if cb.name == "progress"])
         probabilities, _ = learn.get_preds(dl=learn.dls.test_dl(list(pictures)))
         return [str(name) for name in learn.dls.vocab], probabilities

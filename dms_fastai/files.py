@@ -19,7 +19,18 @@ def whole(file: Path) -> Iterator[Path]:
         with partial.open("rb") as written:
             os.fsync(written.fileno())
         partial.replace(file)
+        _flush_folder(file.parent)
     except BaseException:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
+
+
+def _flush_folder(folder: Path) -> None:
+    """A renamed file has its new name on disk only when its folder is there, too."""
+    with contextlib.suppress(OSError):  # not every system lets a folder be opened
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)

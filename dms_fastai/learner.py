@@ -74,6 +74,11 @@ class DMSLearner(EventLearner):
             self.epoch = epoch
             self._with_events(self._do_epoch, "epoch", CancelEpochException)
 
+    def all_batches(self) -> None:
+        self.n_iter = len(self.dl)
+        for i, b in enumerate(self.dl, getattr(self.dl, "first_batch", 0)):  # not 0 in an epoch that goes on
+            self.one_batch(i, b)
+
     def one_batch(self, i: int, b: tuple) -> None:
         try:
             super().one_batch(i, b)

@@ -6,6 +6,7 @@ the caller overrides, and returns a `Recipe`; `Recipe.to_toml` writes it out who
 """
 
 import dataclasses
+import math
 import tomllib
 import types
 import typing
@@ -343,8 +344,10 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             return _build(option, value, where)
         if typing.get_origin(option) is Literal and value in typing.get_args(option):
             return value
-        if option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
+        if option is float:
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+                return float(value)
+            continue
         kind = typing.get_origin(option) or option
         if isinstance(kind, type) and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
             return value
@@ -356,7 +359,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
 def _describe(option: Any) -> str:
     if typing.get_origin(option) is Literal:
         return " or ".join(repr(choice) for choice in typing.get_args(option))
-    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a table"}
+    kinds = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text", dict: "a table"}
     return kinds.get(typing.get_origin(option) or option, str(option))
 
 

@@ -6,7 +6,9 @@ figures), `metrics.csv` (a row an epoch), `curves.png`, `learner.pkl`, `model.sa
 
 import contextlib
 import datetime
+import hashlib
 import json
+import os
 import platform
 import random
 import shutil
@@ -29,22 +31,34 @@ from .callbacks.checkpoint import Checkpoint
 from .callbacks.distill import check_classes, load_teacher
 from .callbacks.history import History
 from .callbacks.profile import StepProfile
-from .callbacks.progress import RichProgress, TimeLimit
+from .callbacks.progress import RichProgress
+from .callbacks.stop import StopOnRequest
 from .data import load_data, source_name
 from .data.loader import vocabulary
 from .errors import UserError
 from .export import export_run
 from .files import whole
 from .learner import DMSLearner, dms_learner
+from .lock import LOCK, locked
 from .models.weights import WEIGHTS
 from .recipes import Recipe, ablation_of, load_recipe, recipe_names
 from .report import METRICS, RUN, Run, plot_curves, read_run
 
-__all__ = ["Stage", "check_folders", "choose_device", "is_finished", "plan", "processor", "run_stage"]
+__all__ = [
+    "Stage",
+    "be_deterministic",
+    "check_folders",
+    "choose_device",
+    "is_finished",
+    "plan",
+    "processor",
+    "run_stage",
+]
 
 RECIPE = "recipe.toml"
 CHECKPOINT = "checkpoint"
 OPTIONAL_TABLES = ("mixup", "distill", "lookahead")
+CODE = ("callbacks", "data", "models", "events.py", "learner.py", "losses.py", "optim.py", "schedule.py")
 SAME_PICTURES = ("data.size", "data.valid")  # what teacher and student must have in common
 
 
@@ -77,6 +91,13 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda" if there and name != "cpu" else "cpu")
 
 
+def be_deterministic() -> None:
+    """Have torch take algorithms that give the same bits every time on a GPU; on a CPU they do so anyway."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic = True
+
+
 def is_finished(folder: str | Path) -> bool:
     """Whether a folder holds a run that went to its end, weights and all."""
     folder = Path(folder)
@@ -93,6 +114,7 @@ def plan(
     epochs: int | None = None,
     schedule: str | None = None,
     settings: Mapping[str, Any] | None = None,
+    trust_pickle: bool = False,
 ) -> list[Stage]:
     """The stages that a recipe needs, in order; a teacher that has yet to be trained comes before its student.
 
@@ -106,6 +128,7 @@ def plan(
         epochs, schedule: For every stage, the teacher's too.
         settings: Recipe values by dotted key; of these, a teacher shares the pictures' size and the held-out share
             alone. In an ablation, tables that a stage may lack (mixup, distill, lookahead) are set where it has them.
+        trust_pickle: The teacher may be a .pkl, whose code is run.
 
     Raises:
         UserError: A recipe, architecture or key that does not exist, a value out of range, or a teacher that cannot
@@ -148,7 +171,7 @@ def plan(
                     stages.append(Stage(teaching, source))
             else:  # say now, not after the stages before it, that it cannot be had or does not fit
                 dls = load_data(data, size=built.data.size, valid=built.data.valid, device="cpu")
-                check_classes(load_teacher(source), vocabulary(dls))
+                check_classes(load_teacher(source, trust_pickle), vocabulary(dls))
         elif teacher is not None and not several:
             raise UserError(f"recipe {built.name!r} does not distil; leave --teacher out, or take kd")
         stages.append(Stage(built, root / built.name / f"seed{seed}", source))
@@ -170,6 +193,8 @@ def run_stage(
     restart: bool = False,
     console: Console | None = None,
     profile: bool = False,
+    checkpoint_steps: int | None = None,
+    trust_pickle: bool = False,
 ) -> Run:
     """Train a stage, or what is left of it, and write its folder. A finished one is only read.
 
@@ -177,14 +202,20 @@ def run_stage(
         stage: Of `plan`.
         data, seed: As in `plan`.
         device: Where to train.
-        deadline: On the clock of `time.monotonic`; training stops after the last epoch that fits.
+        deadline: On the clock of `time.monotonic`; training stops with the first step that ends after it.
         restart: Throw away what the folder holds.
         console: Where to show progress; None: standard output.
         profile: Trace a few steps, and print where their time goes.
+        checkpoint_steps: Write a checkpoint after so many steps, and not only after every epoch.
+        trust_pickle: A teacher may be a .pkl, whose code is run.
+
+    Returns:
+        The run. Ctrl-C, SIGTERM or the deadline leave it unfinished, with a checkpoint of the step that they met, and
+        the reason among its facts, "stopped_by".
 
     Raises:
-        UserError: The data or the teacher do not fit, or the folder holds a run of another recipe.
-        KeyboardInterrupt: After Ctrl-C; the folder holds a checkpoint of the last whole epoch.
+        UserError: The data or the teacher do not fit, the folder holds a run of another recipe or is in use by another
+            process, the loss is no number, or the GPU has too little memory.
     """
     console = console or Console()
     recipe, folder = stage.recipe, stage.folder
@@ -199,54 +230,79 @@ def run_stage(
         flip=recipe.augment.flip,
         device=device,
     )
-    teacher = None if stage.teacher is None else load_teacher(stage.teacher)
+    teacher = None if stage.teacher is None else load_teacher(stage.teacher, trust_pickle)
     origin = {"data_digest": [dls.train_ds.digest(), dls.valid_ds.digest()]}
     if teacher is not None:
         check_classes(teacher, vocabulary(dls))
         origin |= {"teacher": _name_of(stage.teacher), "teacher_digest": teacher.digest()}
-    if restart and (folder / RECIPE).is_file():
-        shutil.rmtree(folder)
-    _refuse_other_origin(origin, folder)
-    if is_finished(folder):
-        if profile:
-            console.print(f"{recipe.title}: finished before, nothing to profile; give --out elsewhere", markup=False)
-        return read_run(folder)
+    with locked(folder):
+        if restart:
+            _empty(folder)
+        _refuse_other_origin(origin, folder)
+        if is_finished(folder):
+            if profile:
+                console.print(
+                    f"{recipe.title}: finished before, nothing to profile; give --out elsewhere", markup=False
+                )
+            return read_run(folder)
+        _refuse_other_code(folder)
+        _seed_everything(seed)
+        learn = dms_learner(dls, recipe, teacher=teacher, path=folder)
+        learn.remove_cb(ProgressCallback)
+        learn.logger = noop
+        return _train(learn, folder, _facts(learn, seed) | origin, deadline, console, profile, checkpoint_steps)
 
-    _seed_everything(seed)
-    learn = dms_learner(dls, recipe, teacher=teacher, path=folder)
-    learn.remove_cb(ProgressCallback)
-    learn.logger = noop
 
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint = Checkpoint(folder / CHECKPOINT)
-    start, rows = checkpoint.resume(learn)
-    before = read_run(folder).facts if start else {}
-    if start:
-        console.print(f"{recipe.title}: going on after epoch {start} of {recipe.schedule.epochs}")
+def _train(
+    learn: DMSLearner,
+    folder: Path,
+    facts: dict[str, Any],
+    deadline: float | None,
+    console: Console,
+    profile: bool,
+    checkpoint_steps: int | None,
+) -> Run:
+    """Train from the folder's checkpoint to the end, or until somebody asks to stop."""
+    recipe = learn.recipe
+    checkpoint = Checkpoint(folder / CHECKPOINT, checkpoint_steps)
+    resumed = checkpoint.resume(learn)
+    for file in resumed.damaged:
+        console.print(f"{file} is damaged; going on from the one before", soft_wrap=True, markup=False)
+    before = read_run(folder).facts if resumed.epochs or resumed.steps else {}
+    if before:
+        step = f", step {resumed.steps}" if resumed.steps else ""
+        console.print(f"{recipe.title}: going on after epoch {resumed.epochs} of {recipe.schedule.epochs}{step}")
+        facts["started"] = before.get("started", facts["started"])
     _write_text(folder / RECIPE, recipe.to_toml())
-    history = History(folder / METRICS, rows)
-    cbs = [history, checkpoint, *([TimeLimit(deadline)] if deadline is not None else [])]
-    facts = _facts(learn, seed, before) | origin
-    clock = time.perf_counter()
+    history = History(folder / METRICS, resumed.rows)
+    stop = StopOnRequest(deadline)
+    began = time.perf_counter()
 
-    def note(status: str) -> Run:
-        facts.update(_figures(history.rows), status=status, epochs_done=len(history.rows))
-        facts["seconds"] = round(before.get("seconds", 0) + time.perf_counter() - clock, 1)
+    def note(status: str, **more: Any) -> Run:
+        facts.update(_figures(history.rows), status=status, epochs_done=len(history.rows), **more)
+        facts["seconds"] = round(before.get("seconds", 0) + time.perf_counter() - began, 1)
         _write_text(folder / RUN, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
         return Run(folder, facts)
 
     note("running")
     try:
         with contextlib.ExitStack() as stack:
+            cbs = [history, checkpoint, stack.enter_context(stop.listening())]
             cbs.append(stack.enter_context(RichProgress(recipe.title, console)))
             if profile:
                 cbs += stack.enter_context(StepProfile(folder / "profile", console)).edges
-            learn.fit_recipe(cbs=cbs, start_epoch=start)
+            learn.fit_recipe(cbs=cbs, start_epoch=resumed.epochs)
+    except torch.OutOfMemoryError:
+        note("interrupted")
+        bs = recipe.data.batch_size
+        raise UserError(
+            f"batches of {bs} pictures do not fit into the GPU's memory; try --set data.batch_size={max(bs // 2, 1)}"
+        ) from None
     except BaseException:
         note("interrupted")
         raise
     if len(history.rows) < recipe.schedule.epochs:
-        return note("interrupted")
+        return note("interrupted", stopped_by=stop.reason)
     export_run(learn, folder)
     plot_curves(history.rows, f"{recipe.title}, {learn.card.arch} on {facts['data']}", folder / "curves.png")
     finished = note("finished")
@@ -259,14 +315,17 @@ def _applies(key: str, recipe: Recipe) -> bool:
     return table not in OPTIONAL_TABLES or getattr(recipe, table) is not None
 
 
-def _epochs_done(folder: Path) -> int:
-    return read_run(folder).facts.get("epochs_done", 0) if (folder / RUN).is_file() else 0
+def _begun(folder: Path) -> bool:
+    """Whether a folder holds a run with something to lose."""
+    if not (folder / RUN).is_file():
+        return False
+    return read_run(folder).facts.get("epochs_done", 0) > 0 or any((folder / CHECKPOINT).glob("*.pt"))
 
 
 def _refuse_other_recipe(recipe: Recipe, folder: Path, of: tuple[str, ...] | None = None) -> None:
     """Raise a UserError that names the keys in which a run's recipe differs; only those `of` the given ones."""
     file = folder / RECIPE
-    if not file.is_file() or not _epochs_done(folder):
+    if not file.is_file() or not _begun(folder):
         return
     theirs, ours = (_flat(r.to_table()) for r in (load_recipe(file), recipe))  # loaded, so that defaults are filled in
     keys = sorted(key for key in of or theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
@@ -277,12 +336,47 @@ def _refuse_other_recipe(recipe: Recipe, folder: Path, of: tuple[str, ...] | Non
 
 def _refuse_other_origin(origin: Mapping[str, Any], folder: Path) -> None:
     """Raise a UserError where a folder's run was made from other pictures or by another teacher."""
-    if not _epochs_done(folder):
+    if not _begun(folder):
         return
     facts = read_run(folder).facts
     for key, what in (("data_digest", "on other pictures"), ("teacher_digest", "with another teacher")):
         if facts.get(key) != origin.get(key):
             raise UserError(f"{folder} holds a run {what}; give --out another folder, or --restart")
+
+
+def _refuse_other_code(folder: Path) -> None:
+    """Raise a UserError where an unfinished run was begun by other code, which would make the rest another run."""
+    if not _begun(folder):
+        return
+    theirs, ours = read_run(folder).facts.get("versions", {}), _versions()
+    changes = [f"{name} {theirs.get(name)} -> {ours[name]}" for name in ours if theirs.get(name) != ours[name]]
+    if changes:
+        raise UserError(
+            f"{folder} holds an unfinished run of other code ({', '.join(changes)}); finish it with that code, "
+            f"give --out another folder, or --restart"
+        )
+
+
+def _versions() -> dict[str, str]:
+    """Of what the numbers depend on; this package's with a hash of its code, which may be a changed checkout."""
+    package = Path(__file__).parent
+    code = hashlib.blake2b(digest_size=4)
+    for part in CODE:
+        for file in sorted([package / part] if part.endswith(".py") else (package / part).rglob("*.py")):
+            code.update(file.read_bytes())
+    own = {"dms-fastai": f"{__version__}+{code.hexdigest()}"}
+    return own | {name: metadata.version(name) for name in ("fastai", "timm", "torch")}
+
+
+def _empty(folder: Path) -> None:
+    """Remove what is in a run's folder, but for the lock."""
+    if not (folder / RECIPE).is_file():
+        return  # no run's
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
 
 
 def _name_of(teacher: str | Path) -> str:
@@ -303,7 +397,7 @@ def _seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _facts(learn: DMSLearner, seed: int, before: Mapping[str, Any]) -> dict[str, Any]:
+def _facts(learn: DMSLearner, seed: int) -> dict[str, Any]:
     """What is known before the first epoch."""
     recipe, device = learn.recipe, learn.dls.device
     return {
@@ -322,10 +416,10 @@ def _facts(learn: DMSLearner, seed: int, before: Mapping[str, Any]) -> dict[str,
         "epochs": recipe.schedule.epochs,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "threads": torch.get_num_threads(),
-        "versions": {"dms-fastai": __version__, "python": platform.python_version()}
-        | {name: metadata.version(name) for name in ("fastai", "timm", "torch")},
+        "versions": _versions(),
+        "python": platform.python_version(),
         "commit": _commit(),
-        "started": before.get("started", datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
 

@@ -47,15 +47,16 @@ class Teacher:
         return state.hexdigest()
 
 
-def load_teacher(source: "Teacher | nn.Module | Learner | str | Path") -> Teacher:
+def load_teacher(source: "Teacher | nn.Module | Learner | str | Path", trust: bool = False) -> Teacher:
     """A teacher from whatever holds one. A model or a Learner is copied, and stays as it is.
 
     Args:
         source: A model; a Learner; a folder of a finished run; a .safetensors file of this package; a .pkl of
-            `Learner.export`, which runs the code inside it; or "timm:NAME" for timm's pretrained weights.
+            `Learner.export`; or "timm:NAME" for timm's pretrained weights.
+        trust: Load a .pkl, which runs the code inside it. Without, the weights beside it are taken, in a run's folder.
 
     Raises:
-        UserError: There is nothing of the kind at `source`.
+        UserError: There is nothing of the kind at `source`, or it is a .pkl that is not trusted.
     """
     if isinstance(source, Teacher):
         return source
@@ -68,25 +69,36 @@ def load_teacher(source: "Teacher | nn.Module | Learner | str | Path") -> Teache
         raise UserError(f"a {type(source).__name__} is no teacher; give a model, a Learner, a file or 'timm:NAME'")
     if str(source).startswith("timm:"):
         return _timm_teacher(str(source).removeprefix("timm:"))
-    path = Path(source)
+    path = without_code(Path(source), trust)
     if path.is_dir():
         path = path / WEIGHTS
     if path.suffix == ".safetensors":
         model, card = load_weights(path)
         return Teacher(model, tuple(card.mean), tuple(card.std), card.vocab)
     if path.suffix == ".pkl":
-        return load_teacher(open_learner(path))
+        return load_teacher(open_learner(path, trust))
     raise UserError(f"no teacher at {source}; give a run's folder, a .safetensors or .pkl file, or 'timm:NAME'")
 
 
-def open_learner(file: Path) -> Learner:
-    """The Learner in a .pkl of `Learner.export`. Loading one runs the code inside it.
+def without_code(source: Path, trust: bool) -> Path:
+    """The weights beside a run's .pkl in place of it, which hold the same network; other sources as they are."""
+    beside = source.with_name(WEIGHTS)
+    return beside if source.suffix == ".pkl" and not trust and beside.is_file() else source
+
+
+def open_learner(file: Path, trust: bool) -> Learner:
+    """The Learner in a .pkl of `Learner.export`.
 
     Raises:
-        UserError: The file is missing or cannot be loaded.
+        UserError: The file is missing, not trusted, or cannot be loaded.
     """
     if not file.is_file():
         raise UserError(f"no such Learner: {file}")
+    if not trust:
+        raise UserError(
+            f"{file} is a pickle, and loading one runs whatever code it holds; if you trust who made it, "
+            f"say so: --trust-pickle, or load_teacher(file, trust=True)"
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -118,7 +130,7 @@ class TeacherDistill(Callback):
     ):
         """
         Args:
-            teacher: Whatever `load_teacher` takes.
+            teacher: Whatever `load_teacher` takes; a .pkl that is trusted goes through it.
             alpha, T, kl: For losses other than `DMSLoss`, which has its own; None: its defaults.
 
         Raises:

@@ -16,7 +16,8 @@ class History(Callback):
     """Keep a row for each finished epoch, and write them all to a .csv file as soon as there is a new one.
 
     A row has the epoch (from 1), the learning rate of its last batch, what the recorder recorded, the seconds of
-    training and validation together, and the training pictures a second.
+    training and validation together, and the training pictures a second; in an epoch that was begun by another process,
+    of what was left of it.
     """
 
     order = 55  # after the recorder (50)
@@ -32,6 +33,8 @@ class History(Callback):
 
     def before_epoch(self) -> None:
         self.epoch_began = time.perf_counter()
+        loader = self.learn.dls.train
+        self.pictures = (len(loader) - loader.first_batch) * loader.bs
 
     def after_train(self) -> None:
         self.train_seconds = time.perf_counter() - self.epoch_began
@@ -40,14 +43,13 @@ class History(Callback):
     def after_epoch(self) -> None:
         recorder = self.learn.recorder
         recorded = dict(zip(recorder.metric_names[1:], recorder.values[-1], strict=False))
-        pictures = len(self.learn.dls.train) * self.learn.dls.train.bs
         self.rows.append(
             {
                 "epoch": self.learn.epoch + 1,
                 "lr": self.last_lr,
                 **recorded,
                 "seconds": round(time.perf_counter() - self.epoch_began, 3),
-                "images_per_second": round(pictures / self.train_seconds, 1),
+                "images_per_second": round(self.pictures / self.train_seconds, 1),
             }
         )
         write_rows(self.rows, self.file)

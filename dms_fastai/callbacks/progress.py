@@ -2,12 +2,12 @@
 
 import time
 
-from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.core import Callback
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-__all__ = ["RichProgress", "TimeLimit"]
+__all__ = ["RichProgress", "clock"]
 
 REFRESH_SECONDS = 0.5  # reading the loss waits for the GPU, so it is read this often and not every batch
 
@@ -87,24 +87,6 @@ class RichProgress(Callback):
             soft_wrap=True,
             markup=False,
         )
-
-
-class TimeLimit(Callback):
-    """Stop after the last epoch that is over before `deadline`, a reading of `time.monotonic`."""
-
-    order = 80  # after the checkpoint
-
-    def __init__(self, deadline: float):
-        super().__init__()
-        self.deadline = deadline
-
-    def before_epoch(self) -> None:
-        self.began = time.monotonic()
-
-    def after_epoch(self) -> None:
-        now = time.monotonic()
-        if self.learn.epoch + 1 < self.learn.n_epoch and now + (now - self.began) > self.deadline:
-            raise CancelFitException
 
 
 def clock(seconds: float) -> str:

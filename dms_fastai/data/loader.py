@@ -1,6 +1,6 @@
 """One loader for every source: pictures stay on the device as uint8, and a batch is made there in one go."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -53,6 +53,11 @@ class BatchLoader(TfmdDL):
         super().__init__(dataset, bs=bs, shuffle=shuffle, drop_last=drop_last, **kwargs)
         self.pad, self.flip, self.mean, self.std = pad, flip, tuple(mean), tuple(std)
         self._affine_on: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self.first_batch, self._then = 0, None
+
+    def resume_at(self, batch: int, then: Callable[[], None]) -> None:
+        """Begin the next pass with its batch number `batch`, from 0; `then` is called when the order has been drawn."""
+        self.first_batch, self._then = batch, then
 
     def new(self, dataset: Any = None, cls: type | None = None, **kwargs: Any) -> "BatchLoader":
         """This loader over another set, or over pictures that `ImageSet.from_items` can read."""
@@ -70,8 +75,11 @@ class BatchLoader(TfmdDL):
         index = torch.tensor(list(islice(samps, self.n)), dtype=torch.long).to(self._where())
         if self.drop_last:
             index = index[: len(index) // self.bs * self.bs]
-        if len(index):
-            yield from map(self.load_batch, index.split(self.bs))
+        batches = index.split(self.bs)[self.first_batch :] if len(index) else ()
+        if self._then is not None:
+            self._then()
+        self.first_batch, self._then = 0, None
+        yield from map(self.load_batch, batches)
 
     def load_batch(self, index: Tensor) -> tuple[Tensor, ...]:
         """The pictures at `index`, shape (B,), augmented where this set is, normalised, with their labels."""
