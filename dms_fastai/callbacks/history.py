@@ -38,7 +38,7 @@ class History(Callback):
 
     def after_train(self) -> None:
         self.train_seconds = time.perf_counter() - self.epoch_began
-        self.last_lr = float(self.learn.opt.hypers[-1]["lr"])
+        self.last_lr = self.learn.recorder.lrs[-1]
 
     def after_epoch(self) -> None:
         recorder = self.learn.recorder
