@@ -5,7 +5,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["whole"]
+__all__ = ["PARTIAL", "whole"]
+
+PARTIAL = ".partial"
 
 
 @contextlib.contextmanager
@@ -13,7 +15,7 @@ def whole(file: Path) -> Iterator[Path]:
     """A path beside `file` to write to. It is flushed to disk and takes the file's place once the block has ended well,
     so that nobody ever reads half a file and a full disk leaves the old one as it was.
     """
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    partial = file.with_name(f"{file.name}.{os.getpid()}{PARTIAL}")
     try:
         yield partial
         with partial.open("rb") as written:

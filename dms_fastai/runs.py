@@ -37,7 +37,7 @@ from .data import load_data, source_name
 from .data.loader import vocabulary
 from .errors import UserError
 from .export import export_run
-from .files import whole
+from .files import PARTIAL, whole
 from .learner import DMSLearner, dms_learner
 from .lock import LOCK, locked
 from .models.weights import WEIGHTS
@@ -236,6 +236,8 @@ def run_stage(
         check_classes(teacher, vocabulary(dls))
         origin |= {"teacher": _name_of(stage.teacher), "teacher_digest": teacher.digest()}
     with locked(folder):
+        for left in folder.rglob(f"*{PARTIAL}"):
+            left.unlink()  # by a process that was killed as it wrote
         if restart:
             _empty(folder)
         _refuse_other_origin(origin, folder)
