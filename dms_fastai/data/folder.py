@@ -70,9 +70,14 @@ def _list_pictures(split: Path) -> dict[str, list[Path]]:
     """The picture files of each class, sorted. Classes may lie in folders of folders; hidden files are passed over."""
     suffixes = Image.registered_extensions()
     classes: dict[str, list[Path]] = {}
-    for where, folders, names in os.walk(split):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    seen: set[str] = set()
+    for where, folders, names in os.walk(split, followlinks=True):
         here = Path(where)
+        if os.path.realpath(here) in seen:  # a link back
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(here))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         pictures = [here / n for n in sorted(names) if Path(n).suffix.lower() in suffixes and not n.startswith(".")]
         if here != split and (pictures or not folders):
             classes.setdefault(here.name, []).extend(pictures)
@@ -96,7 +101,10 @@ def _stamp(folder: Path, paths: list[Path]) -> str:
     """A digest of every file's name, size and time of change."""
     digest = hashlib.sha256()
     for path in paths:
-        stat = path.stat()
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror}); remove or replace it") from None
         digest.update(json.dumps([str(path.relative_to(folder)), stat.st_size, stat.st_mtime_ns]).encode())
     return digest.hexdigest()
 

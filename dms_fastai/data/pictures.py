@@ -65,8 +65,9 @@ def resize(pixels: Tensor, size: int) -> Tensor:
 def _open(file: str | Path | bytes) -> Image.Image:
     name = "the picture" if isinstance(file, bytes) else str(file)
     try:
-        picture = Image.open(BytesIO(file) if isinstance(file, bytes) else file)
-        picture.load()
+        with BytesIO(file) if isinstance(file, bytes) else open(file, "rb") as opened:
+            picture = Image.open(opened)
+            picture.load()
     except FileNotFoundError:
         raise UserError(f"no such picture: {name}") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
