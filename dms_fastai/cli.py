@@ -54,6 +54,8 @@ def run(
     settings = dict(parse_setting(text) for text in set_ or [])
     if deterministic:
         be_deterministic()
+    if teacher is not None:
+        _say_what_is_read(Path(teacher), trust_pickle)
     stages = plan(recipe, data, out, seed, arch, teacher, epochs, schedule, settings, trust_pickle)
     if not restart:
         check_folders(stages)
@@ -118,6 +120,7 @@ def predict(
     """Classify pictures: the likeliest classes of each, with their probabilities."""
     from .export import predict_files
 
+    _say_what_is_read(learner, trust_pickle)
     vocab, probabilities = predict_files(learner, images, trust_pickle)
     for image, row in zip(images, probabilities, strict=True):
         best = row.topk(min(top, len(vocab)))
@@ -136,6 +139,15 @@ def report(folders: Annotated[list[Path] | None, typer.Argument(help="Folders wi
         by_data.setdefault((found.facts["data"], found.facts["seed"]), []).append(found)
     for (data, seed), runs in sorted(by_data.items()):
         console.print(ablation_table(runs, f"{data}, seed {seed}"))
+
+
+def _say_what_is_read(source: Path, trust_pickle: bool) -> None:
+    """A line where weights are read in place of the pickle that was named."""
+    from .callbacks.distill import without_code
+
+    read = without_code(source, trust_pickle)
+    if read != source:
+        print(f"reading {read} in place of {source.name}, which could run code", file=sys.stderr)
 
 
 def parse_duration(text: str) -> float:

@@ -63,7 +63,7 @@ class Checkpoint(Callback):
         values, and no code in them is run.
 
         Raises:
-            UserError: There are checkpoints, and all are damaged.
+            UserError: There are checkpoints, and all are damaged, or the newest sound one is another recipe's.
         """
         damaged: list[Path] = []
         for file in reversed(self.files()):
@@ -71,6 +71,8 @@ class Checkpoint(Callback):
             if state is None:
                 damaged.append(file)
                 continue
+            if state["recipe"] != learn.recipe.to_table():
+                raise UserError(f"{file} belongs to a run of another recipe; remove it, or begin again with --restart")
             learn.model.load_state_dict(state["model"])
             learn.model.to(learn.dls.device)  # before the optimiser, whose state goes where the parameters are
             learn.create_opt()
@@ -148,6 +150,7 @@ class Checkpoint(Callback):
         self.check_finite()
         learn = self.learn
         state = {
+            "recipe": learn.recipe.to_table(),
             "epochs": epochs,
             "steps": steps,
             "model": learn.model.state_dict(),

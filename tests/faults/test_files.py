@@ -69,6 +69,16 @@ def test_with_all_checkpoints_damaged_nothing_is_overwritten(dms, cut):  # noqa:
     assert dms(*SHORT, "--out", "x", "--restart")[0] == 0
 
 
+def test_a_checkpoint_of_another_recipe_is_refused(dms, cut, tmp_path):  # noqa: F811
+    folder, _ = cut
+    assert dms("run", "se", *SHORT[2:], "--out", "x", "--time-limit", "0.001s")[0] == 75
+    for file in (tmp_path / "x" / "se" / "seed0" / "checkpoint").glob("*.pt"):
+        file.rename(folder / "checkpoint" / file.name.replace("00000-", "00001-", 1))
+    code, _, err = dms(*SHORT, "--out", "x")
+    assert code == 2
+    assert "belongs to a run of another recipe" in err
+
+
 def test_a_checkpoint_with_code_inside_is_not_run(tmp_path, dls):
     class Bomb:
         def __reduce__(self):
@@ -208,6 +218,15 @@ def test_beside_a_pickle_the_weights_are_read_instead(exported, tmp_path, monkey
     assert names == again
     assert torch.equal(shares, same)
     assert load_teacher(exported / "learner.pkl").digest() == load_teacher(exported).digest()
+
+
+def test_what_is_read_instead_of_a_pickle_is_said(dms, exported, tmp_path):  # noqa: F811
+    Image.new("RGB", (8, 8)).save(tmp_path / "p.png")
+    code, out, err = dms("predict", exported / "learner.pkl", tmp_path / "p.png")
+    assert code == 0
+    assert out.count("\n") == 1
+    assert f"reading {exported / 'model.safetensors'} in place of learner.pkl" in err
+    assert dms("predict", exported / "learner.pkl", tmp_path / "p.png", "--trust-pickle")[2] == ""
 
 
 def test_a_pickle_of_something_else(tmp_path):
