@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from fastai.callback.core import Callback
+from fastai.callback.training import GradientAccumulation
 from torch import nn
 from torch.utils._triton import has_triton
 
@@ -47,7 +48,9 @@ class TorchCompile(Callback):
 
     def before_train(self) -> None:
         if self.compiled is None:
-            self.compiled = tuple((module, compiled_call(module)) for module in self.worth_compiling())
+            # Gradients that live on from step to step must not lie where the next one writes.
+            graphs = not any(isinstance(cb, GradientAccumulation) for cb in self.learn.cbs)
+            self.compiled = tuple((module, compiled_call(module, graphs)) for module in self.worth_compiling())
         self.switch(on=True)
 
     def worth_compiling(self) -> list[nn.Module]:
@@ -78,7 +81,7 @@ class TorchCompile(Callback):
         self.compiled = None
 
 
-def compiled_call(module: nn.Module) -> Any:
+def compiled_call(module: nn.Module, graphs: bool) -> Any:
     """What calls the compiled module in place of the module; `reduce-overhead` is torch's name for CUDA graphs."""
-    module.compile(dynamic=False, mode="reduce-overhead")
+    module.compile(dynamic=False, mode="reduce-overhead" if graphs else "default")
     return module._compiled_call_impl
