@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from dms_fastai import cli, load_data, load_recipe
+from dms_fastai.callbacks import checkpoint
 from dms_fastai.models.weights import ModelCard, load_weights, save_weights
 from dms_fastai.recipes import recipe_names
 
@@ -119,8 +120,10 @@ def test_the_ablation_has_all_stages_and_one_teacher(dms, tmp_path):
     assert mixups["mixup"].alpha == mixups["kd"].alpha == 0.5
 
 
-def test_a_run_that_ran_out_of_time_goes_on_to_the_same_end(dms, tmp_path):
+@pytest.mark.parametrize("share", [1, 1e-9])  # a checkpoint after every epoch, and after none but the first
+def test_a_run_that_ran_out_of_time_goes_on_to_the_same_end(dms, tmp_path, monkeypatch, share):
     """Stopped in the middle of epochs and resumed, a run with MixUp, dropout, crops and Lookahead ends the same."""
+    monkeypatch.setattr(checkpoint, "SHARE", share)
     args = ("run", "mixup", "--epochs", 3, "--set", "lookahead.k=3", "--set", "data.batch_size=256", "--device", "cpu")
     assert dms(*args, "--out", "whole")[0] == 0
     for done in (0, 0, 0, 0, 0, 1, 1):  # after each of the five steps of an epoch, after its validation, after a step
@@ -135,6 +138,17 @@ def test_a_run_that_ran_out_of_time_goes_on_to_the_same_end(dms, tmp_path):
     assert "going on after epoch 1 of 3, step 1" in out
     same_run(tmp_path / "whole" / "mixup" / "seed0", tmp_path / "pieces" / "mixup" / "seed0")
     assert not (tmp_path / "pieces" / "mixup" / "seed0" / "checkpoint").exists()
+
+
+@pytest.mark.parametrize(
+    ("share", "more", "after"), [(1e9, (), [1, 2, 3]), (1e-9, (), [1]), (1e-9, ("--checkpoint-steps", 9), [1, 2, 3])]
+)
+def test_epochs_shorter_than_their_checkpoints_go_without(dms, monkeypatch, share, more, after):
+    written, save = [], checkpoint.Checkpoint._save
+    monkeypatch.setattr(checkpoint, "SHARE", share)
+    monkeypatch.setattr(checkpoint.Checkpoint, "_save", lambda self, *a: (written.append(a[:2]), save(self, *a)))
+    assert dms("run", "se", "--epochs", 3, "--set", "data.batch_size=256", *more)[0] == 0
+    assert written == [(epochs, 0) for epochs in after]
 
 
 def test_ctrl_c_ends_cleanly_and_the_same_command_goes_on(dms, tmp_path):

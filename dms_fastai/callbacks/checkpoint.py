@@ -3,6 +3,7 @@
 import hashlib
 import io
 import random
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from .recorder import Recorder
 __all__ = ["Checkpoint", "Resumed"]
 
 KEPT = 2  # the last one and the one before, should the last turn out to be damaged
+SHARE = 0.02  # of a run's time that checkpoints after epochs may take
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,11 @@ class Resumed:
 
 
 class Checkpoint(Callback):
-    """Write model, optimiser, random states and history after every epoch, and after steps on request.
+    """Write model, optimiser, random states and history after epochs, and after steps on request.
 
-    `resume` puts them back before a fit. A file's name ends in the hash of its content, so that a damaged one is known.
+    After every epoch, that is, whose checkpoint takes little beside what has been trained since the last one: where
+    epochs take less than 50 times as long as a checkpoint, some go without. `resume` puts them back before a fit. A
+    file's name ends in the hash of its content, so that a damaged one is known.
     """
 
     order = 70  # after everything that belongs to the step or epoch
@@ -50,11 +54,13 @@ class Checkpoint(Callback):
         """
         Args:
             folder: Of the checkpoints.
-            every: Write one after so many steps of an epoch, too.
+            every: Write one after so many steps of an epoch, too, and after every epoch whatever it costs.
         """
         super().__init__()
         self.folder, self.every = folder, every
         self.resumed: dict[str, Any] | None = None
+        self.saved = (-1, -1)  # epochs and steps of the last one
+        self.cost, self.written = 0.0, 0.0
 
     def resume(self, learn: Any) -> Resumed:
         """Put `learn` back to where the last sound checkpoint left it.
@@ -122,7 +128,13 @@ class Checkpoint(Callback):
         self.check_finite()
 
     def after_epoch(self) -> None:
-        self._save(self.learn.epoch + 1, 0, {})
+        if self.every or time.perf_counter() - self.written >= self.cost / SHARE:
+            self.save_epoch()
+
+    def save_epoch(self) -> None:
+        """Write one at the end of an epoch, unless there is one."""
+        if self.saved != (self.learn.epoch + 1, 0):
+            self._save(self.learn.epoch + 1, 0, {})
 
     def save_step(self) -> None:
         """Write one in the middle of an epoch."""
@@ -148,7 +160,7 @@ class Checkpoint(Callback):
 
     def _save(self, epochs: int, steps: int, inside: dict[str, Any]) -> None:
         self.check_finite()
-        learn = self.learn
+        began, learn = time.perf_counter(), self.learn
         state = {
             "recipe": learn.recipe.to_table(),
             "epochs": epochs,
@@ -171,6 +183,8 @@ class Checkpoint(Callback):
                 raise OSError(f"{file} does not read back as it was written")
         for old in self.files()[:-KEPT]:
             old.unlink()
+        self.saved, self.written = (epochs, steps), time.perf_counter()
+        self.cost = self.written - began
 
 
 def digest(content: Any) -> str:

@@ -57,4 +57,5 @@ class StopOnRequest(Callback):
 
     def after_epoch(self) -> None:
         if self.asked() and self.learn.epoch + 1 < self.learn.n_epoch:
+            self.learn.checkpoint.save_epoch()
             raise CancelFitException
