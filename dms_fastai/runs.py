@@ -206,7 +206,7 @@ def run_stage(
         restart: Throw away what the folder holds.
         console: Where to show progress; None: standard output.
         profile: Trace a few steps, and print where their time goes.
-        checkpoint_steps: Write a checkpoint after so many steps, and not only after every epoch.
+        checkpoint_steps: Write a checkpoint after so many steps, and not only after epochs.
         trust_pickle: A teacher may be a .pkl, whose code is run.
 
     Returns:
@@ -444,12 +444,15 @@ def processor() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this package runs from, marked where it has been changed; None elsewhere."""
+    """The commit of the checkout that this package runs from, marked where it has been changed.
+
+    Elsewhere what GIT_COMMIT says, if anything: a copy without its history does not know by itself.
+    """
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         tracked = subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True)
         if tracked.returncode:
-            return None
+            return os.environ.get("GIT_COMMIT")
         commit = subprocess.check_output([*git, "rev-parse", "--short=12", "HEAD"], text=True).strip()
         changed = subprocess.check_output([*git, "status", "--porcelain", "--untracked-files=no"], text=True).strip()
         return commit + (" (changed)" if changed else "")
