@@ -2,15 +2,19 @@
 
 import sys
 import time
+from collections.abc import Iterable
 from errno import ENOSPC
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from .errors import UserError
+
+if TYPE_CHECKING:  # the rest is imported where it is needed: `--help` is to be quick
+    from .report import Run
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 console = Console()
@@ -34,6 +38,7 @@ def run(
     epochs: Annotated[int | None, typer.Option(help="In place of the recipe's, for every stage.")] = None,
     schedule: Annotated[str | None, typer.Option(help="cosine or one-cycle, for every stage.")] = None,
     seed: Annotated[int, typer.Option(help="Of the weights, the batches and the augmentation.")] = 0,
+    seeds: Annotated[str | None, typer.Option(help="Several, one after the other: 0,1,2.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="table.key=value, as often as needed.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     out: Annotated[Path | None, typer.Option(help="Folder of the runs, instead of artifacts/DATA.")] = None,
@@ -46,7 +51,7 @@ def run(
 ) -> None:
     """Train a recipe, with the teacher it needs, and print what came of it. The same command goes on after a stop."""
     from .recipes import parse_setting
-    from .report import ablation_table, read_run
+    from .report import read_run
     from .runs import be_deterministic, check_folders, choose_device, is_finished, plan, run_stage
 
     deadline = None if time_limit is None else time.monotonic() + parse_duration(time_limit)
@@ -56,18 +61,22 @@ def run(
         be_deterministic()
     if teacher is not None:
         _say_what_is_read(Path(teacher), trust_pickle)
-    stages = plan(recipe, data, out, seed, arch, teacher, epochs, schedule, settings, trust_pickle)
+    every = parse_seeds(seeds) if seeds is not None else [seed]
+    planned = {s: plan(recipe, data, out, s, arch, teacher, epochs, schedule, settings, trust_pickle) for s in every}
     if not restart:
-        check_folders(stages)
-    runs = []
-    for stage in stages:
-        if stage.teacher is not None and is_finished(stage.teacher) and stage.teacher not in {r.folder for r in runs}:
-            runs.append(read_run(Path(stage.teacher)))
+        for stages in planned.values():
+            check_folders(stages)
+    runs: dict[Path, Run] = {}
+    for number, stage in ((s, stage) for s, stages in planned.items() for stage in stages):
+        if len(every) > 1:
+            console.print(f"seed {number}", highlight=False)
+        if stage.teacher is not None and is_finished(stage.teacher) and Path(stage.teacher) not in runs:
+            runs[Path(stage.teacher)] = read_run(Path(stage.teacher))
             console.print(
                 f"taught by the finished run in {stage.teacher}", soft_wrap=True, highlight=False, markup=False
             )
         result = run_stage(
-            stage, data, seed, where, deadline, restart, console, profile, checkpoint_steps, trust_pickle
+            stage, data, number, where, deadline, restart, console, profile, checkpoint_steps, trust_pickle
         )
         if not result.finished:
             reason = result.facts["stopped_by"]
@@ -77,21 +86,22 @@ def run(
                 soft_wrap=True,
             )
             raise typer.Exit(EXIT_CODES[reason])
-        runs.append(result)
-    console.print(ablation_table(runs, f"{runs[-1].facts['data']}, seed {seed}"))
-    console.print(f"learner: {runs[-1].folder / 'learner.pkl'}", soft_wrap=True, highlight=False)
+        runs[stage.folder] = result
+    _show(runs.values())
+    console.print(f"learner: {stage.folder / 'learner.pkl'}", soft_wrap=True, highlight=False)
 
 
 @app.command()
 def recipes() -> None:
     """List the recipes and what each adds to the one before."""
-    from .recipes import ablation_of, added_by, load_recipe, recipe_names
+    from .recipes import ablation_of, added_by, flat, load_recipe, recipe_names
 
     table = Table("recipe", "title", "extends", "adds or changes")
     for name in recipe_names():
         chain = ablation_of(name)
         base = chain[-2] if len(chain) > 1 else "-"
-        table.add_row(name, load_recipe(name).title, base, "\n".join(_lines(added_by(name))))
+        added = "\n".join(f"{key} = {value!r}" for key, value in flat(added_by(name)).items())
+        table.add_row(name, load_recipe(name).title, base, added)
     console.print(table)
 
 
@@ -100,19 +110,22 @@ def models() -> None:
     """List this package's architectures with their parameters for 10 classes."""
     import timm
 
-    table = Table("model", "parameters", "what it is")
+    from .models.weights import shipped_weights
+
+    table = Table("model", "parameters", "weights", "what it is")
     table.columns[1].justify = "right"
     for name in timm.list_models(module="dmsresnet"):
-        entry = timm.model_entrypoint(name)
+        entry, weights = timm.model_entrypoint(name), shipped_weights(name)
         parameters = sum(p.numel() for p in timm.create_model(name).parameters())
-        table.add_row(name, f"{parameters:,}", (entry.__doc__ or "").split(". ")[0].rstrip("."))
+        tag = weights.stem.partition(".")[2] if weights else "-"
+        table.add_row(name, f"{parameters:,}", tag, (entry.__doc__ or "").split(". ")[0].rstrip("."))
     console.print(table)
     console.print("Any other timm architecture works as well: dms-fastai run se --arch resnet18", highlight=False)
 
 
 @app.command()
 def predict(
-    learner: Annotated[Path, typer.Argument(help="A learner.pkl, a model.safetensors, or a run's folder.")],
+    learner: Annotated[Path, typer.Argument(help="A learner.pkl, a model.safetensors, a run's folder, or dmsresnet.")],
     images: Annotated[list[Path], typer.Argument(help="Pictures.")],
     top: Annotated[int, typer.Option(min=1, help="How many classes to print.")] = 3,
     trust_pickle: Annotated[bool, TRUST] = False,
@@ -130,15 +143,29 @@ def predict(
 
 
 @app.command()
-def report(folders: Annotated[list[Path] | None, typer.Argument(help="Folders with runs.")] = None) -> None:
-    """Print the table of all runs in folders: ./artifacts unless told otherwise."""
-    from .report import ablation_table, find_runs
+def report(
+    folders: Annotated[list[Path] | None, typer.Argument(help="Folders with runs; ./artifacts if none.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the page and its pictures.")] = Path("report"),
+) -> None:
+    """Tables and plots of all runs in folders, finished or not: in the terminal, and as a page to open."""
+    from .report import find_runs, sections, write_report
 
-    by_data: dict[tuple, list] = {}
-    for found in find_runs(folders or [Path("artifacts")]):
-        by_data.setdefault((found.facts["data"], found.facts["seed"]), []).append(found)
-    for (data, seed), runs in sorted(by_data.items()):
-        console.print(ablation_table(runs, f"{data}, seed {seed}"))
+    runs, problems = find_runs(folders or [Path("artifacts")])
+    _show(runs)
+    for problem in problems:
+        console.print(f"left out: {problem.what}", soft_wrap=True, highlight=False, markup=False)
+    page = write_report(sections(runs), problems, out)
+    console.print(f"report: {page}", soft_wrap=True, highlight=False)
+
+
+def _show(runs: "Iterable[Run]") -> None:
+    """The tables of runs, and what each stage gained over the one before."""
+    from .report import difference_lines, sections, table
+
+    for section in sections(runs):
+        console.print(table(section))
+        for line in difference_lines(section.differences):
+            console.print(line, highlight=False, markup=False)
 
 
 def _say_what_is_read(source: Path, trust_pickle: bool) -> None:
@@ -165,12 +192,19 @@ def parse_duration(text: str) -> float:
     return seconds
 
 
-def _lines(table: dict, prefix: str = "") -> list[str]:
-    """A nested table as lines of dotted keys."""
-    lines: list[str] = []
-    for key, value in table.items():
-        lines += _lines(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key} = {value!r}"]
-    return lines
+def parse_seeds(text: str) -> list[int]:
+    """The seeds in a text such as 0,1,2.
+
+    Raises:
+        UserError: It is no such thing, or has a seed twice.
+    """
+    try:
+        seeds = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"seeds is {text!r}; write 0,1,2") from None
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"seeds is {text!r}; the same seed twice is the same run")
+    return seeds
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ import tomli_w
 from .errors import UserError, unknown
 from .models import DMSResNet  # noqa: F401  (registers the architectures)
 
-__all__ = ["Recipe", "ablation_of", "added_by", "known_models", "load_recipe", "parse_setting", "recipe_names"]
+__all__ = ["Recipe", "ablation_of", "added_by", "flat", "known_models", "load_recipe", "parse_setting", "recipe_names"]
 
 Table = dict[str, Any]
 
@@ -304,6 +304,14 @@ def _merge(*tables: Mapping[str, Any]) -> Table:
             both = isinstance(old, Mapping) and isinstance(value, Mapping)
             merged[key] = _merge(old, value) if both else value
     return merged
+
+
+def flat(table: Mapping[str, Any], prefix: str = "") -> Table:
+    """A nested table as one of dotted keys."""
+    found: Table = {}
+    for key, value in table.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
 
 
 def _nest(keys: list[str], value: Any) -> Table:

@@ -1,7 +1,8 @@
 """Runs: a recipe, data, a seed and a folder; stages in order, checkpoints and results.
 
 A run's folder holds `recipe.toml` (whole, enough to run it again), `run.json` (versions, device, commit, times,
-figures), `metrics.csv` (a row an epoch), `curves.png`, `learner.pkl`, `model.safetensors` and `checkpoint/`.
+figures), `metrics.csv` (a row an epoch), `curves.png`, `learner.pkl`, `model.safetensors`, `predictions.npz` and
+`checkpoint/`.
 """
 
 import contextlib
@@ -23,12 +24,13 @@ from typing import Any
 import numpy as np
 import torch
 from fastai.callback.progress import ProgressCallback
+from fastai.data.core import DataLoaders
 from fastcore.basics import noop
 from rich.console import Console
 
 from . import __version__
 from .callbacks.checkpoint import Checkpoint
-from .callbacks.distill import check_classes, load_teacher
+from .callbacks.distill import Teacher, check_classes, load_teacher
 from .callbacks.history import History
 from .callbacks.profile import StepProfile
 from .callbacks.progress import RichProgress
@@ -40,9 +42,9 @@ from .export import export_run
 from .files import PARTIAL, whole
 from .learner import DMSLearner, dms_learner
 from .lock import LOCK, locked
-from .models.weights import WEIGHTS
-from .recipes import Recipe, ablation_of, load_recipe, recipe_names
-from .report import METRICS, RUN, Run, plot_curves, read_run
+from .models.weights import WEIGHTS, load_weights
+from .recipes import Recipe, ablation_of, flat, load_recipe, recipe_names
+from .report import METRICS, PREDICTIONS, RUN, Run, plot_curves, read_run, write_predictions
 
 __all__ = [
     "Stage",
@@ -246,13 +248,29 @@ def run_stage(
                 console.print(
                     f"{recipe.title}: finished before, nothing to profile; give --out elsewhere", markup=False
                 )
+            if not (folder / PREDICTIONS).is_file():
+                _predict_again(_learner(dls, recipe, teacher, folder), folder)
             return read_run(folder)
         _refuse_other_code(folder)
         _seed_everything(seed)
-        learn = dms_learner(dls, recipe, teacher=teacher, path=folder)
-        learn.remove_cb(ProgressCallback)
-        learn.logger = noop
+        learn = _learner(dls, recipe, teacher, folder)
         return _train(learn, folder, _facts(learn, seed) | origin, deadline, console, profile, checkpoint_steps)
+
+
+def _learner(dls: DataLoaders, recipe: Recipe, teacher: Teacher | None, folder: Path) -> DMSLearner:
+    """The recipe's Learner, which leaves the talking to the run."""
+    learn = dms_learner(dls, recipe, teacher=teacher, path=folder)
+    learn.remove_cb(ProgressCallback)
+    learn.logger = noop
+    return learn
+
+
+def _predict_again(learn: DMSLearner, folder: Path) -> None:
+    """Write the predictions of a finished run that has none, from its weights."""
+    model, _ = load_weights(folder / WEIGHTS)
+    learn.model.load_state_dict(model.state_dict())
+    learn.model.to(learn.dls.device)
+    write_predictions(learn, folder)
 
 
 def _train(
@@ -306,6 +324,7 @@ def _train(
     if len(history.rows) < recipe.schedule.epochs:
         return note("interrupted", stopped_by=stop.reason)
     export_run(learn, folder)
+    write_predictions(learn, folder)
     plot_curves(history.rows, f"{recipe.title}, {learn.card.arch} on {facts['data']}", folder / "curves.png")
     finished = note("finished")
     shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)  # not before the run says that it needs it no more
@@ -329,7 +348,7 @@ def _refuse_other_recipe(recipe: Recipe, folder: Path, of: tuple[str, ...] | Non
     file = folder / RECIPE
     if not file.is_file() or not _begun(folder):
         return
-    theirs, ours = (_flat(r.to_table()) for r in (load_recipe(file), recipe))  # loaded, so that defaults are filled in
+    theirs, ours = (flat(r.to_table()) for r in (load_recipe(file), recipe))  # loaded, so that defaults are filled in
     keys = sorted(key for key in of or theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
     if keys:
         changes = ", ".join(f"{key} {theirs.get(key)} -> {ours.get(key)}" for key in keys)
@@ -384,13 +403,6 @@ def _empty(folder: Path) -> None:
 def _name_of(teacher: str | Path) -> str:
     """A teacher's source as given, less what is of this machine alone."""
     return Path(teacher).name if Path(teacher).is_absolute() else str(teacher)
-
-
-def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _seed_everything(seed: int) -> None:

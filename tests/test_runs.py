@@ -20,7 +20,15 @@ from dms_fastai.callbacks import checkpoint
 from dms_fastai.models.weights import ModelCard, load_weights, save_weights
 from dms_fastai.recipes import recipe_names
 
-FILES = {"curves.png", "learner.pkl", "metrics.csv", "model.safetensors", "recipe.toml", "run.json"}
+FILES = {
+    "curves.png",
+    "learner.pkl",
+    "metrics.csv",
+    "model.safetensors",
+    "predictions.npz",
+    "recipe.toml",
+    "run.json",
+}
 
 
 @pytest.fixture

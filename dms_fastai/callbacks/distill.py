@@ -223,6 +223,11 @@ def _cfg_statistics(model: nn.Module) -> tuple[tuple[float, ...] | None, tuple[f
     return tuple(cfg["mean"]) if cfg.get("mean") else None, tuple(cfg["std"]) if cfg.get("std") else None
 
 
+def _cfg_vocab(model: nn.Module) -> list[str] | None:
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
+    return list(names) if names else None
+
+
 def _timm_teacher(name: str) -> Teacher:
     if not timm.is_model(name.split(".")[0]):
         raise unknown("timm model", name, timm.list_models())
@@ -231,4 +236,4 @@ def _timm_teacher(name: str) -> Teacher:
     except Exception as error:  # the hub's client lets through whatever its libraries raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"timm has no weights at hand for {name!r} ({reason})") from None
-    return Teacher(model, *_cfg_statistics(model))
+    return Teacher(model, *_cfg_statistics(model), _cfg_vocab(model))

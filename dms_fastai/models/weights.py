@@ -14,7 +14,7 @@ from torch import nn
 from ..errors import UserError
 from ..files import whole
 
-__all__ = ["WEIGHTS", "ModelCard", "load_weights", "save_weights"]
+__all__ = ["WEIGHTS", "ModelCard", "load_weights", "save_weights", "shipped_weights"]
 
 KEY = "dms_fastai"
 WEIGHTS = "model.safetensors"  # in the folder of a run
@@ -44,9 +44,10 @@ class ModelCard:
         return timm.create_model(self.arch, num_classes=len(self.vocab), **self.args).eval()
 
 
-def save_weights(model: nn.Module, card: ModelCard, file: Path) -> None:
-    """Write the model's state and its card, whole or not at all."""
+def save_weights(model: nn.Module, card: ModelCard, file: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write the model's state and its card, whole or not at all; floating-point numbers as `dtype`."""
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
     with whole(file) as partial:
         partial.write_bytes(save(state, {KEY: json.dumps(asdict(card))}))
 
@@ -73,3 +74,9 @@ def load_weights(file: Path) -> tuple[nn.Module, ModelCard]:
     except (OSError, SafetensorError, ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"{file} cannot be loaded ({str(error).splitlines()[0]}); train it again") from None
     return model, card
+
+
+def shipped_weights(name: str) -> Path | None:
+    """The file with the weights that come with this package for a timm entry, "dmsresnet" say; None if it has none."""
+    cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    return Path(cfg.file) if cfg is not None and cfg.file else None

@@ -1,0 +1,104 @@
+"""The report on disk: `index.html`, which opens anywhere without a network, `report.md`, and the plots as .png."""
+
+import base64
+from collections.abc import Iterable, Iterator
+from html import escape
+from pathlib import Path
+
+from ..files import whole
+from .folders import Problem
+from .plots import DARK, LIGHT, PLOTS, Plot, draw
+from .rows import Row, Section
+from .tables import COLUMNS, cells, difference_lines, heading, markdown, notes
+
+__all__ = ["write_report"]
+
+STYLE = """
+:root { color-scheme: light dark;
+  --paper: #f6f8fa; --card: #ffffff; --ink: #1f2328; --faint: #59636e; --line: #d1d9e0; }
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #0d1117; --card: #161b22; --ink: #e6edf3; --faint: #9198a1; --line: #30363d; }
+}
+body { margin: 0 auto; padding: 1.5rem; max-width: 64rem; background: var(--paper); color: var(--ink);
+       font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.3rem; margin-top: 2.5rem; }
+.wide { overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { padding: .45rem .7rem; text-align: right; white-space: nowrap; border-top: 1px solid var(--line); }
+thead th { border-top: 0; } th:first-child, td:first-child { text-align: left; white-space: normal; }
+small, .notes, figcaption { color: var(--faint); } .notes { font-size: .9rem; } .notes p { margin: .3rem 0; }
+figure { margin: 1.5rem 0; padding: 1rem; background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
+img { display: block; max-width: 100%; height: auto; margin: 0 auto; } figcaption { margin-top: .6rem; }
+""".strip()
+
+
+def write_report(sections: Iterable[Section], problems: Iterable[Problem], out: Path) -> Path:
+    """Write the report of all sections into `out`.
+
+    Returns:
+        The page.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    problems, sections = list(problems), list(sections)
+    page, text = ["<h1>Results</h1>"], ["# Results", ""]
+    for section in sections:
+        page += [f"<h2>{escape(heading(section))}</h2>", _table(section)]
+        text += [f"## {heading(section)}", "", markdown(section)]
+        for plot in PLOTS:
+            light = draw(plot, section, LIGHT)
+            if light is None:
+                continue
+            file = f"{_slug(section.data)}-{plot.name}.png"
+            _write(out / file, light)
+            page.append(_figure(plot, light, draw(plot, section, DARK)))
+            text += [f"![{plot.caption}]({file})", ""]
+        problems += section.problems
+    if problems:
+        what = [f"{problem.folder}: {problem.what}" for problem in problems]
+        lines = "".join(f"<li>{escape(line)}</li>" for line in what)
+        page += ["<h2>Missing, unfinished or damaged</h2>", f"<ul>{lines}</ul>"]
+        text += ["## Missing, unfinished or damaged", "", *(f"- {line}" for line in what), ""]
+    title = escape(", ".join(section.data for section in sections))
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Results: {title}</title>'
+    html = f'<!doctype html>\n<html lang="en">\n<head>{head}\n<style>{STYLE}</style></head>\n<body>\n'
+    _write(out / "index.html", (html + "\n".join(page) + "\n</body>\n</html>\n").encode())
+    _write(out / "report.md", ("\n".join(text).rstrip() + "\n").encode())
+    return out / "index.html"
+
+
+def _table(section: Section) -> str:
+    head = "".join(f"<th>{escape(column)}</th>" for column in COLUMNS)
+    body = "".join(f"<tr>{''.join(_cells(row))}</tr>\n" for row in section.rows)
+    small = [*notes(section.rows), *difference_lines(section.differences)]
+    paragraphs = "".join(f"<p>{escape(note)}</p>" for note in small)
+    return (
+        f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>\n'
+        f'<div class="notes">{paragraphs}</div>'
+    )
+
+
+def _cells(row: Row) -> Iterator[str]:
+    stage, mean, *rest = map(escape, cells(row))
+    yield f"<td>{stage}<br><small>{escape(row.first['model'])}</small></td>"
+    yield f"<td><b>{mean}</b></td>"
+    yield from (f"<td>{cell}</td>" for cell in rest)
+
+
+def _figure(plot: Plot, light: bytes, dark: bytes) -> str:
+    caption, (bright, night) = escape(plot.caption), map(_inline, (light, dark))
+    source = f'<source media="(prefers-color-scheme: dark)" srcset="{night}">'
+    picture = f'<picture>{source}<img alt="{caption}" src="{bright}"></picture>'
+    return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"
+
+
+def _inline(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def _slug(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
+
+
+def _write(file: Path, content: bytes) -> None:
+    with whole(file) as partial:
+        partial.write_bytes(content)

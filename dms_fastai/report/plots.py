@@ -1,0 +1,458 @@
+"""The report's pictures: one function each, from rows to a figure, in colours for light and dark pages."""
+
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
+from .predictions import Predictions
+from .rows import Row, Section
+from .statistics import calibrate
+
+__all__ = ["DARK", "LIGHT", "PLOTS", "Plot", "Theme", "draw", "plot_curves"]
+
+DPI = 144
+FEW = 10  # pictures in a bin of confidence: their share of right ones says nothing yet
+FEW_CLASSES = 25  # more than these are too many for the numbers in a matrix and for a row of dots each
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Background, text, weak lines, and what tells stages apart (Okabe and Ito's colours, which most eyes can)."""
+
+    name: str
+    paper: str
+    ink: str
+    faint: str
+    right: str
+    wrong: str
+    colours: tuple[str, ...]
+
+
+LIGHT = Theme(
+    *("light", "#ffffff", "#1f2328", "#8b949e", "Blues", "Oranges"),
+    ("#7a7a7a", "#0072b2", "#009e73", "#cc79a7", "#d55e00", "#e69f00", "#56b4e9", "#8c6d31"),
+)
+DARK = Theme(
+    *("dark", "#161b22", "#e6edf3", "#848d97", "Blues", "Oranges"),
+    ("#a8a8a8", "#56b4e9", "#2fc79b", "#e29ac3", "#ff8b4d", "#f0c14b", "#7f9cf5", "#c9a96a"),
+)
+
+# Of the paper's Table 1: parameters in millions and accuracy in per cent, as their authors publish them.
+PUBLISHED = {
+    "cifar10": [
+        ("plain CNN, 2,500 epochs", 4.3, 94.29),
+        ("CCT-7/3x1, 300 epochs", 3.76, 96.53),
+        ("HCGNet-A2, 1,260 epochs", 3.1, 97.71),
+        ("DMSResNet, the paper's, 200 epochs", 4.367742, 96.56),
+    ]
+}
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure as it is to be shown.
+
+    Attributes:
+        name: Of the file, without ending.
+        caption: What is to be seen.
+        draw: The figure, in a theme's colours; None where there is nothing to draw.
+        data: The numbers in it.
+    """
+
+    name: str
+    caption: str
+    draw: Callable[[Section, Theme], Figure | None]
+    data: Callable[[Section], Any]
+
+
+def draw(plot: Plot, section: Section, theme: Theme) -> bytes | None:
+    """The plot as a .png, with its numbers as JSON in the file's description; None where there is nothing to draw."""
+    colours = {
+        **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), theme.paper),
+        **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), theme.ink),
+        "axes.edgecolor": theme.faint,
+        "grid.color": theme.faint,
+    }
+    style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.25}
+    with rc_context({**colours, **style}):
+        drawn = plot.draw(section, theme)
+        if drawn is None:
+            return None
+        FigureCanvasAgg(drawn)
+        file = io.BytesIO()
+        drawn.savefig(file, format="png", dpi=DPI, metadata={"Description": json.dumps(plot.data(section))})
+        return file.getvalue()
+
+
+def figure(width: float, height: float) -> Figure:
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def coloured(section: Section, theme: Theme) -> list[tuple[Row, str]]:
+    """Each row with its colour, the same in every plot."""
+    return [(row, theme.colours[index % len(theme.colours)]) for index, row in enumerate(section.rows)]
+
+
+# --- by epoch
+
+
+def by_epoch(row: Row, key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Epochs, and mean and standard deviation of a figure over the seeds that came so far."""
+    runs = [rows for rows in row.epochs[0] if rows]
+    longest = max(map(len, runs), default=0)
+    values = np.full((len(runs), longest), np.nan)
+    for line, rows in zip(values, runs, strict=True):
+        line[: len(rows)] = [epoch[key] for epoch in rows]
+    return np.arange(1, longest + 1), np.nanmean(values, axis=0), np.nanstd(values, axis=0)
+
+
+def curves(section: Section, theme: Theme) -> Figure | None:
+    if not any(row.measured for row in section.rows):
+        return None
+    drawn = figure(10, 4.2)
+    panels = drawn.subplots(1, 2)
+    for axes, key, scale, label in zip(
+        panels, ("valid_accuracy", "valid_loss"), (100, 1), ("accuracy, %", "loss"), strict=True
+    ):
+        late = []
+        for row, colour in coloured(section, theme):
+            if not any(row.epochs[0]):
+                continue
+            epochs, mean, sd = by_epoch(row, key)
+            mean, sd = scale * mean, scale * sd
+            axes.plot(epochs, mean, color=colour, lw=1.6, label=row.label, marker="o" if len(epochs) == 1 else None)
+            if len(row.epochs[0]) > 1:
+                axes.fill_between(epochs, mean - sd, mean + sd, color=colour, alpha=0.25, lw=0)
+            late.append((mean - sd)[len(mean) // 5 :] if scale > 1 else (mean + sd)[len(mean) // 5 :])
+        if late:  # the first fifth would squeeze what is worth seeing into a corner
+            every = np.concatenate(late)
+            if scale > 1:
+                axes.set_ylim(bottom=max(every.min() - 2, 0))
+            else:
+                axes.set_ylim(0, 1.1 * every.max())
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(True)
+    handles, labels = panels[0].get_legend_handles_labels()
+    drawn.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 3), frameon=False)
+    return drawn
+
+
+def curves_data(section: Section) -> Any:
+    return {row.label: _rounded(by_epoch(row, "valid_accuracy")[1]) for row in section.rows if any(row.epochs[0])}
+
+
+# --- the ablation
+
+
+def ablation(section: Section, theme: Theme) -> Figure | None:
+    if not any(row.measured for row in section.rows):
+        return None
+    rows = [(row, colour) for row, colour in coloured(section, theme) if row.accuracy]
+    drawn = figure(8, 1.2 + 0.5 * len(rows))
+    axes = drawn.subplots()
+    for place, (row, colour) in enumerate(rows):
+        estimate = row.accuracy
+        low, high = (100 * max(min(v, 1), 0) for v in (estimate.low, estimate.high))
+        axes.plot([low, high], [place, place], color=colour, lw=2.5, alpha=0.6, solid_capstyle="butt")
+        if estimate.n > 1:
+            seeds = [100 * run.facts["last"]["valid_accuracy"] for run in row.measured]
+            axes.plot(seeds, [place] * len(seeds), "|", color=colour, ms=11, alpha=0.9)
+        axes.plot(100 * estimate.mean, place, "o", color=colour, ms=9, zorder=3)
+        axes.annotate(
+            f"{100 * estimate.mean:.2f}", (high, place), xytext=(7, 0), textcoords="offset points", va="center"
+        )
+    axes.set_yticks(range(len(rows)), [row.label for row, _ in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.margins(x=0.12)
+    axes.set_xlabel("accuracy in the last epoch, %, and 95 % interval")
+    axes.grid(True, axis="x")
+    return drawn
+
+
+def ablation_data(section: Section) -> Any:
+    rows = [row for row in section.rows if row.accuracy]
+    return {row.label: _rounded([row.accuracy.mean, row.accuracy.low, row.accuracy.high]) for row in rows}
+
+
+# --- which classes
+
+
+def confusion_matrix(predictions: Sequence[Predictions]) -> np.ndarray:
+    """Pictures of each true class (rows) by predicted class (columns), added up over the runs."""
+    classes = len(predictions[0].vocab)
+    total = np.zeros((classes, classes), dtype=int)
+    for p in predictions:
+        np.add.at(total, (p.labels, p.predicted), 1)
+    return total
+
+
+def confusion(section: Section, theme: Theme) -> Figure | None:
+    predictions = section.headline.predictions[0]
+    if not predictions:
+        return None
+    matrix, names = confusion_matrix(predictions), predictions[0].vocab
+    n = len(names)
+    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    diagonal = np.eye(n, dtype=bool)
+    side = min(max(0.62 * n, 4), 10)
+    drawn = figure(side + 1.2, side)
+    axes = drawn.subplots()
+    top = max(shares[~diagonal].max(), 1e-9)
+    axes.imshow(np.where(diagonal, np.nan, shares), cmap=theme.wrong, vmin=0, vmax=1.6 * top)
+    axes.imshow(np.where(diagonal, shares, np.nan), cmap=theme.right, vmin=0, vmax=1.8)
+    if n <= FEW_CLASSES:
+        for (y, x), count in np.ndenumerate(matrix):
+            if count:
+                axes.text(x, y, f"{count:,}", ha="center", va="center", color="#1f2328", fontsize=8)
+        axes.set_xticks(range(n), names, rotation=45, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(n), names)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    axes.set_title(f"{section.headline.label}{_seeds(predictions)}", fontsize=10)
+    return drawn
+
+
+def confusion_data(section: Section) -> Any:
+    predictions = section.headline.predictions[0]
+    return confusion_matrix(predictions).tolist() if predictions else None
+
+
+def class_accuracies(row: Row) -> np.ndarray:
+    """Of each class, the mean over the seeds."""
+    each = [
+        np.bincount(p.labels, p.right, len(p.vocab)) / np.maximum(np.bincount(p.labels, minlength=len(p.vocab)), 1)
+        for p in row.predictions[0]
+    ]
+    return np.mean(each, axis=0)
+
+
+def classes(section: Section, theme: Theme) -> Figure | None:
+    rows = _same_classes(section, theme)
+    if not rows:
+        return None
+    headline = class_accuracies(section.headline)
+    order = np.argsort(headline, kind="stable")[:FEW_CLASSES]
+    names = section.headline.predictions[0][0].vocab[order]
+    drawn = figure(8, 1.5 + 0.32 * len(order))
+    axes = drawn.subplots()
+    for row, colour in rows:
+        values = 100 * class_accuracies(row)[order]
+        strong = row is section.headline
+        axes.plot(
+            values, range(len(order)), "o", color=colour, ms=9 if strong else 6, label=row.label, zorder=2 + strong
+        )
+    axes.set_yticks(range(len(order)), names)
+    axes.set_ylim(len(order) - 0.5, -0.5)
+    axes.set_xlabel("accuracy, %" + (f"; the {len(order)} hardest classes" if len(order) < len(headline) else ""))
+    axes.grid(True)
+    drawn.legend(loc="outside lower center", ncols=min(len(rows), 3), frameon=False)
+    return drawn
+
+
+def classes_data(section: Section) -> Any:
+    return {row.label: _rounded(class_accuracies(row)) for row in section.rows if row.predictions[0]}
+
+
+# --- what it gets wrong
+
+
+def mistakes(section: Section, theme: Theme) -> Figure | None:
+    found = section.headline.predictions[0]
+    if not found or not len(found[0].mistakes):
+        return None
+    p, columns = found[0], 6
+    lines = -(-len(p.mistakes) // columns)
+    drawn = figure(9, 1.85 * lines + 0.3)
+    for axes in drawn.subplots(lines, columns, squeeze=False).flat:
+        axes.set_axis_off()
+    for axes, index, picture in zip(drawn.axes, p.mistakes, p.pictures, strict=False):
+        axes.imshow(picture, interpolation="nearest")
+        certain = np.exp(np.float64(p.log_probabilities[index].max()))
+        true, said = p.vocab[p.labels[index]], p.vocab[p.predicted[index]]
+        axes.set_title(f"{said}, {100 * certain:.0f} %\nis {true}", fontsize=8)
+    return drawn
+
+
+def mistakes_data(section: Section) -> Any:
+    found = section.headline.predictions[0]
+    return found[0].mistakes.tolist() if found else None
+
+
+# --- how far it can be trusted
+
+
+def reliability(section: Section, theme: Theme) -> Figure | None:
+    rows = [(row, colour) for row, colour in coloured(section, theme) if row.predictions[0]]
+    if not rows:
+        return None
+    drawn = figure(6.4, 5.6)
+    axes = drawn.subplots()
+    axes.plot([0, 100], [0, 100], color=theme.faint, lw=1, ls="--")
+    for row, colour in rows:
+        found = [calibrate(p.log_probabilities, p.predicted, p.labels) for p in row.predictions[0]]
+        first = found[0]
+        enough = first.share * len(row.predictions[0][0].labels) >= FEW
+        ece, nll = (np.mean([getattr(c, key) for c in found]) for key in ("ece", "nll"))
+        label = f"{row.label}: ECE {100 * ece:.1f} points, NLL {nll:.3f}"
+        x, y = 100 * first.confidence[enough], 100 * first.accuracy[enough]
+        axes.plot(x, y, color=colour, lw=1.4, label=label)
+        axes.scatter(x, y, s=12 + 250 * first.share[enough], color=colour, alpha=0.55, lw=0)
+    axes.set_xlabel("confidence, %")
+    axes.set_ylabel("accuracy, %")
+    axes.set_xlim(0, 102)
+    axes.set_ylim(0, 102)
+    axes.grid(True)
+    drawn.legend(loc="outside lower center", frameon=False, fontsize=9)
+    return drawn
+
+
+def reliability_data(section: Section) -> Any:
+    data = {}
+    for row in section.rows:
+        found = [calibrate(p.log_probabilities, p.predicted, p.labels) for p in row.predictions[0]]
+        if found:
+            data[row.label] = _rounded([np.mean([c.ece for c in found]), np.mean([c.nll for c in found])])
+    return data
+
+
+# --- what it costs
+
+
+def parameters(section: Section, theme: Theme) -> Figure | None:
+    if not any(row.measured for row in section.rows):
+        return None
+    drawn = figure(9, 4.8)
+    axes = drawn.subplots()
+    spots = []
+    for row, colour in coloured(section, theme):
+        if row.accuracy is None:
+            continue
+        x, y = row.first["parameters"] / 1e6, 100 * row.accuracy.mean
+        spread = [[max(y - 100 * row.accuracy.low, 0)], [max(100 * row.accuracy.high - y, 0)]]
+        axes.errorbar(x, y, spread, fmt="o", color=colour, ms=8, capsize=3)
+        spots.append((x, y, row.label, colour))
+    for name, x, y in PUBLISHED.get(section.data, []):
+        axes.plot(x, y, "D", mfc="none", mec=theme.faint, ms=7)
+        spots.append((x, y, f"{name} (published)", theme.faint))
+    axes.set_xscale("log")
+    xs, ys = np.array([s[0] for s in spots]), np.array([s[1] for s in spots])
+    axes.set_xlim(xs.min() / 1.6, xs.max() * max((xs.max() / xs.min()) ** 0.75, 6))
+    margin = max(0.08 * (ys.max() - ys.min()), 0.5)
+    axes.set_ylim(ys.min() - margin, ys.max() + margin)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("parameters, millions")
+    axes.set_ylabel("accuracy, %")
+    axes.grid(True)
+    low, high = axes.get_ylim()
+    gap = 0.055 * (high - low)
+    for (x, y, text, colour), place in zip(spots, apart(spots, gap), strict=True):
+        line = dict(arrowstyle="-", color=theme.faint, lw=0.6, shrinkA=0, shrinkB=4, relpos=(0, 0.5))
+        axes.annotate(
+            text,
+            (x, y),
+            xytext=(_beside(spots, x) * 1.12, place),
+            va="center",
+            fontsize=8.5,
+            color=colour,
+            arrowprops=line if abs(place - y) > gap / 2 or _beside(spots, x) > x else None,
+        )
+    return drawn
+
+
+NEAR = 2.0  # points whose parameters differ by less have their labels in one column
+
+
+def _beside(spots: Sequence[tuple], x: float) -> float:
+    """Where the labels of the points round x begin: right of the last of them."""
+    right = x
+    for other in sorted(spot[0] for spot in spots):
+        if right <= other < right * NEAR:
+            right = other
+    return right
+
+
+def apart(spots: Sequence[tuple], gap: float) -> list[float]:
+    """Heights for the labels: those of the points, moved until labels in one column are `gap` from each other."""
+    columns: dict[float, list[int]] = {}
+    for index, spot in enumerate(spots):
+        columns.setdefault(_beside(spots, spot[0]), []).append(index)
+    places = [spot[1] for spot in spots]
+    for indices in columns.values():
+        ordered = sorted(indices, key=lambda i: spots[i][1])
+        for _ in range(100):  # neighbours push each other away, by halves
+            for below, above in pairwise(ordered):
+                push = max(gap - (places[above] - places[below]), 0) / 2
+                places[below], places[above] = places[below] - push, places[above] + push
+    return places
+
+
+def parameters_data(section: Section) -> Any:
+    return {row.label: [row.first["parameters"], round(row.accuracy.mean, 6)] for row in section.rows if row.accuracy}
+
+
+def _same_classes(section: Section, theme: Theme) -> list[tuple[Row, str]]:
+    """The rows with predictions in the headline's classes."""
+    found = section.headline.predictions[0]
+    if not found:
+        return []
+    vocab = found[0].vocab.tolist()
+    rows = [(row, colour) for row, colour in coloured(section, theme) if row.predictions[0]]
+    return [(row, colour) for row, colour in rows if all(p.vocab.tolist() == vocab for p in row.predictions[0])]
+
+
+def _seeds(predictions: Sequence[Predictions]) -> str:
+    return f", {len(predictions)} seeds together" if len(predictions) > 1 else ""
+
+
+def _rounded(values: Any) -> list[float]:
+    return [round(float(v), 6) for v in values]
+
+
+PLOTS = (
+    Plot("ablation", "The last epoch of each stage.", ablation, ablation_data),
+    Plot("curves", "Validation accuracy and loss by epoch.", curves, curves_data),
+    Plot("confusion", "Which classes are taken for which.", confusion, confusion_data),
+    Plot("classes", "Accuracy by class.", classes, classes_data),
+    Plot(
+        "mistakes",
+        "The most confident mistakes: what was predicted, how confidently, and what it is.",
+        mistakes,
+        mistakes_data,
+    ),
+    Plot("reliability", "How often a prediction is right, by its confidence.", reliability, reliability_data),
+    Plot("parameters", "Accuracy against size.", parameters, parameters_data),
+)
+
+
+def plot_curves(rows: list[dict[str, float]], title: str, file: Path) -> None:
+    """Loss and accuracy of one run by epoch, training and validation, as a .png."""
+    epochs = [row["epoch"] for row in rows]
+    marker = "o" if len(rows) < 3 else None
+    drawn = figure(9, 3.6)
+    panels = (("loss", 1, "loss"), ("accuracy", 100, "accuracy, %"))
+    for axes, (key, scale, label) in zip(drawn.subplots(1, 2), panels, strict=True):
+        for split, colour in (("train", "#8a8a8a"), ("valid", "#0b6e99")):
+            values = [scale * row[f"{split}_{key}"] for row in rows]
+            name = {"train": "training", "valid": "validation"}[split]
+            axes.plot(epochs, values, label=name, color=colour, marker=marker)
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    drawn.suptitle(title)
+    FigureCanvasAgg(drawn).print_png(file)

@@ -1,0 +1,89 @@
+"""What a finished run says of each validation picture, kept in `predictions.npz` beside its weights."""
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from fastai.learner import Learner
+from fastcore.basics import noop
+
+from ..errors import UserError
+from ..files import whole
+
+__all__ = ["PREDICTIONS", "Predictions", "read_predictions", "write_predictions"]
+
+PREDICTIONS = "predictions.npz"
+MISTAKES = 24
+PIXELS = 64  # a picture that is only to be looked at
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Of N validation pictures in C classes, in the order of the data set.
+
+    Attributes:
+        log_probabilities: float16, shape (N, C).
+        predicted: The classes with the largest probability before it was rounded, shape (N,).
+        labels: The true classes, shape (N,).
+        vocab: Names of the classes, shape (C,).
+        mistakes: Indices of the wrong pictures, the most confident first, shape (M,).
+        pictures: What these look like, uint8, shape (M, H, W, 3).
+    """
+
+    log_probabilities: np.ndarray
+    predicted: np.ndarray
+    labels: np.ndarray
+    vocab: np.ndarray
+    mistakes: np.ndarray
+    pictures: np.ndarray
+
+    @property
+    def right(self) -> np.ndarray:
+        return self.predicted == self.labels
+
+
+def write_predictions(learn: Learner, folder: Path) -> None:
+    """Classify the validation pictures as validation does, and keep what came of it in `folder`."""
+    with learn.no_bar(), learn.no_logging():
+        logits, labels = learn.get_preds(ds_idx=1, act=noop)
+    logs = logits.float().log_softmax(1)
+    confidence, predicted = logs.max(1)
+    wrong = (predicted != labels).nonzero().flatten()
+    mistakes = wrong[confidence[wrong].argsort(descending=True, stable=True)[:MISTAKES]]
+    images = learn.dls.valid_ds.images
+    step = -(-images.shape[-1] // PIXELS)
+    pictures = images[mistakes.to(images.device)][..., ::step, ::step].permute(0, 2, 3, 1)
+    small = np.int16 if logs.shape[1] < 2**15 else np.int32
+    with whole(folder / PREDICTIONS) as partial, partial.open("wb") as opened:
+        np.savez_compressed(
+            opened,
+            log_probabilities=logs.cpu().numpy().astype(np.float16),
+            predicted=predicted.cpu().numpy().astype(small),
+            labels=labels.cpu().numpy().astype(small),
+            vocab=np.array([str(name) for name in learn.dls.vocab]),
+            mistakes=mistakes.cpu().numpy(),
+            pictures=pictures.to(torch.uint8).cpu().numpy(),
+        )
+
+
+def read_predictions(folder: Path) -> Predictions:
+    """What `write_predictions` kept.
+
+    Raises:
+        UserError: The file is missing or damaged.
+    """
+    file = folder / PREDICTIONS
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            found = Predictions(**{name: archive[name] for name in archive.files})
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing; the command that made the run writes it") from None
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{file} is damaged: {error}") from None
+    n, c = found.log_probabilities.shape if found.log_probabilities.ndim == 2 else (0, 0)
+    whole_ = (n,) == found.labels.shape == found.predicted.shape and c == len(found.vocab) and n > 0
+    if not whole_ or len(found.mistakes) != len(found.pictures):
+        raise UserError(f"{file} is damaged: its parts do not fit each other")
+    return found

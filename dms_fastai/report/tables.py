@@ -1,0 +1,133 @@
+"""The table of results: in the terminal, as Markdown, and in cells for whoever draws it otherwise."""
+
+from collections.abc import Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
+from ..callbacks.progress import clock
+from .rows import Difference, Row, Section
+from .statistics import Estimate
+
+__all__ = ["COLUMNS", "cells", "difference_lines", "markdown", "notes", "points", "share", "table"]
+
+COLUMNS = ("stage", "last epoch, %", "95 % interval", "best*, %", "training, %", "parameters", "epochs", "time")
+
+
+def share(value: float | None) -> str:
+    """In per cent."""
+    return "-" if value is None else f"{100 * value:.2f}"
+
+
+def headline(estimate: Estimate | None) -> str:
+    """The mean, and over seeds their standard deviation."""
+    if estimate is None or estimate.sd is None:
+        return share(estimate and estimate.mean)
+    return f"{100 * estimate.mean:.2f} ± {100 * estimate.sd:.2f}"
+
+
+def interval(estimate: Estimate | None) -> str:
+    """Its ends, which for a share lie between 0 and 100."""
+    if estimate is None:
+        return "-"
+    low, high = (100 * min(max(end, 0), 1) for end in (estimate.low, estimate.high))
+    return f"{low:.2f} to {high:.2f}"
+
+
+def points(estimate: Estimate) -> str:
+    """A difference in percentage points, with its interval where there is one."""
+    mean = f"{100 * estimate.mean:+.2f}"
+    return (
+        mean if estimate.low == estimate.high else f"{mean} ({100 * estimate.low:+.2f} to {100 * estimate.high:+.2f})"
+    )
+
+
+def cells(row: Row) -> list[str]:
+    """What a row has to say, a text for each of `COLUMNS`."""
+    mixed = "+" if row.first.get("mixup") and row.measured else ""
+    state = "; ".join(f"seed {run.facts['seed']} {run.state}" for run in row.runs if not run.finished)
+    return [
+        row.label + (f" [{state}]" if state else ""),
+        headline(row.accuracy),
+        interval(row.accuracy),
+        share(row.mean("best", "valid_accuracy")),
+        share(row.mean("last", "train_accuracy")) + mixed,
+        f"{row.first['parameters']:,}",
+        " to ".join(dict.fromkeys(str(done(row, pick)) for pick in (min, max))),
+        clock(sum(run.facts["seconds"] for run in row.runs) / len(row.runs)),
+    ]
+
+
+def done(row: Row, pick: type[min]) -> int:
+    return pick(run.facts["epochs_done"] for run in row.runs)
+
+
+def heading(section: Section) -> str:
+    seeds = sorted({seed for row in section.rows for seed in row.seeds})
+    return f"{section.data}, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+
+
+def notes(rows: Sequence[Row]) -> list[str]:
+    """What a reader of the table has to know."""
+    first = rows[-1].first
+    where = "the test set" if first["valid"] == "test" else "the validation pictures"
+    found, over = [], {row.accuracy.over for row in rows if row.accuracy}
+    counts = {len(row.runs) for row in rows}
+    if "seeds" in over:
+        n = f"n = {counts.pop()}" if len(counts) == 1 else f"n = {min(counts)} to {max(counts)}"
+        found.append(f"± is the standard deviation over seeds, the interval that of their mean (Student's t, {n}).")
+    if "pictures" in over:
+        one = "one seed" if over == {"pictures"} else "where there is one seed"
+        pictures = first["validation_pictures"]
+        found.append(
+            f"{one}: the interval is binomial, of {pictures:,} pictures; other seeds differ, too.".capitalize()
+        )
+    found.append(f"* the best epoch, chosen on {where}: to be compared with the paper's figures only.")
+    if any(row.first.get("mixup") for row in rows):
+        found.append("+ of mixed pictures, by the first picture's label alone, as the paper counts.")
+    return found
+
+
+def table(section: Section) -> Table:
+    """For the terminal, 80 columns wide."""
+    shown = Table(title=heading(section), caption="\n".join(notes(section.rows)), box=SIMPLE_HEAD)
+    shown.title_justify = shown.caption_justify = "left"
+    shown.padding, shown.collapse_padding = (0, 1), True
+    shown.add_column("stage")
+    for column in ("last\nepoch, %", "best*\n%", "training\n%", "parameters", "epochs\ntime"):
+        shown.add_column(column, justify="right", no_wrap=True)
+    for row in section.rows:
+        stage, mean, ends, best, training, parameters, epochs, time = cells(row)
+        training += "" if training.endswith("+") else " "
+        shown.add_row(
+            f"{escape(stage)}\n[dim]{row.first['model']}[/]",
+            f"[bold]{mean}[/]\n[dim]{ends}[/]",
+            *(best, training, parameters, f"{epochs}\n[dim]{time}[/]"),
+        )
+    return shown
+
+
+def difference_lines(differences: Sequence[Difference]) -> list[str]:
+    """What each stage gained over the one that it builds on, a line each."""
+    lines = []
+    for d in differences:
+        if d.estimate is None:
+            continue
+        n = f"{d.estimate.n} shared seeds" if d.estimate.n > 1 else "one seed"
+        if d.estimate.n == 1 and d.estimate.low < d.estimate.high:
+            n += ", the same pictures"
+        lines.append(f"{d.row.label} against {d.base.label}: {points(d.estimate)} points, {n}")
+    return lines
+
+
+def markdown(section: Section) -> str:
+    """The table, its notes and the differences, as Markdown."""
+    lines = [f"| {' | '.join(COLUMNS)} |", f"|---|{'---:|' * (len(COLUMNS) - 1)}"]
+    for row in section.rows:
+        stage, mean, *rest = (cell.replace("|", "\\|").replace("*", "\\*") for cell in cells(row))
+        named = f"{stage}<br>`{row.first['model']}`"
+        lines.append(f"| {' | '.join([named, f'**{mean}**', *rest])} |")
+    text = "\n".join(lines) + "\n\n" + "\n\n".join(note.replace("*", "\\*", 1) for note in notes(section.rows)) + "\n"
+    gains = "".join(f"- {line}\n" for line in difference_lines(section.differences))
+    return text + (f"\nDifferences of the last epochs, with 95 % intervals:\n\n{gains}" if gains else "")

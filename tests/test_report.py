@@ -1,0 +1,253 @@
+"""The report: its arithmetic against known values, its files against the runs, and what it makes of broken ones."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dms_fastai.report import find_runs, read_run, sections
+from dms_fastai.report.plots import DARK, LIGHT, PLOTS, apart, confusion_matrix
+from dms_fastai.report.predictions import read_predictions
+from dms_fastai.report.statistics import binomial, calibrate, over_seeds, paired_pictures
+from dms_fastai.runs import plan, run_stage
+from tests.test_runs import dms  # noqa: F401  (a fixture)
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Two stages of two seeds each, and one stage of a single seed, on digits."""
+    out = tmp_path_factory.mktemp("runs")
+    for recipe, seeds in (("baseline", (0, 1)), ("se", (0, 1)), ("mixup", (1,))):
+        for seed in seeds:
+            for stage in plan(recipe, "digits", out, seed, epochs=2, settings={"data.batch_size": 256}):
+                assert run_stage(stage, "digits", seed).finished
+    return out
+
+
+@pytest.fixture
+def runs(trained, tmp_path):
+    """A copy of them, to be damaged."""
+    return shutil.copytree(trained, tmp_path / "artifacts")
+
+
+def last(folder):
+    return read_run(folder).facts["last"]["valid_accuracy"]
+
+
+# --- arithmetic
+
+
+def test_the_interval_over_seeds_is_students():
+    estimate = over_seeds([0.1, 0.2, 0.3])  # the 97.5 % point of t with 2 degrees of freedom is 4.302653
+    assert (estimate.mean, estimate.sd, estimate.n, estimate.over) == (
+        pytest.approx(0.2),
+        pytest.approx(0.1),
+        3,
+        "seeds",
+    )
+    assert estimate.high - estimate.mean == pytest.approx(4.302653 * 0.1 / math.sqrt(3), rel=1e-6)
+    assert estimate.mean - estimate.low == pytest.approx(estimate.high - estimate.mean)
+
+
+def test_the_interval_of_one_seed_is_wilsons():
+    estimate = binomial(0.8, 100)
+    assert (estimate.low, estimate.high) == (pytest.approx(0.7112, abs=1e-4), pytest.approx(0.8666, abs=1e-4))
+    assert binomial(1.0, 50).high == pytest.approx(1.0)
+
+
+def test_the_difference_on_the_same_pictures_counts_those_where_they_disagree():
+    right, before = np.zeros(100, bool), np.zeros(100, bool)
+    right[:20], before[10:16] = True, True  # 14 only now, none only before
+    estimate = paired_pictures(right, before)
+    error = math.sqrt((14 - 14**2 / 100) / 100**2)
+    assert estimate.mean == pytest.approx(0.14)
+    assert estimate.high - estimate.mean == pytest.approx(1.959964 * error, rel=1e-6)
+
+
+def test_calibration_of_a_classifier_that_is_too_sure():
+    probabilities = np.array([[0.9, 0.1]] * 4 + [[0.3, 0.7]] * 2)
+    labels = np.array([0, 0, 1, 1, 1, 0])
+    found = calibrate(np.log(probabilities), probabilities.argmax(1), labels)
+    assert found.ece == pytest.approx((4 * abs(0.5 - 0.9) + 2 * abs(0.5 - 0.7)) / 6)
+    assert found.nll == pytest.approx(-np.log([0.9, 0.9, 0.1, 0.1, 0.7, 0.3]).mean())
+    assert found.confidence == pytest.approx([0.7, 0.9])
+    assert found.accuracy == pytest.approx([0.5, 0.5])
+
+
+def test_labels_keep_their_distance_and_stay_near():
+    spots = [(1.0, y, "", "") for y in (5.0, 5.1, 5.2, 9.0)] + [(100.0, 5.1, "", "")]
+    places = apart(spots, 1.0)
+    assert all(b - a >= 0.99 for a, b in pairwise(places[:4]))
+    assert places[3:] == [9.0, 5.1]
+    assert sum(places[:3]) == pytest.approx(15.3)
+
+
+# --- runs
+
+
+def test_predictions_are_those_that_validation_counted(trained):
+    for folder in sorted(trained.glob("*/seed*")):
+        p = read_predictions(folder)
+        assert p.right.mean() == pytest.approx(last(folder), abs=1e-6)
+        wrong = np.flatnonzero(~p.right)
+        assert set(p.mistakes) <= set(wrong)
+        assert len(p.mistakes) == min(24, len(wrong))
+        assert p.pictures.shape == (len(p.mistakes), 8, 8, 3)
+        sure = p.log_probabilities[p.mistakes].max(1)
+        assert (np.diff(sure) <= 1e-2).all()
+        assert np.trace(confusion_matrix([p])) == p.right.sum()
+
+
+def test_a_finished_run_without_predictions_gets_them_by_the_same_command(dms, runs):  # noqa: F811
+    folder = runs / "se" / "seed1"
+    before = read_predictions(folder)
+    (folder / "predictions.npz").unlink()
+    again = ("--epochs", 2, "--set", "data.batch_size=256", "--out", runs, "--seed", 1, "--device", "cpu")
+    assert dms("run", "se", *again)[0] == 0
+    after = read_predictions(folder)
+    assert (after.predicted == before.predicted).all()
+    assert np.allclose(after.log_probabilities, before.log_probabilities, atol=0.05)
+
+
+def test_rows_are_recipes_and_differences_are_of_shared_seeds(trained):
+    (section,) = sections(find_runs([trained])[0])
+    assert [(row.label, row.seeds) for row in section.rows] == [
+        ("ResNet", [0, 1]),
+        ("+ SE", [0, 1]),
+        ("+ SE + MixUp", [1]),
+    ]
+    seeds = [[last(trained / recipe / f"seed{s}") for s in (0, 1)] for recipe in ("baseline", "se")]
+    gain, over_pictures = (d.estimate for d in section.differences)
+    assert gain.mean == pytest.approx(np.mean(seeds[1]) - np.mean(seeds[0]))
+    assert (gain.n, gain.over) == (2, "seeds")
+    assert over_pictures.mean == pytest.approx(last(trained / "mixup" / "seed1") - seeds[1][1], abs=1e-6)
+    assert (over_pictures.n, over_pictures.over) == (1, "pictures")
+
+
+def test_every_file_of_the_report_opens_and_says_what_the_runs_say(dms, runs, tmp_path):  # noqa: F811
+    code, out, _ = dms("report")
+    assert code == 0
+    both = [last(runs / "se" / f"seed{s}") for s in (0, 1)]
+    mean, sd = 100 * np.mean(both), 100 * np.std(both, ddof=1)
+    assert f"{mean:.2f} ± {sd:.2f}" in out
+    assert "digits, seeds 0, 1" in out
+    assert "2 shared seeds" in out
+    page, text = (tmp_path / "report" / name for name in ("index.html", "report.md"))
+    for file in (page, text):
+        assert f"{mean:.2f} ± {sd:.2f}" in file.read_text()
+    assert not re.search(r"""(src|href|url)\s*=?\s*["'(]+(?!data:)""", page.read_text())
+    pictures = {file.stem.removeprefix("digits-"): file for file in (tmp_path / "report").glob("*.png")}
+    assert pictures.keys() == {plot.name for plot in PLOTS}
+    for name, file in pictures.items():
+        with Image.open(file) as picture:
+            assert min(picture.size) > 300
+            assert len(picture.convert("RGB").getcolors(1_000_000)) > 20
+            if name == "ablation":
+                assert json.loads(picture.info["Description"])["+ SE"][0] == pytest.approx(np.mean(both), abs=1e-6)
+        assert f"({file.name})" in text.read_text()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium to open the page in")
+@pytest.mark.parametrize(("scheme", "theme"), [(0, DARK), (1, LIGHT)])
+def test_a_browser_without_a_network_shows_the_plots_in_both_themes(dms, runs, tmp_path, scheme, theme):  # noqa: F811
+    assert dms("report")[0] == 0
+    shot = tmp_path / "shot.png"
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1100,1500"]
+    flags += ["--host-resolver-rules=MAP * ~NOTFOUND", f"--blink-settings=preferredColorScheme={scheme}"]
+    page = tmp_path / "report" / "index.html"
+    command = [CHROMIUM, *flags, f"--user-data-dir={tmp_path / 'user'}", f"--screenshot={shot}", page.as_uri()]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    with Image.open(shot) as picture:
+        colours = {colour: count for count, colour in picture.convert("RGB").getcolors(10_000_000)}
+    bright = theme is LIGHT
+    assert (sum(max(colours, key=colours.get)) > 3 * 128) == bright
+    dots = tuple(int(theme.colours[1][i : i + 2], 16) for i in (1, 3, 5))
+    assert colours.get(dots, 0) > 50
+
+
+# --- what is broken
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-20])
+
+
+def test_broken_folders_are_named_and_the_rest_is_reported(dms, runs, tmp_path):  # noqa: F811
+    cut(runs / "baseline" / "seed0" / "run.json")
+    (runs / "baseline" / "seed1" / "metrics.csv").unlink()
+    cut(runs / "se" / "seed0" / "predictions.npz")
+    (runs / "se" / "seed1" / "metrics.csv").write_text("epoch,valid_accuracy\n1,much\n")
+    (runs / "lost").mkdir()
+    (runs / "lost" / "metrics.csv").write_text("epoch\n1\n")
+    running = runs / "mixup" / "seed1" / "run.json"
+    facts = json.loads(running.read_text())
+    running.write_text(json.dumps(facts | {"status": "running", "epochs_done": 1}))
+    (runs / "odd").mkdir()
+    (runs / "odd" / "run.json").write_text(json.dumps({k: v for k, v in facts.items() if k != "seed"}))
+    (runs / "list").mkdir()
+    (runs / "list" / "run.json").write_text("[]")
+    code, out, err = dms("report")
+    assert (code, err) == (0, "")
+    text = (tmp_path / "report" / "report.md").read_text()
+    for words in (
+        "baseline/seed0/run.json is damaged",
+        "baseline/seed1/metrics.csv is missing",
+        "se/seed0/predictions.npz is damaged",
+        "se/seed1/metrics.csv is damaged",
+        "lost holds no run: it has no run.json",
+        "mixup/seed1: running, epoch 1/2",
+        "odd/run.json is damaged: 'seed' is None",
+        "list/run.json is damaged",
+    ):
+        assert words in text, words
+    assert "left out: " in out
+    assert "+ SE + MixUp [seed 1 running, epoch 1/2]" in text
+
+
+def test_runs_that_have_not_begun_to_learn_are_no_trouble(dms, runs, tmp_path):  # noqa: F811
+    for folder in runs.glob("*/seed*"):
+        facts = json.loads((folder / "run.json").read_text())
+        del facts["last"], facts["best"]
+        (folder / "run.json").write_text(json.dumps(facts | {"status": "running", "epochs_done": 0}))
+        (folder / "metrics.csv").unlink()
+    assert dms("report")[0] == 0
+    assert "running, epoch 0/2" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_rows_of_one_title_are_told_apart(dms, runs):  # noqa: F811
+    for name, change in (("lr", ("--set", "optimizer.lr=0.05")), ("again", ())):
+        args = ("--epochs", 2, "--set", "data.batch_size=256", "--device", "cpu", "--out", runs / name, *change)
+        assert dms("run", "mixup", "--seed", 1, *args)[0] == 0
+    (section,) = sections(find_runs([runs])[0])
+    labels = {row.label for row in section.rows if row.title == "+ SE + MixUp"}
+    assert labels == {
+        "+ SE + MixUp (lr 0.05)",
+        *(f"+ SE + MixUp (lr 0.1, {runs / f})" for f in ("mixup", "again/mixup")),
+    }
+
+
+def test_several_seeds_in_one_command(dms, tmp_path):  # noqa: F811
+    args = ("run", "se", "--seeds", "3,5", "--epochs", 1, "--set", "data.batch_size=256", "--device", "cpu")
+    code, out, _ = dms(*args)
+    assert code == 0
+    assert "digits, seeds 3, 5" in out
+    each = [last(tmp_path / "artifacts" / "digits" / "se" / f"seed{s}") for s in (3, 5)]
+    assert f"{100 * np.mean(each):.2f} ± {100 * np.std(each, ddof=1):.2f}" in out
+    assert dms(*args)[1].count("epoch 1/1") == 0  # finished before
+
+
+@pytest.mark.parametrize(
+    ("seeds", "words"), [("0,0", "the same seed twice"), ("a", "write 0,1,2"), ("", "write 0,1,2")]
+)
+def test_bad_seeds(dms, seeds, words):  # noqa: F811
+    code, _, err = dms("run", "se", "--seeds", seeds)
+    assert code == 2
+    assert words in err
