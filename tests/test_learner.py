@@ -1,5 +1,6 @@
 """`dms_learner`: a real fastai Learner, with everything that one can do, by every recipe."""
 
+import csv
 import subprocess
 import sys
 import warnings
@@ -103,6 +104,51 @@ def test_pictures_can_be_shown(student):
     student.recorder.plot_loss()
     student.recorder.plot_sched()
     plt.close("all")
+
+
+def test_mixed_pictures_are_shown_with_both_labels_and_their_shares(student):
+    random = torch.get_rng_state()
+    student.mix_up.show_batch(max_n=4)
+    grid = [axes for axes in plt.gcf().axes if axes.get_title()]
+    assert len(grid) == 4
+    torch.set_rng_state(random)
+    loader = student.dls.train
+    x, y_a = loader.one_batch()
+    mixed, y_b, lam = student.mix_up.pair(x, y_a)
+    for index, axes in enumerate(grid):
+        (share_a, a), (share_b, b) = (line.split() for line in axes.get_title().split("\n"))
+        assert (a, b) == tuple(student.dls.vocab[y[index]] for y in (y_a, y_b))
+        assert float(share_a) == pytest.approx(lam.item(), abs=0.006)
+        assert float(share_a) + float(share_b) == pytest.approx(1, abs=0.011)
+        shown = torch.from_numpy(np.asarray(axes.images[0].get_array())).float()
+        expected = loader.decode((mixed[index : index + 1],))[0][0].permute(1, 2, 0)
+        torch.testing.assert_close(shown, torch.Tensor(expected), atol=1e-3, rtol=0)
+    plt.close("all")
+
+
+def test_fastais_loggers_log_what_the_recorder_has(teacher, tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from fastai.callback.tensorboard import TensorBoardCallback
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    loggers = [TensorBoardCallback(tmp_path, trace_model=False), CSVLogger(tmp_path / "history.csv")]
+    learn = quiet(dms_learner(load_data("digits", bs=256), "kd", teacher=teacher, cbs=loggers))
+    learn.fit_recipe(epochs=2)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    values = [list(row) for row in learn.recorder.values]
+    names = list(learn.recorder.metric_names[1:-1])
+    assert [event.value for event in events.Scalars("valid_accuracy")] == pytest.approx(
+        [row[names.index("valid_accuracy")] for row in values]
+    )
+    steps = {event.step: event.value for event in events.Scalars("train_loss")}
+    assert steps[len(learn.recorder.losses)] == pytest.approx(learn.recorder.losses[-1].item())
+    rates = [event.value for event in events.Scalars("lr_0")]
+    assert max(rates) == pytest.approx(max(learn.recorder.lrs))
+    with (tmp_path / "history.csv").open() as file:
+        logged = list(csv.DictReader(file))
+    assert [float(row["valid_accuracy"]) for row in logged] == pytest.approx(
+        [row[names.index("valid_accuracy")] for row in values]
+    )
 
 
 def test_interpretation(student):

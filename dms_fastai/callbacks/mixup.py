@@ -1,7 +1,11 @@
 """MixUp with paired labels."""
 
+import math
+
 import torch
 from fastai.callback.core import Callback
+from fastai.torch_core import show_image
+from fastai.vision.data import get_grid
 from torch import Tensor
 from torch.distributions import Beta
 
@@ -46,10 +50,8 @@ class MixUp(Callback):
     def before_batch(self) -> None:
         """Mix the pictures; shapes as they were."""
         x, y = self.learn.xb[0], self.learn.yb[0]
-        lam = self.draw(len(x), x.device)
-        shuffle = torch.randperm(len(x), device=x.device)
-        self.learn.xb = (mix(x, x[shuffle], lam), *self.learn.xb[1:])
-        self.partner = (y[shuffle], lam)
+        mixed, *self.partner = self.pair(x, y)
+        self.learn.xb = (mixed, *self.learn.xb[1:])
         if isinstance(self.learn.loss_func, DMSLoss):
             self.learn.yb = (y, *self.partner)
 
@@ -66,6 +68,23 @@ class MixUp(Callback):
     def after_cancel_batch(self) -> None:
         if isinstance(self.learn.loss_func, DMSLoss):
             self.learn.yb = self.learn.yb[:1]
+
+    def pair(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A batch mixed with itself in another order, the partners' labels, and lambda, the share of the first."""
+        lam = self.draw(len(x), x.device)
+        shuffle = torch.randperm(len(x), device=x.device)
+        return mix(x, x[shuffle], lam), y[shuffle], lam
+
+    def show_batch(self, max_n: int = 9) -> None:
+        """Show pictures of a training batch as the model sees them, with both classes of each and their shares."""
+        loader, vocab = self.learn.dls.train, self.learn.dls.vocab
+        x, y_a = loader.one_batch()
+        x, y_b, lam = self.pair(x, y_a)
+        pictures, _ = loader.decode((x[:max_n], y_a[:max_n]))
+        shares, side = lam.cpu().expand(len(x)).tolist(), math.ceil(math.sqrt(len(pictures)))
+        grid = get_grid(len(pictures), figsize=(3 * side, 3.5 * side))  # titles of two lines
+        for picture, a, b, share, axes in zip(pictures, y_a.tolist(), y_b.tolist(), shares, grid, strict=False):
+            show_image(picture, ctx=axes, title=f"{share:.2f} {vocab[a]}\n{1 - share:.2f} {vocab[b]}")
 
     def draw(self, n: int, device: torch.device) -> Tensor:
         """Lambda in float32, without dimensions or of shape (n,), on `device`."""

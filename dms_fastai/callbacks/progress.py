@@ -26,8 +26,8 @@ class RichProgress(Callback):
             BarColumn(bar_width=None),
             TextColumn("loss {task.fields[loss]}"),
             TextColumn("accuracy {task.fields[accuracy]}"),
-            TextColumn("{task.fields[rate]} images/s"),
-            TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn("{task.fields[rate]}/s"),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
             console=console,
             transient=True,
             auto_refresh=False,  # its thread would take a tenth of the time that Python has

@@ -128,6 +128,13 @@ def markdown(section: Section) -> str:
         stage, mean, *rest = (cell.replace("|", "\\|").replace("*", "\\*") for cell in cells(row))
         named = f"{stage}<br>`{row.first['model']}`"
         lines.append(f"| {' | '.join([named, f'**{mean}**', *rest])} |")
-    text = "\n".join(lines) + "\n\n" + "\n\n".join(note.replace("*", "\\*", 1) for note in notes(section.rows)) + "\n"
-    gains = "".join(f"- {line}\n" for line in difference_lines(section.differences))
-    return text + (f"\nDifferences of the last epochs, with 95 % intervals:\n\n{gains}" if gains else "")
+    paragraphs = [_plain(note) for note in notes(section.rows)]
+    gains = "".join(f"- {_plain(line)}\n" for line in difference_lines(section.differences))
+    if gains:
+        paragraphs += ["Differences of the last epochs, with 95 % intervals:", gains]
+    return "\n\n".join(["\n".join(lines), *paragraphs]).rstrip() + "\n"
+
+
+def _plain(line: str) -> str:
+    """A line whose first character is none of Markdown's."""
+    return f"\\{line}" if line[0] in "*+" else line

@@ -1,0 +1,68 @@
+"""What is written to be read: the tutorial runs as it stands, and the README quotes what the report says."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dms_fastai.report import find_runs, sections, write_report
+from docs.build import CELL, TUTORIAL, cells
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "docs" / "results"
+RUNS = ROOT / "artifacts" / "cifar10-cpu"
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_tutorial_runs_to_a_student_that_has_left():
+    text = TUTORIAL.read_text()
+    ran = list(cells(text))
+    assert len(ran) == len(CELL.findall(text)) == 10
+    names = ran[-1].names
+    shares = [float(share) for cell in ran for share in re.findall(r"right on ([\d.]+)%", cell.printed)]
+    assert len(shares) == 2
+    assert min(shares) > 90
+    assert names["name"] in names["dls"].vocab
+    drawn = [number for number, cell in enumerate(ran, start=1) if cell.figures]
+    shown = {int(number) for number in re.findall(r"\(pictures/tutorial-(\d+)[-\d]*\.png\)", text)}
+    assert shown == set(drawn)
+    printed = [number for number, cell in enumerate(ran, start=1) if cell.printed]
+    assert len(printed) == text.count("```text")
+
+
+@pytest.mark.parametrize("file", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda f: f.name)
+def test_links_and_pictures_are_there(file):
+    for target in re.findall(r"\]\(([^)#]+)", file.read_text()):
+        assert target.startswith("https://") or (file.parent / target).exists(), target
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """A fresh report of the runs that the README quotes."""
+    out = tmp_path_factory.mktemp("report")
+    runs, problems = find_runs([RUNS])
+    write_report(sections(runs), problems, out)
+    return out
+
+
+def test_the_results_are_those_of_the_committed_runs(report):
+    """`dms-fastai report artifacts/cifar10-cpu --out docs/results` writes them."""
+    assert (RESULTS / "report.md").read_text() == (report / "report.md").read_text()
+    for file in sorted(report.glob("*.png")):
+        with Image.open(file) as fresh, Image.open(RESULTS / file.name) as kept:
+            assert json.loads(kept.info["Description"]) == json.loads(fresh.info["Description"]), file.name
+            assert kept.size == fresh.size
+
+
+def test_the_readme_quotes_the_report(report):
+    text = (report / "report.md").read_text()
+    table = text[text.index("| stage") : text.index("\n\n", text.index("| stage"))]
+    assert table in README
+    assert "(docs/results/cifar10-ablation.png)" in README
+    assert "dms-fastai report artifacts/cifar10-cpu --out docs/results" in README
+    differences = [line for line in text.splitlines() if " points, one seed" in line]
+    assert len(differences) == 3
+    for line in differences:
+        assert re.search(r"[+-]\d+\.\d\d \([^)]*\)", line).group() in README
