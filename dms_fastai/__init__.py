@@ -9,7 +9,7 @@ with warnings.catch_warnings():
     # fastai and timm script functions as they are imported; torch 2.15 warns of it those who can do nothing about it.
     warnings.filterwarnings("ignore", message=r".*torch\.jit\.script", category=FutureWarning)
     from . import models  # noqa: F401  (registers the architectures)
-    from .callbacks import MixUp, TeacherDistill, load_teacher
+    from .callbacks import EMA, CutMix, Cutout, MixUp, MixUpOrCutMix, TeacherDistill, ensemble, load_teacher
     from .data import load_data
     from .errors import UserError
     from .learner import DMSLearner, dms_learner
@@ -17,13 +17,18 @@ with warnings.catch_warnings():
     from .recipes import Recipe, load_recipe
 
 __all__ = [
+    "EMA",
+    "CutMix",
+    "Cutout",
     "DMSLearner",
     "DMSLoss",
     "MixUp",
+    "MixUpOrCutMix",
     "Recipe",
     "TeacherDistill",
     "UserError",
     "dms_learner",
+    "ensemble",
     "load_data",
     "load_recipe",
     "load_teacher",

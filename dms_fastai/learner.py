@@ -12,10 +12,20 @@ from fastai.data.core import DataLoaders
 from fastai.learner import CastToTensor
 from torch import Tensor, nn
 
-from .callbacks import ClipGradValue, MixUp, Precision, TeacherDistill, TorchCompile
+from .callbacks import (
+    EMA,
+    ClipGradValue,
+    CutMix,
+    Cutout,
+    MixUp,
+    MixUpOrCutMix,
+    Precision,
+    TeacherDistill,
+    TorchCompile,
+)
 from .callbacks.precision import fast_kernels
 from .callbacks.recorder import Recorder, accuracy, lazy
-from .data.loader import statistics
+from .data.loader import BatchLoader, statistics
 from .errors import UserError
 from .events import EventLearner
 from .losses import DMSLoss
@@ -72,6 +82,8 @@ class DMSLearner(EventLearner):
     def _do_fit(self) -> None:
         for epoch in range(self.first_epoch, self.n_epoch):
             self.epoch = epoch
+            if isinstance(self.dls.train, BatchLoader):
+                self.dls.train.passes = epoch  # whatever has been drawn to be looked at
             self._with_events(self._do_epoch, "epoch", CancelEpochException)
 
     def all_batches(self) -> None:
@@ -162,16 +174,20 @@ def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
 
 
 def _loss(recipe: Recipe) -> DMSLoss:
-    distill = recipe.distill
-    return DMSLoss() if distill is None else DMSLoss(distill.alpha, distill.T, distill.kl)
+    distill = {} if recipe.distill is None else vars(recipe.distill)
+    return DMSLoss(label_smoothing=recipe.label_smoothing, **distill)
 
 
 def _callbacks(recipe: Recipe, teacher: Any) -> list:
     callbacks = [Precision(recipe.precision)]
     if recipe.compile != "never":
         callbacks.append(TorchCompile() if recipe.compile == "auto" else TorchCompile(steps=0))
-    if recipe.mixup is not None:
-        callbacks.append(MixUp(recipe.mixup.alpha, recipe.mixup.per))
+    if recipe.augment.cutout:
+        callbacks.append(Cutout(recipe.augment.cutout))
+    if recipe.mixup is not None or recipe.cutmix is not None:
+        callbacks.append(_mixing(recipe))
+    if recipe.ema is not None:
+        callbacks.append(EMA(recipe.ema.decay, recipe.ema.every))
     if recipe.optimizer.clip_value is not None:
         callbacks.append(ClipGradValue(recipe.optimizer.clip_value))
     if recipe.distill is not None:
@@ -183,6 +199,17 @@ def _callbacks(recipe: Recipe, teacher: Any) -> list:
     elif teacher is not None:
         raise UserError(f"recipe {recipe.name!r} does not distil; leave the teacher out, or take 'kd'")
     return callbacks
+
+
+def _mixing(recipe: Recipe) -> MixUp:
+    mixup, cutmix = recipe.mixup, recipe.cutmix
+    if cutmix is None:
+        return MixUp(mixup.alpha, mixup.per)
+    if mixup is None:
+        return CutMix(cutmix.alpha)
+    if mixup.per != "batch":
+        raise UserError(f"mixup.per is {mixup.per!r}; beside CutMix it must be 'batch'")
+    return MixUpOrCutMix(mixup.alpha, cutmix.alpha, cutmix.share)
 
 
 def _listed(cbs: Any) -> list:

@@ -13,10 +13,20 @@ from torch import Tensor, nn
 
 from .errors import UserError
 
-__all__ = ["DMSLoss", "cross_entropy", "kd_divergence", "kd_loss", "mixup_kd_loss", "mixup_loss"]
+__all__ = [
+    "DMSLoss",
+    "cross_entropy",
+    "dist_divergence",
+    "dkd_divergence",
+    "kd_divergence",
+    "kd_loss",
+    "mixup_kd_loss",
+    "mixup_loss",
+]
 
 Reduction = Literal["mean", "sum", "none"]
 KL = Literal["batchmean", "mean"]
+Divergence = Literal["kl", "dkd", "dist"]
 
 
 def cross_entropy(
@@ -86,6 +96,50 @@ def kd_divergence(
     return T**2 * _reduce(by_sample, None, None, reduction)
 
 
+def dkd_divergence(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    y: Tensor,
+    T: float,
+    beta: float = 8.0,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Decoupled distillation: T^2 (TCKD + beta NCKD) (Zhao et al., 2022, equation 7, with their alpha of 1).
+
+    TCKD is the divergence of "the true class or another", NCKD that among the other classes alone, which the ordinary
+    one scales down by what the teacher leaves them.
+
+    Args:
+        student_logits, teacher_logits, T: As in `kd_divergence`.
+        y: The true classes, shape (B,).
+        beta: Weight of the other classes.
+        reduction: As in `cross_entropy`.
+    """
+    log_p_s, log_p_t = (F.log_softmax(_wide(z) / T, dim=1) for z in (student_logits, teacher_logits))
+    true = F.one_hot(y, log_p_s.shape[1]).bool()
+    binary_s, binary_t = (_true_or_other(log_p, y, true) for log_p in (log_p_s, log_p_t))
+    tckd = F.kl_div(binary_s, binary_t, reduction="none", log_target=True).sum(1)
+    # Classes that cannot be chosen have a finite logit: -inf - -inf would be no number.
+    others_s, others_t = (F.log_softmax(log_p.masked_fill(true, NEVER), dim=1) for log_p in (log_p_s, log_p_t))
+    nckd = F.kl_div(others_s, others_t, reduction="none", log_target=True).sum(1)
+    return T**2 * _reduce(tckd + beta * nckd, None, None, reduction)
+
+
+def dist_divergence(student_logits: Tensor, teacher_logits: Tensor, T: float, reduction: Reduction = "mean") -> Tensor:
+    """DIST: T^2 times 1 - Pearson's correlation, between the classes of a sample and between the samples of a class.
+
+    Huang et al., 2022, equations 8 to 10, both relations with a weight of 1. It asks for the order of the teacher's
+    probabilities and not for their values, which the student of a much larger network cannot match.
+
+    Args:
+        student_logits, teacher_logits, T: As in `kd_divergence`.
+        reduction: As in `cross_entropy`; the relation between samples is one number, and is added to each.
+    """
+    p_s, p_t = (F.softmax(_wide(z) / T, dim=1) for z in (student_logits, teacher_logits))
+    inter, intra = 1 - _pearson(p_s, p_t), 1 - _pearson(p_s.T, p_t.T).mean()
+    return T**2 * _reduce(inter + intra, None, None, reduction)
+
+
 def kd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -139,6 +193,8 @@ def mixup_kd_loss(
 class DMSLoss(nn.Module):
     """One loss for every stage: equation (iii), (i), (ii) or (iv), by what the batch carries.
 
+    With another `divergence` than the paper's, (ii) and (iv) have it in place of T^2 KL.
+
     `MixUp` adds `y_b` and `lam` to the targets and `TeacherDistill` adds `teacher_logits`; in validation a batch
     carries `y` alone. `activation` and `decodes` are what fastai's `get_preds`, `predict` and `show_results` use.
     """
@@ -151,15 +207,19 @@ class DMSLoss(nn.Module):
         weight: Tensor | None = None,
         label_smoothing: float = 0.0,
         reduction: Reduction = "mean",
+        divergence: Divergence = "kl",
+        beta: float = 8.0,
     ):
         """
         Args:
             alpha: Weight of the teacher, 0...1; without a teacher it has no effect.
             T, kl: Temperature and reading of the divergence, as in `kd_divergence`.
+            divergence: "kl", the paper's; "dkd", `dkd_divergence`; or "dist", `dist_divergence`.
+            beta: Of `dkd_divergence`; of mixed pictures it takes both labels by their shares.
             weight, label_smoothing, reduction: As in `cross_entropy`.
 
         Raises:
-            UserError: `alpha` or `label_smoothing` outside 0...1, `T` not above 0, or an unknown `kl`.
+            UserError: `alpha` or `label_smoothing` outside 0...1, `T` not above 0, an unknown `kl` or `divergence`.
         """
         super().__init__()
         if not 0 <= alpha <= 1:
@@ -170,7 +230,10 @@ class DMSLoss(nn.Module):
             raise UserError(f"kl is {kl!r}; it must be 'batchmean' or 'mean'")
         if not 0 <= label_smoothing <= 1:
             raise UserError(f"label_smoothing is {label_smoothing}; it must be between 0 and 1")
+        if divergence not in ("kl", "dkd", "dist"):
+            raise UserError(f"divergence is {divergence!r}; it must be 'kl', 'dkd' or 'dist'")
         self.alpha, self.T, self.kl = alpha, T, kl
+        self.divergence, self.beta = divergence, beta
         self.label_smoothing, self.reduction = label_smoothing, reduction
         self.register_buffer("weight", weight)
 
@@ -182,13 +245,30 @@ class DMSLoss(nn.Module):
         lam: Tensor | float | None = None,
         teacher_logits: Tensor | None = None,
     ) -> Tensor:
-        hard = {"weight": self.weight, "label_smoothing": self.label_smoothing, "reduction": self.reduction}
-        soft = {"alpha": self.alpha, "T": self.T, "kl": self.kl}
+        options = {"weight": self.weight, "label_smoothing": self.label_smoothing, "reduction": self.reduction}
+        hard = cross_entropy(pred, y_a, **options) if y_b is None else mixup_loss(pred, y_a, y_b, lam, **options)
         if teacher_logits is None:
-            return cross_entropy(pred, y_a, **hard) if y_b is None else mixup_loss(pred, y_a, y_b, lam, **hard)
+            return hard
+        return self.alpha * self.soft(pred, teacher_logits, y_a, y_b, lam) + (1 - self.alpha) * hard
+
+    def soft(
+        self,
+        pred: Tensor,
+        teacher_logits: Tensor,
+        y_a: Tensor,
+        y_b: Tensor | None = None,
+        lam: Tensor | float | None = None,
+    ) -> Tensor:
+        """The divergence from the teacher, without its weight alpha."""
+        if self.divergence == "kl":
+            return kd_divergence(pred, teacher_logits, self.T, self.kl, self.reduction)
+        if self.divergence == "dist":
+            return dist_divergence(pred, teacher_logits, self.T, self.reduction)
+        towards_a = dkd_divergence(pred, teacher_logits, y_a, self.T, self.beta, "none")
         if y_b is None:
-            return kd_loss(pred, teacher_logits, y_a, **soft, **hard)
-        return mixup_kd_loss(pred, teacher_logits, y_a, y_b, lam, **soft, **hard)
+            return _reduce(towards_a, None, None, self.reduction)
+        towards_b = dkd_divergence(pred, teacher_logits, y_b, self.T, self.beta, "none")
+        return _reduce(lam * towards_a + (1 - lam) * towards_b, None, None, self.reduction)
 
     def activation(self, pred: Tensor) -> Tensor:
         """Probabilities, shape (B, C), of logits."""
@@ -199,7 +279,21 @@ class DMSLoss(nn.Module):
         return pred.argmax(dim=-1)
 
     def extra_repr(self) -> str:
-        return f"alpha={self.alpha}, T={self.T}, kl={self.kl!r}, label_smoothing={self.label_smoothing}"
+        divergence = self.kl if self.divergence == "kl" else self.divergence
+        return f"alpha={self.alpha}, T={self.T}, {divergence}, label_smoothing={self.label_smoothing}"
+
+
+NEVER = -1e4  # a logit whose probability is 0 in float32
+
+
+def _true_or_other(log_p: Tensor, y: Tensor, true: Tensor) -> Tensor:
+    """Log-probabilities of the true class and of all others together, shape (B, 2)."""
+    return torch.cat([log_p.gather(1, y[:, None]), log_p.masked_fill(true, NEVER).logsumexp(1, keepdim=True)], dim=1)
+
+
+def _pearson(a: Tensor, b: Tensor) -> Tensor:
+    """Correlation of the rows of two matrices."""
+    return F.cosine_similarity(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True), dim=1, eps=1e-8)
 
 
 def _wide(logits: Tensor) -> Tensor:

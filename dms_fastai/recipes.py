@@ -73,10 +73,18 @@ class Data:
 
 @dataclass(frozen=True)
 class Augment:
-    """Random crops out of a border of `pad` times the size, and mirroring with probability `flip`."""
+    """Random crops out of a border of `pad` times the size, mirroring with probability `flip`, and Cutout.
+
+    The border is black or mirrors the picture. With `alternate` each picture is mirrored in every other epoch, rather
+    than by chance. `cutout` is the side of a blanked square as a share of the picture's; 0
+    blanks nothing.
+    """
 
     pad: float = _share(0.125)
     flip: float = _share(0.5)
+    border: Literal["black", "mirror"] = "black"
+    alternate: bool = False
+    cutout: float = _share(0.0)
 
 
 @dataclass(frozen=True)
@@ -122,12 +130,33 @@ class MixUp:
 
 
 @dataclass(frozen=True)
+class CutMix:
+    """Lambda is drawn from Beta(alpha, alpha). Where there is MixUp, too, CutMix has this `share` of the batches."""
+
+    alpha: float = _positive(1.0)
+    share: float = _share(0.5)
+
+
+@dataclass(frozen=True)
+class EMA:
+    """An average of the weights, by `decay` a step, is validated and exported in their place."""
+
+    decay: float = _checked(0.999, lambda v: 0 < v < 1, "above 0 and below 1")
+    every: int = _at_least(1, 1)
+
+
+@dataclass(frozen=True)
 class Distill:
-    """Weight, temperature and reading of the divergence in equations (ii) and (iv)."""
+    """Weight, temperature and reading of the divergence in equations (ii) and (iv).
+
+    `divergence` puts another in the paper's place: "dkd", with its `beta`, or "dist".
+    """
 
     alpha: float = _share(0.95)
     T: float = _positive(6.0)
     kl: Literal["batchmean", "mean"] = "batchmean"
+    divergence: Literal["kl", "dkd", "dist"] = "kl"
+    beta: float = _not_negative(8.0)
 
 
 @dataclass(frozen=True)
@@ -138,6 +167,7 @@ class Recipe:
         teacher: Who teaches, where the recipe distils: whatever `--teacher` takes.
         precision: "auto" is bf16 where the hardware multiplies it.
         compile: "auto" is torch.compile on a GPU for training long enough to pay for it, "always" for any there.
+        label_smoothing: How much of the targets is spread over all classes.
     """
 
     name: str = ""
@@ -145,6 +175,7 @@ class Recipe:
     teacher: str | None = None
     precision: Literal["auto", "float32"] = "auto"
     compile: Literal["auto", "always", "never"] = "auto"
+    label_smoothing: float = _share(0.0)
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     augment: Augment = field(default_factory=Augment)
@@ -152,6 +183,8 @@ class Recipe:
     lookahead: Lookahead | None = None
     schedule: Schedule = field(default_factory=Schedule)
     mixup: MixUp | None = None
+    cutmix: CutMix | None = None
+    ema: EMA | None = None
     distill: Distill | None = None
 
     def to_table(self) -> Table:

@@ -59,7 +59,7 @@ __all__ = [
 
 RECIPE = "recipe.toml"
 CHECKPOINT = "checkpoint"
-OPTIONAL_TABLES = ("mixup", "distill", "lookahead")
+OPTIONAL_TABLES = ("mixup", "cutmix", "ema", "distill", "lookahead")
 CODE = ("callbacks", "data", "models", "events.py", "learner.py", "losses.py", "optim.py", "schedule.py")
 SAME_PICTURES = ("data.size", "data.valid")  # what teacher and student must have in common
 
@@ -129,7 +129,7 @@ def plan(
         teacher: In place of the recipe's: a recipe, a run's folder, a file or "timm:NAME".
         epochs, schedule: For every stage, the teacher's too.
         settings: Recipe values by dotted key; of these, a teacher shares the pictures' size and the held-out share
-            alone. In an ablation, tables that a stage may lack (mixup, distill, lookahead) are set where it has them.
+            alone. In an ablation, tables that a stage may lack (mixup, distill, ...) are set where it has them.
         trust_pickle: The teacher may be a .pkl, whose code is run.
 
     Raises:
@@ -230,6 +230,8 @@ def run_stage(
         valid=recipe.data.valid,
         pad=recipe.augment.pad,
         flip=recipe.augment.flip,
+        border=recipe.augment.border,
+        alternate=recipe.augment.alternate,
         device=device,
     )
     teacher = None if stage.teacher is None else load_teacher(stage.teacher, trust_pickle)
@@ -425,7 +427,7 @@ def _facts(learn: DMSLearner, seed: int) -> dict[str, Any]:
         "training_pictures": len(learn.dls.train_ds),
         "validation_pictures": len(learn.dls.valid_ds),
         "classes": learn.dls.c,
-        "mixup": recipe.mixup is not None,
+        "mixup": recipe.mixup is not None or recipe.cutmix is not None,
         "seed": seed,
         "epochs": recipe.schedule.epochs,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import nn
 from torchvision.models import resnet18
 
-from dms_fastai import DMSLoss, MixUp, TeacherDistill, UserError, dms_learner, load_teacher
+from dms_fastai import DMSLoss, MixUp, TeacherDistill, UserError, dms_learner, ensemble, load_teacher
 from dms_fastai.callbacks import Teacher
 from dms_fastai.export import export_run
 from dms_fastai.models.weights import ModelCard, save_weights
@@ -229,3 +229,61 @@ def test_in_a_stock_learner_with_stock_data(native_dls):
     assert type(x) is torch.Tensor
     assert -1e-5 <= x.min()
     assert x.max() <= 1 + 1e-5
+
+
+class Constant(nn.Module):
+    """Says the same of every picture, moved by the picture's first pixel."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = nn.Parameter(torch.tensor(logits))
+
+    def forward(self, x):
+        return self.logits + x[:, 0, 0, :1]
+
+
+def test_an_ensemble_is_the_mean_of_logits_or_of_probabilities():
+    a, b = [1.0, 2.0, 0.0], [3.0, -1.0, 0.5]
+    teachers = [Teacher(Constant(z), (0.5,) * 3, (0.25,) * 3, ["x", "y", "z"]) for z in (a, b)]
+    x = torch.zeros(2, 3, 8, 8)
+    found = ensemble(teachers)
+    torch.testing.assert_close(found.model(x)[0], (torch.tensor(a) + torch.tensor(b)) / 2)
+    mean = (torch.tensor(a).softmax(0) + torch.tensor(b).softmax(0)) / 2
+    torch.testing.assert_close(ensemble(teachers, of="probabilities").model(x)[0].softmax(0), mean)
+    assert (found.mean, found.vocab) == ((0.5,) * 3, ["x", "y", "z"])
+
+
+def test_every_member_of_an_ensemble_gets_pictures_in_its_own_normalisation():
+    first = Teacher(Constant([0.0, 0.0]), (0.5,) * 3, (0.25,) * 3)
+    second = Teacher(Constant([0.0, 0.0]), (0.1,) * 3, (0.5,) * 3)
+    pixel = 0.8
+    x = torch.full((1, 3, 8, 8), (pixel - 0.5) / 0.25)
+    expected = ((pixel - 0.5) / 0.25 + (pixel - 0.1) / 0.5) / 2
+    assert ensemble([first, second]).model(x)[0, 0].item() == pytest.approx(expected)
+
+
+def test_an_ensemble_teaches(dls, teacher, tmp_path):
+    other = quiet(dms_learner(dls, "se"))
+    for number, learn in enumerate((teacher, other)):
+        (tmp_path / str(number)).mkdir()
+        save_weights(learn.model, learn.card, tmp_path / str(number) / "model.safetensors")
+    learn = quiet(dms_learner(dls, "kd", teacher=f"{tmp_path / '0'}, {tmp_path / '1'}"))
+    learn.fit_recipe(1)
+    x = torch.randn(4, 3, 8, 8)
+    taught = learn.teacher_distill.teacher.model.eval()(x)
+    expected = (teacher.model.eval()(x) + other.model.eval()(x)) / 2
+    torch.testing.assert_close(taught, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("sources", "of", "words"),
+    [
+        ([], "logits", "at least one teacher"),
+        ([Teacher(Constant([0.0, 1.0]))], "votes", "'logits' or 'probabilities'"),
+        ([Teacher(Constant([0.0]), vocab=["a"]), Teacher(Constant([0.0]), vocab=["b"])], "logits", "class 0 is 'b'"),
+        ([Teacher(Constant([0.0]), (0.5,), (1.0,)), Teacher(Constant([0.0]))], "logits", "normalised"),
+    ],
+)
+def test_teachers_that_make_no_ensemble(sources, of, words):
+    with pytest.raises(UserError, match=words):
+        ensemble(sources, of)

@@ -7,7 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dms_fastai import DMSLoss, UserError
-from dms_fastai.losses import cross_entropy, kd_divergence, kd_loss, mixup_kd_loss, mixup_loss
+from dms_fastai.losses import (
+    cross_entropy,
+    dist_divergence,
+    dkd_divergence,
+    kd_divergence,
+    kd_loss,
+    mixup_kd_loss,
+    mixup_loss,
+)
 
 settings.register_profile("losses", max_examples=60, deadline=None)
 settings.load_profile("losses")
@@ -187,3 +195,61 @@ def test_activation_and_decodes():
 def test_values_out_of_range_are_refused(setting, words):
     with pytest.raises(UserError, match=words):
         DMSLoss(**setting)
+
+
+@given(batches())
+def test_decoupled_distillation(b):
+    """TCKD and NCKD from the probabilities themselves, class by class."""
+    tckd = nckd = 0.0
+    true = np.eye(b["z_s"].shape[1], dtype=bool)[b["y_a"]]
+    for z_s, z_t, mask in zip(b["z_s"], b["z_t"], true, strict=True):
+        log_s, log_t = (log_softmax(z[None] / b["T"])[0] for z in (z_s, z_t))
+        binary = [(lp[mask][0], np.logaddexp.reduce(lp[~mask])) for lp in (log_s, log_t)]
+        tckd += sum(np.exp(t) * (t - s) for s, t in zip(*binary, strict=True))
+        others = [log_softmax(z[~mask][None] / b["T"])[0] for z in (z_s, z_t)]
+        nckd += (np.exp(others[1]) * (others[1] - others[0])).sum()
+    expected = b["T"] ** 2 * (tckd + 8 * nckd) / len(true)
+    value = dkd_divergence(tensor(b["z_s"]), tensor(b["z_t"]), tensor(b["y_a"]), b["T"])
+    np.testing.assert_allclose(value, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_decoupled_distillation_with_a_weight_of_the_others_left_is_the_ordinary_one():
+    """KL = TCKD + (1 - p_t(y)) NCKD (Zhao et al., equation 6): one sample, beta = 1 - p_t(y)."""
+    z_s, z_t, y = torch.randn(1, 7).double(), torch.randn(1, 7).double(), torch.tensor([2])
+    beta = 1 - (z_t / 3).softmax(1)[0, 2].item()
+    torch.testing.assert_close(dkd_divergence(z_s, z_t, y, 3.0, beta), kd_divergence(z_s, z_t, 3.0))
+
+
+def test_dist_is_one_minus_the_correlations():
+    rng = np.random.default_rng(0)
+    z_s, z_t = rng.normal(0, 2, (2, 9, 5))
+    p_s, p_t = (np.exp(log_softmax(z / 4)) for z in (z_s, z_t))
+    inter = np.mean([1 - np.corrcoef(a, b)[0, 1] for a, b in zip(p_s, p_t, strict=True)])
+    intra = np.mean([1 - np.corrcoef(a, b)[0, 1] for a, b in zip(p_s.T, p_t.T, strict=True)])
+    np.testing.assert_allclose(dist_divergence(tensor(z_s), tensor(z_t), 4.0), 16 * (inter + intra), rtol=1e-6)
+    np.testing.assert_allclose(dist_divergence(tensor(z_t), tensor(z_t), 4.0), 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("divergence", ["kl", "dkd", "dist"])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_the_one_loss_with_every_divergence(divergence, mixed):
+    torch.manual_seed(0)
+    pred = (40 * torch.randn(6, 4)).requires_grad_()
+    teacher, y_a, y_b, lam = 40 * torch.randn(6, 4), torch.arange(6) % 4, torch.arange(6).flip(0) % 4, torch.tensor(0.3)
+    loss = DMSLoss(0.7, 2.0, divergence=divergence, beta=5.0)
+    value = loss(pred, y_a, y_b, lam, teacher) if mixed else loss(pred, y_a, teacher_logits=teacher)
+    hard = mixup_loss(pred, y_a, y_b, lam) if mixed else cross_entropy(pred, y_a)
+    if divergence == "dkd":
+        soft = dkd_divergence(pred, teacher, y_a, 2.0, 5.0)
+        if mixed:
+            soft = 0.3 * soft + 0.7 * dkd_divergence(pred, teacher, y_b, 2.0, 5.0)
+    else:
+        soft = kd_divergence(pred, teacher, 2.0) if divergence == "kl" else dist_divergence(pred, teacher, 2.0)
+    torch.testing.assert_close(value, 0.7 * soft + 0.3 * hard)
+    value.backward()
+    assert pred.grad.isfinite().all()
+
+
+def test_an_unknown_divergence():
+    with pytest.raises(UserError, match="'kl', 'dkd' or 'dist'"):
+        DMSLoss(divergence="js")

@@ -1,9 +1,25 @@
 """fastai callbacks, each of them of use alone in any Learner."""
 
 from .clip import ClipGradValue
-from .distill import Teacher, TeacherDistill, load_teacher
+from .cutmix import CutMix, MixUpOrCutMix
+from .cutout import Cutout
+from .distill import Teacher, TeacherDistill, ensemble, load_teacher
+from .ema import EMA
 from .mixup import MixUp
 from .precision import Precision
 from .torch_compile import TorchCompile
 
-__all__ = ["ClipGradValue", "MixUp", "Precision", "Teacher", "TeacherDistill", "TorchCompile", "load_teacher"]
+__all__ = [
+    "EMA",
+    "ClipGradValue",
+    "CutMix",
+    "Cutout",
+    "MixUp",
+    "MixUpOrCutMix",
+    "Precision",
+    "Teacher",
+    "TeacherDistill",
+    "TorchCompile",
+    "ensemble",
+    "load_teacher",
+]

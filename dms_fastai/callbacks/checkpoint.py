@@ -83,6 +83,8 @@ class Checkpoint(Callback):
             learn.model.to(learn.dls.device)  # before the optimiser, whose state goes where the parameters are
             learn.create_opt()
             learn.opt.load_state_dict(state["optimizer"])
+            if state.get("ema") is not None:
+                learn.ema.restore(state["ema"])
             self.resumed = state
             return Resumed(state["epochs"], state["steps"], state["rows"], damaged)
         if damaged:
@@ -167,6 +169,7 @@ class Checkpoint(Callback):
             "steps": steps,
             "model": learn.model.state_dict(),
             "optimizer": plain(learn.opt.state_dict()),
+            "ema": learn.ema.state() if hasattr(learn, "ema") else None,
             "recorder": get_recorder(learn.recorder),
             "random": get_random_states(),
             "rows": learn.history.rows,

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import math
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,11 +17,11 @@ from torch import Tensor, nn
 
 from ..data.loader import statistics, vocabulary
 from ..errors import UserError, unknown
-from ..losses import DMSLoss, kd_divergence
+from ..losses import DMSLoss
 from ..models.fold import fold_batch_norms
 from ..models.weights import WEIGHTS, load_weights
 
-__all__ = ["Teacher", "TeacherDistill", "load_teacher"]
+__all__ = ["Teacher", "TeacherDistill", "ensemble", "load_teacher"]
 
 
 @dataclass
@@ -47,12 +48,63 @@ class Teacher:
         return state.hexdigest()
 
 
-def load_teacher(source: "Teacher | nn.Module | Learner | str | Path", trust: bool = False) -> Teacher:
+class Ensemble(nn.Module):
+    """Several teachers as one network: the mean of their logits, or the logarithm of their mean probabilities.
+
+    Pictures come as the first one expects them; each of the others gets them in its own normalisation.
+    """
+
+    def __init__(self, teachers: "Iterable[Teacher]", of: str):
+        super().__init__()
+        teachers = list(teachers)
+        self.of = of
+        self.members = nn.ModuleList(teacher.model for teacher in teachers)
+        for index, teacher in enumerate(teachers):
+            scale, shift = renormalize((teachers[0].mean, teachers[0].std), (teacher.mean, teacher.std))
+            self.register_buffer(f"scale{index}", scale)
+            self.register_buffer(f"shift{index}", shift)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = []
+        for index, member in enumerate(self.members):
+            logits.append(member(x * getattr(self, f"scale{index}") + getattr(self, f"shift{index}")))
+        every = torch.stack(logits).float()
+        if self.of == "logits":
+            return every.mean(0)
+        return every.log_softmax(2).logsumexp(0) - math.log(len(logits))
+
+
+def ensemble(sources: Iterable[Any], of: str = "logits", trust: bool = False) -> Teacher:
+    """Several teachers as one.
+
+    Args:
+        sources: Each whatever `load_teacher` takes.
+        of: What is averaged: "logits" or "probabilities".
+        trust: As in `load_teacher`.
+
+    Raises:
+        UserError: There are none, they do not know the same classes, or `of` is something else.
+    """
+    teachers = [load_teacher(source, trust) for source in sources]
+    if not teachers:
+        raise UserError("an ensemble needs at least one teacher")
+    if of not in ("logits", "probabilities"):
+        raise UserError(f"an ensemble of {of!r} cannot be had; it averages 'logits' or 'probabilities'")
+    first = teachers[0]
+    for teacher in teachers[1:]:
+        check_classes(teacher, first.vocab)
+        if (teacher.mean is None) != (first.mean is None):
+            raise UserError("some of these teachers say what their pictures are normalised with, and some do not")
+    return Teacher(Ensemble(teachers, of), first.mean, first.std, first.vocab)
+
+
+def load_teacher(source: Any, trust: bool = False) -> Teacher:
     """A teacher from whatever holds one. A model or a Learner is copied, and stays as it is.
 
     Args:
-        source: A model; a Learner; a folder of a finished run; a .safetensors file of this package; a .pkl of
-            `Learner.export`; or "timm:NAME" for timm's pretrained weights.
+        source: A `Teacher`; a model; a Learner; a folder of a finished run; a .safetensors file of this package; a .pkl
+            of `Learner.export`; "timm:NAME" for timm's pretrained weights; or a list of these, or a text of several
+            with commas between, whose mean logits teach.
         trust: Load a .pkl, which runs the code inside it. Without, the weights beside it are taken, in a run's folder.
 
     Raises:
@@ -60,6 +112,10 @@ def load_teacher(source: "Teacher | nn.Module | Learner | str | Path", trust: bo
     """
     if isinstance(source, Teacher):
         return source
+    if isinstance(source, (list, tuple)):
+        return ensemble(source, trust=trust)
+    if isinstance(source, str) and "," in source and not Path(source).exists():
+        return ensemble((part.strip() for part in source.split(",")), trust=trust)
     if isinstance(source, Learner):
         mean, std = statistics(source.dls)
         return Teacher(copy.deepcopy(source.model), mean, std, vocabulary(source.dls))
@@ -178,7 +234,7 @@ class TeacherDistill(Callback):
             self.learn.yb = self.learn.yb[:1]
             return
         kd = self.divergence
-        divergence = kd_divergence(self.learn.pred, self.logits, kd.T, kd.kl)
+        divergence = kd.soft(self.learn.pred, self.logits, self.learn.yb[0])
         self.learn.loss_grad = kd.alpha * divergence + (1 - kd.alpha) * self.learn.loss_grad
         self.learn.loss = self.learn.loss_grad.detach().clone()
 
@@ -194,8 +250,18 @@ class TeacherDistill(Callback):
         theirs, ours = (self.teacher.mean, self.teacher.std), statistics(self.learn.dls)
         if theirs[0] is None or theirs == ours:
             return None
-        mean_t, std_t, mean_s, std_s = (torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (*theirs, *ours))
-        return std_s / std_t, (mean_s - mean_t) / std_t
+        return tuple(t.to(device) for t in renormalize(ours, theirs))
+
+
+Statistics = tuple[tuple[float, ...] | None, tuple[float, ...] | None]
+
+
+def renormalize(ours: Statistics, theirs: Statistics) -> tuple[Tensor, Tensor]:
+    """Scale and shift, shape (1, C, 1, 1), from pictures that `ours` normalised to what `theirs` would have made."""
+    if ours == theirs:
+        return torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
+    mean_s, std_s, mean_t, std_t = (torch.tensor(v).view(1, -1, 1, 1) for v in (*ours, *theirs))
+    return std_s / std_t, (mean_s - mean_t) / std_t
 
 
 def check_classes(teacher: Teacher, vocab: list[str] | None) -> None:

@@ -7,6 +7,7 @@ from fastai.data.core import DataLoaders
 
 from ..errors import UserError
 from ..models.dmsresnet import MEAN, STD
+from .augment import Border
 from .imageset import ImageSet
 from .loader import BatchLoader
 from .sources import NAMED, load_splits, source_name, split_by_class
@@ -28,6 +29,8 @@ def load_data(
     mean: tuple[float, ...] = MEAN,
     std: tuple[float, ...] = STD,
     device: str | torch.device | None = None,
+    border: Border = "black",
+    alternate: bool = False,
 ) -> DataLoaders:
     """fastai `DataLoaders` over a data set, with crops and flips in training.
 
@@ -43,6 +46,8 @@ def load_data(
         seed: Chooses the held-out pictures, and nothing else.
         mean, std: What pixels (0...1) are normalised with, one a channel.
         device: Where pictures and batches live. None: the GPU where there is one.
+        border: What the border shows: "black", or the picture's own pixels in "mirror" order.
+        alternate: Where there is any mirroring, mirror each picture in every other epoch, not by chance.
 
     Raises:
         UserError: Data that is not there or cannot be trained on, or a setting out of range.
@@ -55,6 +60,8 @@ def load_data(
         raise UserError(f"pad is {pad}; the border must be between 0 and 1 of the size")
     if flip is not None and not 0 <= flip <= 1:
         raise UserError(f"flip is {flip}; the probability must be between 0 and 1")
+    if border not in ("black", "mirror"):
+        raise UserError(f"border is {border!r}; it must be 'black' or 'mirror'")
     splits = load_splits(data, size)
     train, evaluation = _choose(splits, valid, seed, data)
     train.split_idx = 0
@@ -62,7 +69,7 @@ def load_data(
         flip = 0.0 if train.name in NO_FLIP else 0.5
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     bs = min(bs, len(train))
-    own = {"pad": pad, "flip": flip, "mean": mean, "std": std}
+    own = {"pad": pad, "flip": flip, "border": border, "alternate": alternate, "mean": mean, "std": std}
     loaders = [
         BatchLoader(train, bs, shuffle=True, drop_last=True, device=device, **own),
         BatchLoader(evaluation, max(bs, VALID_BATCH.get(device.type, bs)), device=device, **own),

@@ -12,7 +12,7 @@ from fastai.losses import CrossEntropyLossFlat
 from torch import Tensor
 
 from ..errors import UserError
-from .augment import Crops
+from .augment import Border, Crops
 from .pictures import read_picture
 
 __all__ = ["ImageSet"]
@@ -87,10 +87,16 @@ class ImageSet:
         """The labels on `device`, where they stay: copied at the first call."""
         return None if self.labels is None else self._keep(("labels", device), lambda: self.labels.to(device))
 
-    def crops_on(self, device: torch.device, padding: int, mirrored: bool) -> Crops:
+    def crops_on(self, device: torch.device, padding: int, mirrored: bool, border: Border = "black") -> Crops:
         """`Crops` of the pictures on `device`, where they stay: made at the first call."""
-        make = partial(Crops, padding=padding, mirrored=mirrored)
-        return self._keep(("crops", device, padding, mirrored), lambda: make(self.images.to(device)))
+        make = partial(Crops, padding=padding, mirrored=mirrored, border=border)
+        return self._keep(("crops", device, padding, mirrored, border), lambda: make(self.images.to(device)))
+
+    def coins_on(self, device: torch.device) -> Tensor:
+        """A bool for each picture, drawn once and for all, shape (N,), on `device`."""
+        generator = torch.Generator().manual_seed(0)
+        draw = partial(torch.randint, 2, (len(self),), generator=generator, dtype=torch.bool)
+        return self._keep(("coins", device), lambda: draw().to(device))
 
     def _keep(self, key: tuple, make: Callable[[], Any]) -> Any:
         if key not in self._resident:

@@ -14,7 +14,7 @@ from fastcore.foundation import L
 from torch import Tensor
 
 from ..models.dmsresnet import MEAN, STD
-from .augment import affine, normalize
+from .augment import Border, affine, normalize
 from .imageset import ImageSet
 
 __all__ = ["BatchLoader", "statistics", "vocabulary"]
@@ -35,6 +35,8 @@ class BatchLoader(TfmdDL):
         drop_last: bool = False,
         pad: float = 0.125,
         flip: float = 0.5,
+        border: Border = "black",
+        alternate: bool = False,
         mean: tuple[float, ...] = MEAN,
         std: tuple[float, ...] = STD,
         **kwargs: Any,
@@ -47,11 +49,14 @@ class BatchLoader(TfmdDL):
             drop_last: Leave out a last batch of fewer than `bs` pictures.
             pad: Border put around a picture before a crop of its size is taken, as a share of the size: 4 of 32.
             flip: Probability of mirroring a picture left to right.
+            border: What the border shows: "black", or the picture's own pixels in "mirror" order.
+            alternate: Where there is any mirroring, mirror each picture in every other pass, half of them in each.
             mean, std: Of the pixels, 0...1, one a channel; what the pictures are normalised with.
         """
         kwargs["num_workers"] = 0  # nothing is left to do for workers
         super().__init__(dataset, bs=bs, shuffle=shuffle, drop_last=drop_last, **kwargs)
         self.pad, self.flip, self.mean, self.std = pad, flip, tuple(mean), tuple(std)
+        self.border, self.alternate, self.passes = border, alternate, 0
         self._affine_on: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self.first_batch, self._then = 0, None
 
@@ -63,7 +68,7 @@ class BatchLoader(TfmdDL):
         """This loader over another set, or over pictures that `ImageSet.from_items` can read."""
         if dataset is not None and not isinstance(dataset, ImageSet):
             dataset = self.dataset.from_items(dataset)
-        own = {"pad": self.pad, "flip": self.flip, "mean": self.mean, "std": self.std}
+        own = {key: getattr(self, key) for key in ("pad", "flip", "border", "alternate", "mean", "std")}
         # TfmdDL.new would draw a batch here to learn its types; they are known.
         return DataLoader.new(self, dataset, cls, **{"do_setup": False, **own, **kwargs})
 
@@ -79,6 +84,7 @@ class BatchLoader(TfmdDL):
         if self._then is not None:
             self._then()
         self.first_batch, self._then = 0, None
+        self.passes += 1
         yield from map(self.load_batch, batches)
 
     def load_batch(self, index: Tensor) -> tuple[Tensor, ...]:
@@ -86,7 +92,9 @@ class BatchLoader(TfmdDL):
         device, images = self._where(), self.dataset
         labels = images.labels_on(device)
         if images.split_idx == 0:
-            x = images.crops_on(device, round(self.pad * images.size), self.flip > 0).take(index, self.flip)
+            crops = images.crops_on(device, round(self.pad * images.size), self.flip > 0, self.border)
+            odd = self.passes % 2 == 1
+            x = crops.take(index, images.coins_on(device)[index] ^ odd if self.alternate else self.flip)
         else:
             x = images.crops_on(device, 0, False).take(index)
         x = normalize(x, *self._affine(device))

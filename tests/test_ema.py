@@ -1,0 +1,109 @@
+"""EMA against an average by hand, in what is validated, in what is left, and over a run that is cut short."""
+
+import pytest
+import torch
+from fastai.callback.core import Callback, CancelFitException
+
+from dms_fastai import EMA, UserError, dms_learner, load_data
+from tests.conftest import quiet
+from tests.test_mixup import stock_learner
+from tests.test_runs import dms, same_run, weights  # noqa: F401  (dms is a fixture)
+
+
+class Weights(Callback):
+    """Keep the raw weights after every step, in float64, and what validation was done with."""
+
+    order = 50
+
+    def __init__(self):
+        super().__init__()
+        self.steps, self.validated = [], []
+
+    def after_step(self):
+        self.steps.append({k: v.double().clone() for k, v in self.learn.model.state_dict().items()})
+
+    def after_validate(self):
+        self.validated.append({k: v.clone() for k, v in self.learn.model.state_dict().items()})
+
+
+class BeforeEMA(Weights):
+    """The same, while validation's model is still in place."""
+
+    order = 7
+
+
+def by_hand(first, steps, decay, every=1):
+    average = {k: v.double() for k, v in first.items()}
+    for n, state in enumerate(steps, start=1):
+        if n % every == 0:
+            d = min(decay, (1 + n) / (10 + n)) ** every
+            average = {k: d * average[k] + (1 - d) * v for k, v in state.items()}
+    return average
+
+
+@pytest.mark.parametrize(("decay", "every"), [(0.9, 1), (0.2, 1), (0.9, 2)])
+def test_the_average_is_the_one_by_hand(decay, every):
+    spy = BeforeEMA()
+    learn = stock_learner(torch.nn.functional.cross_entropy, [EMA(decay, every), spy])
+    first = {k: v.clone() for k, v in learn.model.state_dict().items()}
+    learn.fit(3)
+    expected = by_hand(first, spy.steps, decay, every)
+    left = learn.model.state_dict()
+    for key, value in expected.items():
+        if left[key].is_floating_point():
+            torch.testing.assert_close(left[key].double(), value, rtol=1e-4, atol=1e-6)
+    for key, value in spy.validated[-1].items():
+        assert torch.equal(value, left[key]), key
+    assert any(not torch.equal(spy.steps[-1][key].float(), left[key]) for key in left if "running" in key)
+
+
+def test_training_goes_on_with_the_raw_weights():
+    alone, beside = Weights(), Weights()
+    for spy, more in ((alone, []), (beside, [EMA(0.9)])):
+        torch.manual_seed(0)
+        stock_learner(torch.nn.functional.cross_entropy, [*more, spy]).fit(2)
+    for a, b in zip(alone.steps, beside.steps, strict=True):
+        assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+class Stop(Callback):
+    order = 60
+
+    def after_batch(self):
+        if self.learn.training and self.learn.train_iter == 4:
+            raise CancelFitException
+
+
+def test_a_fit_that_is_cut_short_leaves_the_raw_weights():
+    spy = Weights()
+    learn = stock_learner(torch.nn.functional.cross_entropy, [EMA(0.9), spy, Stop()])
+    learn.fit(3)
+    assert all(torch.equal(v.double(), spy.steps[-1][k]) for k, v in learn.model.state_dict().items())
+
+
+def test_a_run_that_was_cut_goes_on_with_its_average(dms, tmp_path):  # noqa: F811
+    args = ("run", "se", "--epochs", 3, "--set", "ema.decay=0.9", "--set", "data.batch_size=256", "--device", "cpu")
+    assert dms(*args, "--out", "whole")[0] == 0
+    for _ in range(7):
+        assert dms(*args, "--out", "pieces", "--time-limit", "0.001s")[0] == 75
+    assert dms(*args, "--out", "pieces")[0] == 0
+    whole, pieces = (tmp_path / name / "se" / "seed0" for name in ("whole", "pieces"))
+    same_run(whole, pieces)
+    assert dms("run", "se", *args[2:4], *args[6:], "--out", "raw")[0] == 0
+    raw = weights(tmp_path / "raw" / "se" / "seed0")
+    assert any(not torch.equal(value, raw[name]) for name, value in weights(whole).items())
+
+
+def test_it_is_what_is_exported(tmp_path):
+    learn = quiet(dms_learner(load_data("digits", bs=128), "se", settings={"ema.decay": 0.95}))
+    learn.fit_recipe(4)
+    recorded = learn.recorder.values[-1][-1]
+    assert learn.validate()[1] == pytest.approx(recorded)
+    learn.path = tmp_path
+    learn.export("x.pkl")
+
+
+@pytest.mark.parametrize("make", [lambda: EMA(0), lambda: EMA(1), lambda: EMA(0.9, every=0)])
+def test_values_that_cannot_be(make):
+    with pytest.raises(UserError):
+        make()
