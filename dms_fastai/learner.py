@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .callbacks import (
     EMA,
+    SAM,
     ClipGradValue,
     CutMix,
     Cutout,
@@ -188,6 +189,8 @@ def _callbacks(recipe: Recipe, teacher: Any) -> list:
         callbacks.append(_mixing(recipe))
     if recipe.ema is not None:
         callbacks.append(EMA(recipe.ema.decay, recipe.ema.every))
+    if recipe.optimizer.sam is not None:
+        callbacks.append(SAM(recipe.optimizer.sam))
     if recipe.optimizer.clip_value is not None:
         callbacks.append(ClipGradValue(recipe.optimizer.clip_value))
     if recipe.distill is not None:

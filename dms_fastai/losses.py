@@ -116,7 +116,7 @@ def dkd_divergence(
         reduction: As in `cross_entropy`.
     """
     log_p_s, log_p_t = (F.log_softmax(_wide(z) / T, dim=1) for z in (student_logits, teacher_logits))
-    true = F.one_hot(y, log_p_s.shape[1]).bool()
+    true = torch.zeros_like(log_p_s, dtype=torch.bool).scatter(1, y[:, None], True)
     binary_s, binary_t = (_true_or_other(log_p, y, true) for log_p in (log_p_s, log_p_t))
     tckd = F.kl_div(binary_s, binary_t, reduction="none", log_target=True).sum(1)
     # Classes that cannot be chosen have a finite logit: -inf - -inf would be no number.

@@ -91,6 +91,7 @@ class Augment:
 class Optimizer:
     """SGD with momentum and L2 weight decay; gradient values are clipped to +-`clip_value` where it is given.
 
+    `sam` is the rho of sharpness-aware minimisation, which takes a second pass a step.
     The paper decays all parameters; `wd_bn_bias = false` spares batch norms and biases.
     """
 
@@ -99,6 +100,7 @@ class Optimizer:
     weight_decay: float = _not_negative(5e-4)
     wd_bn_bias: bool = True
     clip_value: float | None = _positive(None)
+    sam: float | None = _positive(None)
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,27 @@ def test_a_training_epoch_never_waits_for_the_device(dls, teacher, recipe, sched
     assert waits.seen == []
 
 
+BEYOND_THE_PAPER = {
+    "augment.cutout": 0.25,
+    "augment.alternate": True,
+    "cutmix.share": 0.5,
+    "ema.decay": 0.99,
+    "label_smoothing": 0.1,
+    "optimizer.sam": 0.05,
+}
+
+
+@pytest.mark.parametrize("divergence", ["dkd", "dist"])
+def test_nor_does_what_the_paper_does_not_have(teacher, divergence):
+    dls = load_data("digits", bs=64, border="mirror", flip=0.5, alternate=True)
+    settings = BEYOND_THE_PAPER | {"distill.divergence": divergence}
+    learn = quiet(dms_learner(dls, "kd", teacher=[teacher, teacher], settings=settings))
+    waits = Waits()
+    learn.fit_recipe(1, cbs=FromTheSecondStepToTheLast(waits))
+    assert waits.seen == []
+    assert learn.recorder.losses[-1].isfinite()
+
+
 class NoHistory(Callback):
     """What the progress display reads at the end of an epoch."""
 

@@ -7,10 +7,12 @@ from .distill import Teacher, TeacherDistill, ensemble, load_teacher
 from .ema import EMA
 from .mixup import MixUp
 from .precision import Precision
+from .sam import SAM
 from .torch_compile import TorchCompile
 
 __all__ = [
     "EMA",
+    "SAM",
     "ClipGradValue",
     "CutMix",
     "Cutout",

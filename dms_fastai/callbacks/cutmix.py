@@ -1,5 +1,7 @@
 """CutMix, and the switch between it and MixUp."""
 
+import random
+
 import torch
 from torch import Tensor
 
@@ -52,8 +54,7 @@ class MixUpOrCutMix(MixUp):
         self.cutmix, self.share = CutMix(cutmix_alpha), share
 
     def pair(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        other = torch.rand(()).item() < self.share  # drawn on the CPU: nothing waits for a GPU
-        return self.cutmix.pair(x, y) if other else super().pair(x, y)
+        return self.cutmix.pair(x, y) if random.random() < self.share else super().pair(x, y)
 
 
 def cut(height: int, width: int, lam: Tensor) -> tuple[Tensor, Tensor]:

@@ -65,10 +65,16 @@ class Precision(Callback):
     def before_batch(self) -> None:
         self.release()
         device = self.learn.xb[0].device
-        wanted = self.precision == "auto" and has_bf16(device)
-        if wanted and not torch.is_autocast_enabled(device.type):
-            self.autocast = torch.autocast(device.type, torch.bfloat16)
+        if self.wanted(device) and not torch.is_autocast_enabled(device.type):
+            self.autocast = self.context(device)
             self.autocast.__enter__()
+
+    def wanted(self, device: torch.device) -> bool:
+        return self.precision == "auto" and has_bf16(device)
+
+    def context(self, device: torch.device) -> torch.autocast:
+        """Autocast to bf16 where it is wanted and `device` has it, or switched off."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.wanted(device))
 
     def after_pred(self) -> None:
         if self.autocast is not None:

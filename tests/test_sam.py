@@ -1,0 +1,78 @@
+"""SAM against its formula, and what it must leave alone."""
+
+import pytest
+import torch
+from fastai.callback.core import Callback
+from fastai.callback.training import GradientAccumulation
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner
+from fastai.optimizer import SGD
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from dms_fastai import SAM, DMSLoss, MixUp, UserError, dms_learner
+from tests.conftest import quiet
+from tests.test_mixup import stock_learner
+
+
+def test_a_step_is_the_formulas():
+    """Of least squares, whose gradient is known: x^T (x w - y) / n, here with torch's mean of squares twice that."""
+    torch.manual_seed(0)
+    x, y = torch.randn(12, 5), torch.randn(12, 1)
+    data = DataLoader(TensorDataset(x, y), 12)
+    model = nn.Linear(5, 1, bias=False)
+    w, rho, lr = model.weight.detach().clone().T, 0.3, 0.1
+    learn = quiet(
+        Learner(DataLoaders(data, data, device=torch.device("cpu")), model, nn.MSELoss(), opt_func=SGD, cbs=SAM(rho))
+    )
+    learn.fit(3, lr, wd=0.0)
+    for _ in range(3):
+        g = 2 * x.T @ (x @ w - y) / 12
+        w = w - lr * 2 * x.T @ (x @ (w + rho * g / g.norm()) - y) / 12
+    torch.testing.assert_close(model.weight.T, w)
+
+
+class Passes(Callback):
+    """Counts how often the model is asked in training, and batch norms' batches."""
+
+    order = 60
+
+    def before_fit(self):
+        self.asked = 0
+        self.learn.model.register_forward_hook(self.count)
+
+    def count(self, model, *_):
+        self.asked += model.training
+
+
+def test_running_statistics_are_those_of_the_first_pass():
+    def fit(cbs):
+        torch.manual_seed(0)
+        passes = Passes()
+        learn = stock_learner(DMSLoss(), [*cbs, passes], n=16, bs=8)
+        learn.model.bn1.momentum = 0.3
+        learn.fit(1, lr=0.0)
+        return learn, passes.asked
+
+    (plain, once), (sharp, twice) = fit([]), fit([SAM()])
+    assert (once, twice) == (2, 4)
+    for name, value in plain.model.state_dict().items():
+        if "running" in name:
+            torch.testing.assert_close(sharp.model.state_dict()[name], value, msg=name)
+    assert sharp.model.bn1.momentum == 0.3
+
+
+def test_the_whole_recipe_with_sam(dls, teacher):
+    learn = quiet(dms_learner(dls, "kd", teacher=teacher, settings={"optimizer.sam": 0.05}))
+    learn.fit_recipe(8)
+    assert learn.validate()[1] > 0.9
+    assert learn.sam.targets is None
+
+
+def test_what_it_cannot_be_beside():
+    with pytest.raises(UserError, match="above 0"):
+        SAM(0)
+    with pytest.raises(UserError, match="DMSLoss"):
+        stock_learner(nn.CrossEntropyLoss(), [MixUp(), SAM()]).fit(1)
+    with pytest.raises(UserError, match="larger batch"):
+        stock_learner(DMSLoss(), [SAM(), GradientAccumulation(16)]).fit(1)
