@@ -17,6 +17,7 @@ COUNTS = {
     "dmsresnet_plain": 4_697_162,
     "dmsresnet_seblocks": 4_733_610,
     "dmsresnet50": 23_521_422,
+    "dmsresnet_wide": 36_693_460,
 }
 NAMES = [*COUNTS, "dmsresnet_lite", "test_dmsresnet", "test_dmsresnet_plain"]
 SMALL = ["test_dmsresnet", "test_dmsresnet_plain", "dmsresnet50"]
@@ -254,3 +255,20 @@ def test_timms_own_distillation_takes_them():
     task = LogitDistillationTask(student, teacher, nn.CrossEntropyLoss(), task_loss_weight=0.1, verbose=False)
     task(torch.randn(2, 3, 32, 32), torch.tensor([1, 2]))["loss"].backward()
     assert student.conv1.weight.grad.abs().sum() > 0
+
+
+def test_stochastic_depth_leaves_out_whole_residuals_of_single_pictures_and_more_of_them_later():
+    model = timm.create_model("test_dmsresnet", drop_path_rate=0.5, depths=(2, 2, 2))
+    blocks = [block for stage in model.stages for block in stage]
+    rates = [getattr(block.drop_path, "drop_prob", 0.0) for block in blocks]
+    assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5])
+    last, x = blocks[-1].train(), torch.rand(4000, 48, 2, 2)
+    out, plain = last(x), last.act(x)
+    left_out = torch.isclose(out, plain).flatten(1).all(1).float().mean().item()
+    assert left_out == pytest.approx(0.5, abs=0.04)
+    model.eval()
+    assert torch.equal(model(torch.ones(2, 3, 32, 32))[0], model(torch.ones(2, 3, 32, 32))[1])
+    same = timm.create_model("test_dmsresnet", depths=(2, 2, 2)).eval()
+    same.load_state_dict(model.state_dict())
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(same(x), model(x))

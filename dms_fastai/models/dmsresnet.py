@@ -7,10 +7,11 @@ basic blocks with 64, 128 and 256 channels and strides 1, 2, 2. The paper's pict
 every block (`dmsresnet_seblocks`); what its authors ran has one, after the stem (`dmsresnet`).
 """
 
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from timm.layers import SEModule, create_classifier
+from timm.layers import DropPath, SEModule, create_classifier
 from timm.models import (
     build_model_with_cfg,
     checkpoint_seq,
@@ -30,6 +31,9 @@ SE_REDUCTION = 16
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2023, 0.1994, 0.2010)
 
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+PRETRAINED = Path(__file__).parent / "pretrained"
+
 
 def conv_bn(in_chs: int, out_chs: int, kernel_size: int, stride: int = 1, **dd: Any) -> list[nn.Module]:
     """A convolution without bias that keeps the picture's size at stride 1, and its batch norm."""
@@ -45,14 +49,25 @@ def squeeze_excite(channels: int, **dd: Any) -> SEModule:
 class ResidualBlock(nn.Module):
     """What both block types share: `dropout(relu(residual(x) + shortcut(x)))`.
 
-    The shortcut is the identity, or a 1x1 convolution with batch norm where the shape changes.
+    The shortcut is the identity, or a 1x1 convolution with batch norm where the shape changes. With stochastic depth
+    the residual is left out of a training picture's sum with probability `drop_path`.
     """
 
     expansion = 1
 
-    def __init__(self, residual: list[nn.Module], in_chs: int, out_chs: int, stride: int, drop_rate: float, **dd: Any):
+    def __init__(
+        self,
+        residual: list[nn.Module],
+        in_chs: int,
+        out_chs: int,
+        stride: int,
+        drop_rate: float,
+        drop_path: float,
+        **dd: Any,
+    ):
         super().__init__()
         self.residual = nn.Sequential(*residual)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.shortcut = nn.Sequential()
         if stride != 1 or in_chs != out_chs:
             self.shortcut = nn.Sequential(*conv_bn(in_chs, out_chs, 1, stride, **dd))
@@ -60,20 +75,29 @@ class ResidualBlock(nn.Module):
         self.drop = Dropout(drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.act(self.residual(x) + self.shortcut(x)))
+        return self.drop(self.act(self.drop_path(self.residual(x)) + self.shortcut(x)))
 
 
 class BasicBlock(ResidualBlock):
     """Two 3x3 convolutions (paper, section 3.2.1)."""
 
-    def __init__(self, in_chs: int, planes: int, stride: int = 1, se: bool = False, drop_rate: float = 0.0, **dd: Any):
+    def __init__(
+        self,
+        in_chs: int,
+        planes: int,
+        stride: int = 1,
+        se: bool = False,
+        drop_rate: float = 0.0,
+        drop_path: float = 0.0,
+        **dd: Any,
+    ):
         residual = [
             *conv_bn(in_chs, planes, 3, stride, **dd),
             nn.ReLU(inplace=True),
             *conv_bn(planes, planes, 3, **dd),
             *([squeeze_excite(planes, **dd)] if se else []),
         ]
-        super().__init__(residual, in_chs, planes, stride, drop_rate, **dd)
+        super().__init__(residual, in_chs, planes, stride, drop_rate, drop_path, **dd)
 
 
 class Bottleneck(ResidualBlock):
@@ -81,7 +105,16 @@ class Bottleneck(ResidualBlock):
 
     expansion = 4
 
-    def __init__(self, in_chs: int, planes: int, stride: int = 1, se: bool = False, drop_rate: float = 0.0, **dd: Any):
+    def __init__(
+        self,
+        in_chs: int,
+        planes: int,
+        stride: int = 1,
+        se: bool = False,
+        drop_rate: float = 0.0,
+        drop_path: float = 0.0,
+        **dd: Any,
+    ):
         out_chs = planes * self.expansion
         residual = [
             *conv_bn(in_chs, planes, 1, **dd),
@@ -91,7 +124,7 @@ class Bottleneck(ResidualBlock):
             *conv_bn(planes, out_chs, 1, **dd),
             *([squeeze_excite(out_chs, **dd)] if se else []),
         ]
-        super().__init__(residual, in_chs, out_chs, stride, drop_rate, **dd)
+        super().__init__(residual, in_chs, out_chs, stride, drop_rate, drop_path, **dd)
 
 
 class DMSResNet(nn.Module):
@@ -107,6 +140,7 @@ class DMSResNet(nn.Module):
         in_chans: int = 3,
         global_pool: str = "avg",
         drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
         device=None,
         dtype=None,
     ):
@@ -120,6 +154,8 @@ class DMSResNet(nn.Module):
             in_chans: Number of input channels.
             global_pool: Type of the pooling before the classifier; "" leaves it out.
             drop_rate: Dropout probability, after every block and before the classifier (paper, section 3.1).
+            drop_path_rate: Probability that the last block's residual is left out; in the first block 0, and linear
+                between (stochastic depth, Huang et al., 2016).
         """
         super().__init__()
         dd = {"device": device, "dtype": dtype}
@@ -134,12 +170,14 @@ class DMSResNet(nn.Module):
         self.se = squeeze_excite(channels, **dd) if se == "stem" else nn.Identity()
         self.feature_info = [{"num_chs": channels, "reduction": 1, "module": "se"}]
 
+        last = max(sum(depths) - 1, 1)
         stages = []
         for index, (depth, planes) in enumerate(zip(depths, widths, strict=True)):
             blocks = []
             for number in range(depth):
                 stride = 2 if index > 0 and number == 0 else 1
-                blocks.append(block(channels, planes, stride, se == "blocks", drop_rate, **dd))
+                drop_path = drop_path_rate * (sum(depths[:index]) + number) / last
+                blocks.append(block(channels, planes, stride, se == "blocks", drop_rate, drop_path, **dd))
                 channels = planes * block.expansion
             stages.append(nn.Sequential(*blocks))
             self.feature_info.append({"num_chs": channels, "reduction": 2**index, "module": f"stages.{index}"})
@@ -264,13 +302,19 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
+def _trained(name: str) -> dict[str, Any]:
+    """A configuration with the weights that come with this package; NAME.md beside them says where they come from."""
+    return _cfg(file=str(PRETRAINED / f"{name}.safetensors"), label_names=CIFAR10)
+
+
 default_cfgs = generate_default_cfgs(
     {
-        "dmsresnet.untrained": _cfg(),
+        "dmsresnet.se_e12_cifar10": _trained("dmsresnet.se_e12_cifar10"),
         "dmsresnet_plain.untrained": _cfg(),
         "dmsresnet_seblocks.untrained": _cfg(),
         "dmsresnet_lite.untrained": _cfg(),
         "dmsresnet50.untrained": _cfg(pool_size=(4, 4)),
+        "dmsresnet_wide.untrained": _cfg(),
         "test_dmsresnet.untrained": _cfg(),
         "test_dmsresnet_plain.untrained": _cfg(),
     }
@@ -306,6 +350,13 @@ def dmsresnet50(pretrained: bool = False, **kwargs: Any) -> DMSResNet:
     """The teacher: a ResNet-50 for small pictures, one squeeze-and-excitation after the stem. 23,521,422 parameters."""
     args = dict(block=Bottleneck, depths=(3, 4, 6, 3), widths=(64, 128, 256, 512))
     return _create_dmsresnet("dmsresnet50", pretrained, num_stages=4, **dict(args, **kwargs))
+
+
+@register_model
+def dmsresnet_wide(pretrained: bool = False, **kwargs: Any) -> DMSResNet:
+    """A wide teacher: 4, 4 and 4 basic blocks of 160, 320 and 640 channels. 36,693,460 parameters."""
+    args = dict(depths=(4, 4, 4), widths=(160, 320, 640))
+    return _create_dmsresnet("dmsresnet_wide", pretrained, **dict(args, **kwargs))
 
 
 TEST_ARGS = dict(depths=(1, 1, 1), widths=(16, 32, 48))
