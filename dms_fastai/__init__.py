@@ -9,7 +9,18 @@ with warnings.catch_warnings():
     # fastai and timm script functions as they are imported; torch 2.15 warns of it those who can do nothing about it.
     warnings.filterwarnings("ignore", message=r".*torch\.jit\.script", category=FutureWarning)
     from . import models  # noqa: F401  (registers the architectures)
-    from .callbacks import EMA, SAM, CutMix, Cutout, MixUp, MixUpOrCutMix, TeacherDistill, ensemble, load_teacher
+    from .callbacks import (
+        EMA,
+        SAM,
+        CutMix,
+        Cutout,
+        MixUp,
+        MixUpOrCutMix,
+        TeacherDistill,
+        TrivialAugment,
+        ensemble,
+        load_teacher,
+    )
     from .data import load_data
     from .errors import UserError
     from .learner import DMSLearner, dms_learner
@@ -27,6 +38,7 @@ __all__ = [
     "MixUpOrCutMix",
     "Recipe",
     "TeacherDistill",
+    "TrivialAugment",
     "UserError",
     "dms_learner",
     "ensemble",

@@ -23,6 +23,7 @@ from .callbacks import (
     Precision,
     TeacherDistill,
     TorchCompile,
+    TrivialAugment,
 )
 from .callbacks.precision import fast_kernels
 from .callbacks.recorder import Recorder, accuracy, lazy
@@ -183,6 +184,8 @@ def _callbacks(recipe: Recipe, teacher: Any) -> list:
     callbacks = [Precision(recipe.precision)]
     if recipe.compile != "never":
         callbacks.append(TorchCompile() if recipe.compile == "auto" else TorchCompile(steps=0))
+    if recipe.augment.trivial:
+        callbacks.append(TrivialAugment())
     if recipe.augment.cutout:
         callbacks.append(Cutout(recipe.augment.cutout))
     if recipe.mixup is not None or recipe.cutmix is not None:

@@ -73,7 +73,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Augment:
-    """Random crops out of a border of `pad` times the size, mirroring with probability `flip`, and Cutout.
+    """Random crops out of a border of `pad` times the size, mirroring with probability `flip`, TrivialAugment, Cutout.
 
     The border is black or mirrors the picture. With `alternate` each picture is mirrored in every other epoch, rather
     than by chance. `cutout` is the side of a blanked square as a share of the picture's; 0
@@ -84,6 +84,7 @@ class Augment:
     flip: float = _share(0.5)
     border: Literal["black", "mirror"] = "black"
     alternate: bool = False
+    trivial: bool = False
     cutout: float = _share(0.0)
 
 

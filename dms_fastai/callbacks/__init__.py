@@ -9,6 +9,7 @@ from .mixup import MixUp
 from .precision import Precision
 from .sam import SAM
 from .torch_compile import TorchCompile
+from .trivial_augment import TrivialAugment
 
 __all__ = [
     "EMA",
@@ -22,6 +23,7 @@ __all__ = [
     "Teacher",
     "TeacherDistill",
     "TorchCompile",
+    "TrivialAugment",
     "ensemble",
     "load_teacher",
 ]

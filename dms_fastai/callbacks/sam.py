@@ -60,7 +60,6 @@ class SAM(Callback):
             uphill = torch._foreach_mul(gradients, self.rho / (norm + 1e-12))
             torch._foreach_add_(weights, uphill)
         learn.opt.zero_grad()
-        torch.compiler.cudagraph_mark_step_begin()
         with statistics_kept(learn.model), self.precision():
             pred = learn.model(*learn.xb)
         learn.loss_func(pred.float(), *self.targets).backward()

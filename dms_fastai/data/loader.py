@@ -132,7 +132,7 @@ def statistics(dls: DataLoaders) -> tuple[tuple[float, ...], tuple[float, ...]]:
     loader = getattr(dls.train, "dl", dls.train)  # what a distributed loader wraps
     if getattr(loader, "mean", None) is not None:
         return tuple(loader.mean), tuple(loader.std)
-    for transform in getattr(loader.after_batch, "fs", []):
+    for transform in getattr(getattr(loader, "after_batch", None), "fs", []):
         if isinstance(transform, Normalize):
             return tuple(transform.mean.flatten().tolist()), tuple(transform.std.flatten().tolist())
     return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
