@@ -3,11 +3,12 @@
     python -m benchmarks.paper_table --data cifar10 [--stages teacher kd mixup se baseline] [--seeds 0] [--epochs 200]
                                      [--at-once 3] [--time-limit 9m] [--out artifacts/cifar10] [-- MORE]
 
-Each stage is a `dms-fastai run` of its own, in its own process, with its own folder and log; MORE is given to all of
-them, `--arch dmsresnet_seblocks` say. Up to --at-once run side by side, in the order given; a student waits for its
-teacher. What is finished is not run again and what was cut off goes on, so that the same command, given again and again
-with a time limit, fits any machine that is lent in slices. --pilot trains every stage for three epochs, in OUT-pilot,
-and says what the rest will take. At the end, and at every stop, the table of what there is: OUT/table.md.
+Each stage, which may be a recipe of your own (a .toml), is a `dms-fastai run` of its own, in its own process, with its
+own folder and log; MORE is given to all of them, `--arch dmsresnet_seblocks` say. Up to --at-once run side by side, in
+the order given; a student waits for its teacher. What is finished is not run again and what was cut off goes on, so
+that the same command, given again and again with a time limit, fits any machine that is lent in slices. --pilot trains
+every stage for three epochs, in OUT-pilot, and says what the rest will take. At the end, and at every stop, the table
+of what there is: OUT/table.md.
 """
 
 import argparse
@@ -66,8 +67,8 @@ PUBLISHED = {  # in the ablation's order; all of 200 epochs, the log's on one P1
     "authors/kd": [STUDENT],
 }
 COLUMNS = ("stage", "last epoch", "best*", "training", "parameters", "epochs", "time")
-CAPTION = """Per cent of the test pictures; the last epoch is the result. * the best epoch, chosen on the test set,
-as the paper chose it. "paper" and "authors' log" are published figures, not measured here. Training accuracy under
+CAPTION = """Per cent of the {where}; the last epoch is the result. * the best epoch, chosen on the same pictures,
+as the paper chose its. "paper" and "authors' log" are published figures, not measured here. Training accuracy under
 MixUp counts the first picture's label alone."""
 
 
@@ -87,16 +88,20 @@ class Job:
         return self.out / TEACHER_OF[self.recipe] / f"seed{self.seed}" if self.recipe in TEACHER_OF else None
 
     @property
+    def name(self) -> str:
+        return Path(self.recipe).stem if self.recipe.endswith(".toml") else self.recipe
+
+    @property
     def folder(self) -> Path:
-        return self.out / self.recipe / f"seed{self.seed}"
+        return self.out / self.name / f"seed{self.seed}"
 
     @property
     def log(self) -> Path:
-        return self.out / "logs" / f"{self.recipe.replace('/', '-')}-seed{self.seed}.log"
+        return self.out / "logs" / f"{self.name.replace('/', '-')}-seed{self.seed}.log"
 
     def state(self) -> str:
         """In a few words: who, how far, how good."""
-        name = f"{self.recipe} seed {self.seed}"
+        name = f"{self.name} seed {self.seed}"
         if not (self.folder / METRICS).is_file():
             return f"{name}: starting"
         facts, rows = read_run(self.folder).facts, read_rows(self.folder)
@@ -185,8 +190,16 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
+def caption(runs: list[Run]) -> str:
+    """What the figures are of: the test pictures, or those held out of the training ones."""
+    splits = {run.facts["valid"] for run in runs}
+    return CAPTION.format(where="test pictures" if splits == {"test"} else f"{' and '.join(sorted(splits))} pictures")
+
+
 def table(runs: list[Run]) -> Table:
-    shown = Table(box=SIMPLE_HEAD, caption=CAPTION.replace("\n", " "), caption_justify="left", padding=(0, 1, 0, 0))
+    shown = Table(
+        box=SIMPLE_HEAD, caption=caption(runs).replace("\n", " "), caption_justify="left", padding=(0, 1, 0, 0)
+    )
     for name in COLUMNS:
         shown.add_column(name.replace(" ", "\n"), justify="left" if name == "stage" else "right", no_wrap=True)
     for row in rows(runs):
@@ -204,7 +217,7 @@ def markdown(runs: list[Run], more: list[str]) -> str:
         bold = stage if stage.startswith("- ") else f"**{stage}**"
         lines.append(f"| {' | '.join([bold.replace('- ', ''), *figures])} |")
     devices = ", ".join(sorted({run.facts["device"] for run in runs}))
-    return "\n".join([*lines, "", CAPTION, "", f"Trained on: {devices}.", "", "```sh", command, "```", ""])
+    return "\n".join([*lines, "", caption(runs), "", f"Trained on: {devices}.", "", "```sh", command, "```", ""])
 
 
 def forecast(runs: list[Run], epochs: int) -> Table:
