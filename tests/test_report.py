@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dms_fastai import load_data
 from dms_fastai.report import find_runs, read_run, sections
 from dms_fastai.report.plots import DARK, LIGHT, PLOTS, apart, confusion_matrix
 from dms_fastai.report.predictions import read_predictions
@@ -220,6 +221,26 @@ def test_runs_that_have_not_begun_to_learn_are_no_trouble(dms, runs, tmp_path): 
         (folder / "metrics.csv").unlink()
     assert dms("report")[0] == 0
     assert "running, epoch 0/2" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_names_that_mean_something_elsewhere_are_only_names(dms, tmp_path):  # noqa: F811
+    """Class names and data sets with rich's brackets, matplotlib's dollars, Markdown's bars and HTML's tags."""
+    names = ["a $b", "[red]c_d^e$", "<b>|x|"]
+    digits, arrays = load_data("digits"), {"class_names": np.array(names)}
+    for split, images in (("train", digits.train_ds), ("test", digits.valid_ds)):
+        arrays[f"{split}_images"] = images.images[:90].permute(0, 2, 3, 1).numpy()
+        arrays[f"{split}_labels"] = images.labels[:90].numpy() % 3
+    np.savez(tmp_path / "<i>[bold]$x.npz", **arrays)
+    code, out, err = dms("run", "se", "--data", "<i>[bold]$x.npz", "--epochs", 1, "--arch", "test_dmsresnet")
+    assert (code, err) == (0, "")
+    assert "<i>[bold]$x, seed 0" in out
+    code, out, err = dms("report")
+    assert (code, err) == (0, "")
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "<h2>&lt;i&gt;[bold]$x, seed 0</h2>" in page
+    pictures = list((tmp_path / "report").glob("*.png"))
+    assert len(pictures) == len(PLOTS)
+    assert all(f"({picture.name})" in (tmp_path / "report" / "report.md").read_text() for picture in pictures)
 
 
 def test_rows_of_one_title_are_told_apart(dms, runs):  # noqa: F811

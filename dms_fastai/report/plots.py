@@ -83,7 +83,13 @@ def draw(plot: Plot, section: Section, theme: Theme) -> bytes | None:
         "axes.edgecolor": theme.faint,
         "grid.color": theme.faint,
     }
-    style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "grid.alpha": 0.25}
+    style = {
+        "text.parse_math": False,
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "grid.alpha": 0.25,
+    }
     with rc_context({**colours, **style}):
         drawn = plot.draw(section, theme)
         if drawn is None:
@@ -454,5 +460,5 @@ def plot_curves(rows: list[dict[str, float]], title: str, file: Path) -> None:
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
-    drawn.suptitle(title)
+    drawn.suptitle(title, parse_math=False)
     FigureCanvasAgg(drawn).print_png(file)

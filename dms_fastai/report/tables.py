@@ -91,7 +91,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
 
 def table(section: Section) -> Table:
     """For the terminal, 80 columns wide."""
-    shown = Table(title=heading(section), caption="\n".join(notes(section.rows)), box=SIMPLE_HEAD)
+    shown = Table(title=escape(heading(section)), caption="\n".join(notes(section.rows)), box=SIMPLE_HEAD)
     shown.title_justify = shown.caption_justify = "left"
     shown.padding, shown.collapse_padding = (0, 1), True
     shown.add_column("stage")
