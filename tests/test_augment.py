@@ -150,6 +150,12 @@ def test_alternating_flips_show_each_picture_both_ways_in_two_epochs():
         assert 0.45 < len(epoch) / len(images) < 0.55
 
 
+@pytest.mark.parametrize("change", [lambda x: cutout(x, 0.25), lambda x: CutMix().pair(x, torch.arange(8))[0]])
+def test_pictures_stay_channels_last(change):
+    x = torch.randn(8, 3, 16, 16).to(memory_format=torch.channels_last)
+    assert change(x).is_contiguous(memory_format=torch.channels_last)
+
+
 def test_all_of_it_by_recipe():
     settings = {"augment.cutout": 0.25, "augment.border": "mirror", "cutmix.share": 0.3, "label_smoothing": 0.1}
     dls = load_data("digits", bs=256, border="mirror")

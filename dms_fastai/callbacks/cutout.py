@@ -44,4 +44,5 @@ def cutout(x: Tensor, size: float) -> Tensor:
         first = torch.randint(pixels, (len(x), 1), device=x.device) - side // 2
         place = torch.arange(pixels, device=x.device)
         inside.append((place >= first) & (place < first + side))
-    return x.masked_fill((inside[0][:, :, None] & inside[1][:, None, :])[:, None], 0)
+    square = (inside[0][:, :, None] & inside[1][:, None, :])[:, None]
+    return torch.where(square, 0.0, x)  # keeps the layout in memory, which masked_fill does not
