@@ -27,6 +27,7 @@ from .callbacks import (
 )
 from .callbacks.precision import fast_kernels
 from .callbacks.recorder import Recorder, accuracy, lazy
+from .data.imageset import ImageSet
 from .data.loader import BatchLoader, statistics
 from .errors import UserError
 from .events import EventLearner
@@ -112,8 +113,9 @@ class DMSLearner(EventLearner):
         """What the model is and what pictures it expects, to be saved beside its weights."""
         mean, std = statistics(self.dls)
         model, data = self.recipe.model, self.dls.train_ds
+        size = data.size if isinstance(data, ImageSet) else self.dls.one_batch()[0].shape[-1]
         args = {"drop_rate": model.drop_rate, **model.args}
-        return ModelCard(model.name, [str(v) for v in self.dls.vocab], mean, std, data.size, args)
+        return ModelCard(model.name, [str(v) for v in self.dls.vocab], mean, std, size, args)
 
 
 def dms_learner(
@@ -129,7 +131,7 @@ def dms_learner(
     """A fastai Learner for a recipe. `fit_recipe` trains it; every other method of a Learner works as well.
 
     Args:
-        dls: Of `load_data`. Their batch size and augmentation are used as they are.
+        dls: Of `load_data`, or fastai's own. Their batch size and augmentation are used as they are.
         recipe: Name, path to a .toml file, or a `Recipe`; a name or path gets what the recipe changes for this data.
         teacher: For recipes that distil: a model, a Learner, a run's folder, a .safetensors or .pkl file, "timm:NAME".
         arch: Architecture in place of the recipe's; any timm entry.
@@ -143,7 +145,8 @@ def dms_learner(
             not fit.
     """
     if not isinstance(recipe, Recipe):
-        recipe = load_recipe(recipe, getattr(dls.train_ds, "name", ""), arch, settings)
+        own = isinstance(dls.train_ds, ImageSet)  # fastai's Datasets have any attribute that one asks for
+        recipe = load_recipe(recipe, dls.train_ds.name if own else "", arch, settings)
     elif arch or settings:
         raise UserError("arch and settings are for recipes by name; a Recipe says all of that itself")
     learn = DMSLearner(

@@ -16,10 +16,12 @@ from fastai.callback.progress import CSVLogger, ProgressCallback
 from fastai.callback.schedule import lr_find  # noqa: F401  (patches Learner)
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.callback.training import GradientAccumulation
+from fastai.data.transforms import Normalize
 from fastai.interpret import ClassificationInterpretation
 from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD
+from fastai.vision.data import ImageDataLoaders
 from PIL import Image
 
 from dms_fastai import DMSLoss, TeacherDistill, UserError, dms_learner, load_data, load_recipe
@@ -165,6 +167,24 @@ def test_interpretation(student):
     worst = -probabilities[torch.arange(len(targets)), targets].log()
     torch.testing.assert_close(losses, worst.topk(3).values, atol=1e-3, rtol=1e-3)
     assert interpretation.most_confused() is not None
+
+
+def test_fastais_own_dataloaders_will_do(dls, tmp_path):
+    for split, images in (("train", dls.train_ds), ("valid", dls.valid_ds)):
+        for index, (pixels, label) in enumerate(zip(images.images[:96], images.labels[:96], strict=True)):
+            file = tmp_path / split / str(int(label)) / f"{index}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file)
+    normal = Normalize.from_stats((0.5,) * 3, (0.25,) * 3)
+    stock = ImageDataLoaders.from_folder(tmp_path, valid="valid", bs=32, num_workers=0, batch_tfms=normal)
+    teaching = quiet(dms_learner(stock, "se", arch="test_dmsresnet"))
+    teaching.fit_recipe(1)
+    learn = quiet(dms_learner(stock, "kd", teacher=teaching, arch="test_dmsresnet", settings={"augment.trivial": True}))
+    learn.fit_recipe(2)
+    assert (learn.card.size, learn.card.mean) == (8, (0.5,) * 3)
+    learn.path = tmp_path
+    learn.export("x.pkl")
+    assert learn.predict(file)[0] == load_learner(tmp_path / "x.pkl").predict(file)[0]
 
 
 @pytest.fixture
