@@ -280,9 +280,10 @@ def mistakes(section: Section, theme: Theme) -> Figure | None:
     found = section.headline.predictions[0]
     if not found or not len(found[0].mistakes):
         return None
-    p, columns = found[0], 6
+    p = found[0]
+    columns = min(len(p.mistakes), 6)
     lines = -(-len(p.mistakes) // columns)
-    drawn = figure(9, 1.85 * lines + 0.3)
+    drawn = figure(max(1.5 * columns, 2.5), 1.85 * lines + 0.3)
     for axes in drawn.subplots(lines, columns, squeeze=False).flat:
         axes.set_axis_off()
     for axes, index, picture in zip(drawn.axes, p.mistakes, p.pictures, strict=False):
@@ -308,6 +309,7 @@ def reliability(section: Section, theme: Theme) -> Figure | None:
     drawn = figure(6.4, 5.6)
     axes = drawn.subplots()
     axes.plot([0, 100], [0, 100], color=theme.faint, lw=1, ls="--")
+    lowest = 90.0
     for row, colour in rows:
         found = [calibrate(p.log_probabilities, p.predicted, p.labels) for p in row.predictions[0]]
         first = found[0]
@@ -317,10 +319,12 @@ def reliability(section: Section, theme: Theme) -> Figure | None:
         x, y = 100 * first.confidence[enough], 100 * first.accuracy[enough]
         axes.plot(x, y, color=colour, lw=1.4, label=label)
         axes.scatter(x, y, s=12 + 250 * first.share[enough], color=colour, alpha=0.55, lw=0)
+        lowest = min([lowest, *x, *y])
     axes.set_xlabel("confidence, %")
     axes.set_ylabel("accuracy, %")
-    axes.set_xlim(0, 102)
-    axes.set_ylim(0, 102)
+    low = max(lowest - 0.15 * (100 - lowest), 0)
+    axes.set_xlim(low, 100 + 0.02 * (100 - low))
+    axes.set_ylim(low, 100 + 0.02 * (100 - low))
     axes.grid(True)
     drawn.legend(loc="outside lower center", frameon=False, fontsize=9)
     return drawn
@@ -343,22 +347,24 @@ def parameters(section: Section, theme: Theme) -> Figure | None:
         return None
     drawn = figure(9, 4.8)
     axes = drawn.subplots()
-    spots = []
+    spots, reach = [], []
     for row, colour in coloured(section, theme):
         if row.accuracy is None:
             continue
         x, y = row.first["parameters"] / 1e6, 100 * row.accuracy.mean
-        spread = [[max(y - 100 * row.accuracy.low, 0)], [max(100 * row.accuracy.high - y, 0)]]
-        axes.errorbar(x, y, spread, fmt="o", color=colour, ms=8, capsize=3)
+        low, high = (100 * min(max(end, 0), 1) for end in (row.accuracy.low, row.accuracy.high))
+        axes.errorbar(x, y, [[max(y - low, 0)], [max(high - y, 0)]], fmt="o", color=colour, ms=8, capsize=3)
+        reach += [low, high]
         spots.append((x, y, row.label, colour))
     for name, x, y in PUBLISHED.get(section.data, []):
         axes.plot(x, y, "D", mfc="none", mec=theme.faint, ms=7)
+        reach.append(y)
         spots.append((x, y, f"{name} (published)", theme.faint))
     axes.set_xscale("log")
-    xs, ys = np.array([s[0] for s in spots]), np.array([s[1] for s in spots])
-    axes.set_xlim(xs.min() / 1.6, xs.max() * max((xs.max() / xs.min()) ** 0.75, 6))
-    margin = max(0.08 * (ys.max() - ys.min()), 0.5)
-    axes.set_ylim(ys.min() - margin, ys.max() + margin)
+    xs = np.array([s[0] for s in spots])
+    axes.set_xlim(xs.min() / 1.6, xs.max() * max((xs.max() / xs.min()) ** 0.75, 6))  # with room for labels
+    margin = max(0.08 * (max(reach) - min(reach)), 0.1)
+    axes.set_ylim(min(reach) - margin, max(reach) + margin)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("parameters, millions")

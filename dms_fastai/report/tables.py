@@ -77,6 +77,9 @@ def notes(rows: Sequence[Row]) -> list[str]:
     if "seeds" in over:
         n = f"n = {counts.pop()}" if len(counts) == 1 else f"n = {min(counts)} to {max(counts)}"
         found.append(f"± is the standard deviation over seeds, the interval that of their mean (Student's t, {n}).")
+    if any(row.accuracy.sd == 0 for row in rows if row.accuracy):
+        pictures = first["validation_pictures"]
+        found.append(f"An interval of no width: all seeds are right on as many of the {pictures:,} pictures.")
     if "pictures" in over:
         one = "one seed" if over == {"pictures"} else "where there is one seed"
         pictures = first["validation_pictures"]
