@@ -62,7 +62,8 @@ def main() -> None:
     differences = [a - b for a, b in zip(*accuracy.values(), strict=True)]
     for seed, row in enumerate(zip(*accuracy.values(), differences, strict=True)):
         table.add_row(str(seed), *(f"{value:.2f} %" for value in row[:-1]), f"{row[-1]:+.2f}")
-    for label, function in (("mean", statistics.mean), ("standard deviation", statistics.stdev)):
+    summaries = {"mean": statistics.mean} | ({"standard deviation": statistics.stdev} if args.seeds > 1 else {})
+    for label, function in summaries.items():
         values = [function(v) for v in (*accuracy.values(), differences)]
         table.add_row(label, *(f"{value:.2f} %" for value in values[:-1]), f"{values[-1]:+.2f}")
     table.add_row("seconds, median", *(f"{statistics.median(v):.1f}" for v in seconds.values()), "")
@@ -84,7 +85,8 @@ def main() -> None:
 def loaders(data: str, recipe, pictures: int | None, device: torch.device) -> DataLoaders:
     """The recipe's loaders, over a part of the training pictures where `pictures` says so."""
     augment = recipe.augment
-    dls = load_data(data, recipe.data.batch_size, recipe.data.size, pad=augment.pad, flip=augment.flip, device=device)
+    own = {"pad": augment.pad, "flip": augment.flip, "border": augment.border, "alternate": augment.alternate}
+    dls = load_data(data, recipe.data.batch_size, recipe.data.size, device=device, **own)
     if pictures is None:
         return dls
     chosen = torch.randperm(len(dls.train_ds), generator=torch.Generator().manual_seed(0))[:pictures]

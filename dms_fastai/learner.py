@@ -151,7 +151,7 @@ def dms_learner(
         raise UserError("arch and settings are for recipes by name; a Recipe says all of that itself")
     learn = DMSLearner(
         dls,
-        build_model(recipe, dls.c),
+        build_model(recipe, dls.c, dls.train_ds.size if isinstance(dls.train_ds, ImageSet) else None),
         loss_func=_loss(recipe),
         opt_func=partial(sgd, settings=recipe.optimizer, lookahead=recipe.lookahead),
         lr=recipe.optimizer.lr,
@@ -164,18 +164,43 @@ def dms_learner(
     return learn.add_cb(Recorder())
 
 
-def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
+def build_model(recipe: Recipe, num_classes: int, size: int | None = None) -> nn.Module:
     """The recipe's network for `num_classes` classes, laid out channels last.
 
+    Args:
+        recipe: Its `model` is built.
+        num_classes: How many logits it gives a picture.
+        size: Height and width of the pictures that it is to take, one of which it is tried on; None: it is not tried.
+
     Raises:
-        UserError: The architecture does not take the recipe's `model.args`.
+        UserError: The architecture does not take the recipe's `model.args`, or such pictures.
     """
     model = recipe.model
     try:
         built = timm.create_model(model.name, num_classes=num_classes, drop_rate=model.drop_rate, **model.args)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{model.name} cannot be built with model.args {model.args}: {error}") from None
+    except Exception as error:  # whatever an architecture raises, what it was given is the user's
+        raise UserError(f"{model.name} cannot be built with model.args {model.args}: {_reason(error)}") from None
+    if size is not None:
+        _try_on(built, model.name, size, num_classes)
     return built.to(memory_format=torch.channels_last)
+
+
+def _try_on(model: nn.Module, name: str, size: int, num_classes: int) -> None:
+    """Raise a UserError where a picture of `size` pixels does not come out as `num_classes` logits."""
+    hint = f"try --set model.args.img_size={size} if it has that, --set data.size=N, or another architecture"
+    try:
+        with torch.no_grad():
+            shape = tuple(model.eval()(torch.zeros(1, 3, size, size)).shape)
+    except Exception as error:  # as above
+        raise UserError(f"{name} does not take pictures of {size}x{size} pixels ({_reason(error)}); {hint}") from None
+    finally:
+        model.train()
+    if shape != (1, num_classes):
+        raise UserError(f"{name} gives {shape} for a picture, not {num_classes} logits; take another architecture")
+
+
+def _reason(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def _loss(recipe: Recipe) -> DMSLoss:

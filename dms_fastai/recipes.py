@@ -167,13 +167,14 @@ class Recipe:
     """Everything that a training run needs to know beside its data, its seed and its folder.
 
     Attributes:
-        teacher: Who teaches, where the recipe distils: whatever `--teacher` takes.
+        name: Of the recipe, and of its runs' folder. Not inherited, and neither is `title`: the file's name by default.
+        teacher: Who teaches, where the recipe distils: whatever `--teacher` takes; a file may lie beside the recipe's.
         precision: "auto" is bf16 where the hardware multiplies it.
         compile: "auto" is torch.compile on a GPU for training long enough to pay for it, "always" for any there.
         label_smoothing: How much of the targets is spread over all classes.
     """
 
-    name: str = ""
+    name: str = _checked("", lambda v: _stays_below(v), "a relative path without '..', for it names the runs' folder")
     title: str = ""
     teacher: str | None = None
     precision: Literal["auto", "float32"] = "auto"
@@ -238,7 +239,7 @@ def load_recipe(
         UserError: No such recipe, architecture or key (names the nearest known one), or a value out of range.
     """
     file = _find(recipe)
-    table = _merge(*(part for f in reversed(_chain(file)) for part in _parts(f, data)))
+    table = _merge(*(part for f in reversed(_chain(file)) for part in _parts(f, data)), _called(file))
     if arch is not None:
         plain = table.get("model", {}).get("name", "").endswith("_plain")
         table = _merge(
@@ -246,8 +247,6 @@ def load_recipe(
         )
     for key, value in (settings or {}).items():
         table = _merge(table, _nest(key.split("."), value))
-    table.setdefault("name", _name_of(file))
-    table.setdefault("title", table["name"])
     built = _build(Recipe, table, "")
     if not timm.is_model(built.model.name):
         raise unknown("model", built.model.name, known_models())
@@ -320,8 +319,18 @@ def _read(file: Path) -> Table:
 def _parts(file: Path, data: str) -> tuple[Table, Table]:
     """What a file says, and what it says further for a data set."""
     table = _read(file)
+    teacher = table.get("teacher")
+    if isinstance(teacher, str) and teacher not in recipe_names() and (file.parent / teacher).exists():
+        table["teacher"] = str(file.parent / teacher)  # of a file beside this one, from wherever it is read
     on = table.pop("on", {})
     return table, on.get(data, {}) if isinstance(on, Mapping) else {}
+
+
+def _called(file: Path) -> Table:
+    """Name and title, which nobody inherits: two recipes would be told apart by nothing in a table of results."""
+    table = _toml(file)
+    name = table.get("name", _name_of(file))
+    return {"name": name, "title": table.get("title", name)}
 
 
 def _toml(file: Path) -> Table:
@@ -409,3 +418,7 @@ def _describe(option: Any) -> str:
 
 def _inside(value: Any) -> bool:
     return isinstance(value, float) and 0 < value < 1
+
+
+def _stays_below(path: str) -> bool:
+    return not Path(path).is_absolute() and ".." not in Path(path).parts

@@ -40,7 +40,7 @@ from .data.loader import vocabulary
 from .errors import UserError
 from .export import export_run
 from .files import PARTIAL, whole
-from .learner import DMSLearner, dms_learner
+from .learner import DMSLearner, build_model, dms_learner
 from .lock import LOCK, locked
 from .models.weights import WEIGHTS, load_weights
 from .recipes import Recipe, ablation_of, flat, load_recipe, recipe_names
@@ -177,6 +177,9 @@ def plan(
         elif teacher is not None and not several:
             raise UserError(f"recipe {built.name!r} does not distil; leave --teacher out, or take kd")
         stages.append(Stage(built, root / built.name / f"seed{seed}", source))
+    for recipe in (stage.recipe for stage in stages if not is_finished(stage.folder)):  # before any stage is trained
+        dls = load_data(data, size=recipe.data.size, valid=recipe.data.valid, device="cpu")
+        build_model(recipe, dls.c, dls.train_ds.size)
     return stages
 
 

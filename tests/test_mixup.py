@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from dms_fastai import DMSLoss, MixUp, UserError
+from dms_fastai import CutMix, DMSLoss, MixUp, UserError
 from tests.conftest import quiet
 
 
@@ -155,3 +155,6 @@ def test_what_cannot_work_is_said():
     with pytest.raises(UserError) as error:
         stock_learner(CrossEntropyLossFlat(), [MixUp(per="sample")]).fit(1)
     assert "DMSLoss" in error.value.message
+    with pytest.raises(UserError) as error:
+        stock_learner(DMSLoss(), [MixUp(), CutMix()]).fit(1)
+    assert "MixUp and CutMix would mix the same batch" in error.value.message

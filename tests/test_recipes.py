@@ -125,6 +125,29 @@ def test_ones_own_recipe_extends_a_shipped_one_by_name(tmp_path):
     assert ablation_of(own) == ["baseline", "se", "mixup", "kd", "kd"]
 
 
+def test_name_and_title_are_a_recipes_own(tmp_path):
+    write(tmp_path, base='name = "b"\ntitle = "Base"\nextends = "kd"', mine='extends = "base.toml"')
+    assert [(r.name, r.title) for r in (load_recipe(tmp_path / f) for f in ("base.toml", "mine.toml"))] == [
+        ("b", "Base"),
+        ("mine", "mine"),
+    ]
+
+
+def test_a_teacher_may_lie_beside_the_recipe(tmp_path, monkeypatch):
+    own = write(
+        tmp_path, t='extends = "teacher"', mine='extends = "kd"\nteacher = "t.toml"', other='extends = "mine.toml"'
+    )
+    monkeypatch.chdir(tmp_path.parent)
+    folder = tmp_path.name
+    for name in ("mine", "other"):
+        assert load_recipe(f"{folder}/{name}.toml").teacher == f"{folder}/t.toml"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.toml").write_text(load_recipe(f"{folder}/mine.toml").to_toml())
+    assert load_recipe(f"{folder}/run/recipe.toml").teacher == f"{folder}/t.toml"  # from where it was trained
+    (own / "teacher").mkdir()
+    assert load_recipe(write(tmp_path, kd='extends = "kd"') / "kd.toml").teacher == "teacher"
+
+
 def test_the_plain_variant_of_an_architecture_is_the_ablations_baseline():
     assert load_recipe("baseline", arch="test_dmsresnet").model.name == "test_dmsresnet_plain"
     assert load_recipe("se", arch="test_dmsresnet").model.name == "test_dmsresnet"
@@ -152,6 +175,8 @@ def test_the_plain_variant_of_an_architecture_is_the_ablations_baseline():
         ({"settings": {"mixup.alpha": -1}}, "mixup.alpha is -1"),
         ({"settings": {"data.valid": 1.0}}, "data.valid is 1.0"),
         ({"settings": {"data.valid": "train"}}, "data.valid is 'train'"),
+        ({"settings": {"name": "../kd"}}, "name is '../kd'; it must be a relative path"),
+        ({"settings": {"name": "/tmp/kd"}}, "it must be a relative path"),
         ({"settings": {"model": 3}}, "model is 3; it must be a table"),
     ],
 )

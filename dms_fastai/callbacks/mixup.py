@@ -44,6 +44,10 @@ class MixUp(Callback):
         self.alpha, self.per = alpha, per
 
     def before_train(self) -> None:
+        mixers = [cb for cb in self.learn.cbs if isinstance(cb, MixUp)]
+        if len(mixers) > 1:
+            names = " and ".join(type(cb).__name__ for cb in mixers)
+            raise UserError(f"{names} would mix the same batch; keep one, or take MixUpOrCutMix")
         if self.per == "sample" and not isinstance(self.learn.loss_func, DMSLoss):
             raise UserError("MixUp(per='sample') needs loss_func=DMSLoss(): other losses average before lambda can act")
 

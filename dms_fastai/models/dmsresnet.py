@@ -156,8 +156,13 @@ class DMSResNet(nn.Module):
             drop_rate: Dropout probability, after every block and before the classifier (paper, section 3.1).
             drop_path_rate: Probability that the last block's residual is left out; in the first block 0, and linear
                 between (stochastic depth, Huang et al., 2016).
+
+        Raises:
+            ValueError: `depths` and `widths` differ in length.
         """
         super().__init__()
+        if len(depths) != len(widths):
+            raise ValueError(f"depths {depths} and widths {widths} do not have the same length")
         dd = {"device": device, "dtype": dtype}
         self.num_classes = num_classes
         self.in_chans = in_chans
