@@ -23,6 +23,7 @@ with warnings.catch_warnings():
     )
     from .data import load_data
     from .errors import UserError
+    from .export import export_model
     from .learner import DMSLearner, dms_learner
     from .losses import DMSLoss
     from .recipes import Recipe, load_recipe
@@ -42,6 +43,7 @@ __all__ = [
     "UserError",
     "dms_learner",
     "ensemble",
+    "export_model",
     "load_data",
     "load_recipe",
     "load_teacher",

@@ -143,6 +143,20 @@ def predict(
 
 
 @app.command()
+def export(
+    learner: Annotated[Path, typer.Argument(help="A learner.pkl, a model.safetensors, a run's folder, or dmsresnet.")],
+    file: Annotated[Path, typer.Argument(help="NAME.onnx or NAME.pt2.")],
+    trust_pickle: Annotated[bool, TRUST] = False,
+) -> None:
+    """Write a model for other runtimes: pixels go in, probabilities come out."""
+    from .export import export_model
+
+    _say_what_is_read(learner, trust_pickle)
+    written = export_model(learner, file, trust_pickle)
+    console.print(f"{written}: {written.stat().st_size / 1e6:.1f} MB", soft_wrap=True, highlight=False, markup=False)
+
+
+@app.command()
 def report(
     folders: Annotated[list[Path] | None, typer.Argument(help="Folders with runs; ./artifacts if none.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of the page and its pictures.")] = Path("report"),

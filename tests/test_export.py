@@ -1,0 +1,119 @@
+"""Models that leave for other runtimes: the same probabilities there, from nothing but the file."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import timm
+import torch
+from fastai.learner import Learner
+from PIL import Image
+
+from dms_fastai import UserError, export, load_data
+from dms_fastai.export import export_model, export_run, predict_files
+from tests.test_runs import dms  # noqa: F401  (a fixture)
+
+
+@pytest.fixture(scope="module")
+def folder(teacher, tmp_path_factory):
+    """A trained Learner's run."""
+    folder = tmp_path_factory.mktemp("run")
+    export_run(teacher, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Three files, called as what they show, and the same pictures as other runtimes have them: uint8, (3, 3, 8, 8)."""
+    digits = load_data("digits").valid_ds
+    images, folder = digits.images[[0, 100, 200]].numpy(), tmp_path_factory.mktemp("pictures")
+    files = [folder / f"{digits.vocab[digits.labels[i]]}.png" for i in (0, 100, 200)]
+    for file, image in zip(files, images, strict=True):
+        Image.fromarray(image.transpose(1, 2, 0)).save(file)
+    return files, images
+
+
+def run_onnx(file, images):
+    session = onnxruntime.InferenceSession(file)
+    return session.run(["probabilities"], {"pixels": images})[0], session
+
+
+def test_onnx_gives_predictions_from_pixels(folder, pictures, tmp_path):
+    files, images = pictures
+    written = export_model(folder, tmp_path / "new" / "kd.onnx")
+    onnx.checker.check_model(onnx.load(written), full_check=True)
+    probabilities, session = run_onnx(written, images)
+    vocab, expected = predict_files(folder, files)
+    np.testing.assert_allclose(probabilities, expected, atol=1e-5)
+    assert [vocab[i] for i in probabilities.argmax(1)] == [file.stem for file in files]
+    assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == vocab
+    alone, _ = run_onnx(written, images[1:2])  # any number of pictures
+    np.testing.assert_allclose(alone, probabilities[1:2], atol=1e-5)
+    assert not [node.op_type for node in onnx.load(written).graph.node if "Norm" in node.op_type]  # folded away
+    assert [path.name for path in written.parent.iterdir()] == ["kd.onnx"]
+
+
+def test_pt2_runs_where_this_package_is_not(folder, pictures, tmp_path):
+    files, images = pictures
+    written = export_model(folder, tmp_path / "kd.pt2")
+    np.save(tmp_path / "images.npy", images)
+    code = (
+        "import json, sys, numpy, torch\n"
+        "classes = {'classes.json': ''}\n"
+        "model = torch.export.load(sys.argv[1], extra_files=classes).module()\n"
+        "out = model(torch.from_numpy(numpy.load('images.npy'))).tolist()\n"
+        "assert not {'dms_fastai', 'timm', 'fastai'} & sys.modules.keys()\n"
+        "print(json.dumps([json.loads(classes['classes.json']), out]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, written], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    classes, out = json.loads(done.stdout)
+    vocab, expected = predict_files(folder, files)
+    assert classes == vocab
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+
+
+def test_a_learner_leaves_as_it_is(teacher, folder, pictures, tmp_path):
+    _, images = pictures
+    before = {name: value.clone() for name, value in teacher.model.state_dict().items()}
+    modes = [module.training for module in teacher.model.modules()]
+    from_learner, _ = run_onnx(export_model(teacher, tmp_path / "a.onnx"), images)
+    from_pickle, _ = run_onnx(export_model(folder / "learner.pkl", tmp_path / "b.onnx", trust=True), images)
+    from_folder, _ = run_onnx(export_model(folder, tmp_path / "c.onnx"), images)
+    np.testing.assert_array_equal(from_learner, from_folder)
+    np.testing.assert_array_equal(from_pickle, from_folder)
+    assert modes == [module.training for module in teacher.model.modules()]
+    assert all(torch.equal(value, before[name]) for name, value in teacher.model.state_dict().items())
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+def test_the_file_keeps_no_path_of_this_machine(folder, tmp_path, suffix):
+    content = export_model(folder, tmp_path / f"kd{suffix}").read_bytes()
+    assert str(export.__file__).encode() not in content
+    assert b"site-packages" not in content
+
+
+def test_what_cannot_be_written_is_said(folder, dls, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"the formats are \.onnx and \.pt2"):
+        export_model(folder, tmp_path / "kd.tflite")
+    with pytest.raises(UserError, match="does not say what pictures"):
+        export_model(Learner(dls, timm.create_model("test_dmsresnet")), tmp_path / "kd.onnx")
+    with pytest.raises(UserError, match="no model at"):
+        export_model(tmp_path / "nowhere", tmp_path / "kd.onnx")
+    monkeypatch.setattr(export, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install onnx onnxscript"):
+        export_model(folder, tmp_path / "kd.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command(dms, folder, tmp_path):  # noqa: F811
+    code, out, _ = dms("export", folder, "kd.pt2")
+    assert code == 0
+    assert out == f"kd.pt2: {(tmp_path / 'kd.pt2').stat().st_size / 1e6:.1f} MB\n"
+    code, _, err = dms("export", folder, "kd.bin")
+    assert code == 2
+    assert err.count("\n") == 1
