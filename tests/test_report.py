@@ -133,6 +133,18 @@ def test_rows_are_recipes_and_differences_are_of_shared_seeds(trained):
     assert (over_pictures.n, over_pictures.over) == (1, "pictures")
 
 
+def test_a_recipe_written_before_a_key_was_thought_of_is_the_same_recipe(runs):
+    file = runs / "se" / "seed0" / "recipe.toml"
+    lines = [line for line in file.read_text().splitlines() if not line.startswith(("label_smoothing", "border"))]
+    assert len(lines) == len(file.read_text().splitlines()) - 2
+    file.write_text("\n".join(lines))
+    (section,) = sections(find_runs([runs])[0])
+    assert [row.seeds for row in section.rows] == [[0, 1], [0, 1], [1]]
+    file.write_text(f"{file.read_text()}\n[model]")  # twice, which TOML does not have: who knows what it was
+    (section,) = sections(find_runs([runs])[0])
+    assert [row.seeds for row in section.rows] == [[0, 1], [0], [1], [1]]
+
+
 def test_every_file_of_the_report_opens_and_says_what_the_runs_say(dms, runs, tmp_path):  # noqa: F811
     code, out, _ = dms("report")
     assert code == 0

@@ -2,14 +2,13 @@
 
 import json
 import re
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from ..errors import UserError
-from ..recipes import ablation_of, flat, recipe_names
+from ..recipes import ablation_of, flat, load_recipe, recipe_names
 from .folders import Problem, Run, read_rows
 from .predictions import Predictions, read_predictions
 from .statistics import Estimate, binomial, over_seeds, paired_pictures
@@ -166,11 +165,14 @@ def _each(runs: list[Run], read: Any) -> tuple[list[Any], list[Problem]]:
 
 
 def _recipe(run: Run) -> dict[str, Any]:
-    """The run's recipe, flat; empty where it cannot be read."""
+    """The run's recipe, flat; where it cannot be read, its folder, which other seeds share.
+
+    Loaded, so that what an older file does not say yet has the default that it was trained with.
+    """
     try:
-        return flat(tomllib.loads((run.folder / RECIPE).read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return {}
+        return flat(load_recipe(run.folder / RECIPE).to_table())
+    except UserError:
+        return {"folder": str(run.folder.parent)}
 
 
 def _kind(run: Run) -> str:
