@@ -4,7 +4,8 @@ import pytest
 import torch
 from fastai.callback.core import Callback, CancelFitException
 
-from dms_fastai import EMA, UserError, dms_learner, load_data
+from dms_fastai import EMA, UserError, dms_learner, load_data, runs
+from dms_fastai.callbacks import checkpoint
 from tests.conftest import quiet
 from tests.test_mixup import stock_learner
 from tests.test_runs import dms, same_run, weights  # noqa: F401  (dms is a fixture)
@@ -92,6 +93,17 @@ def test_a_run_that_was_cut_goes_on_with_its_average(dms, tmp_path):  # noqa: F8
     assert dms("run", "se", *args[2:4], *args[6:], "--out", "raw")[0] == 0
     raw = weights(tmp_path / "raw" / "se" / "seed0")
     assert any(not torch.equal(value, raw[name]) for name, value in weights(whole).items())
+
+
+def test_a_run_that_was_cut_before_it_was_exported_exports_its_average(dms, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(checkpoint, "SHARE", 1e9)  # a checkpoint after every epoch, the last one too
+    args = ("run", "se", "--epochs", 2, "--set", "ema.decay=0.9", "--set", "data.batch_size=256", "--device", "cpu")
+    assert dms(*args, "--out", "whole")[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "export_run", lambda *_: (_ for _ in ()).throw(OSError("the disk is full")))
+        assert dms(*args, "--out", "pieces")[0] == 2
+    assert dms(*args, "--out", "pieces")[0] == 0
+    same_run(*(tmp_path / name / "se" / "seed0" for name in ("whole", "pieces")))
 
 
 def test_it_is_what_is_exported(tmp_path):

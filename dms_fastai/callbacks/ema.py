@@ -45,7 +45,8 @@ class EMA(Callback):
 
     def before_fit(self) -> None:
         model = self.learn.model
-        self.average, self.steps, self.ended = copy.deepcopy(model).eval().requires_grad_(False), 0, False
+        self.average, self.steps = copy.deepcopy(model).eval().requires_grad_(False), 0
+        self.ended = getattr(self.learn, "first_epoch", 0) >= self.learn.n_epoch  # resumed behind the last epoch
         if self.saved is not None:
             self.average.load_state_dict(self.saved["average"])
             self.steps, self.saved = self.saved["steps"], None
