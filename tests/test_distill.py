@@ -20,6 +20,7 @@ from torchvision.models import resnet18
 from dms_fastai import DMSLoss, MixUp, TeacherDistill, UserError, dms_learner, ensemble, load_teacher
 from dms_fastai.callbacks import Teacher
 from dms_fastai.export import export_run
+from dms_fastai.models.fold import fold_batch_norms
 from dms_fastai.models.weights import ModelCard, save_weights
 from tests.conftest import quiet
 
@@ -287,3 +288,25 @@ def test_an_ensemble_teaches(dls, teacher, tmp_path):
 def test_teachers_that_make_no_ensemble(sources, of, words):
     with pytest.raises(UserError, match=words):
         ensemble(sources, of)
+
+
+def test_in_bf16_the_teacher_says_what_autocast_would_and_keeps_its_own_weights(dls, teacher, monkeypatch):
+    monkeypatch.setattr("dms_fastai.callbacks.precision.has_bf16", lambda device: True)
+
+    class Compare(Callback):
+        order, run_valid = 50, False  # behind the teacher, with what it has said
+
+        def before_train(self):
+            cb = self.learn.teacher_distill
+            self.plain = fold_batch_norms(cb.teacher.model)
+            kinds = {m.weight.dtype for m in cb.network.modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+            assert kinds == {torch.bfloat16}
+
+        def after_loss(self):
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                expected = self.plain(self.learn.xb[0])
+            assert torch.equal(self.learn.teacher_distill.logits, expected)
+
+    learn = quiet(dms_learner(dls, "kd", teacher=teacher, cbs=Compare()))
+    learn.fit(1)
+    assert all(p.dtype == torch.float32 for p in learn.teacher_distill.teacher.model.parameters())

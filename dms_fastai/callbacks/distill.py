@@ -213,6 +213,8 @@ class TeacherDistill(Callback):
         self.made_of = self.teacher
         self.network = fold_batch_norms(self.teacher.model).to(device, memory_format=torch.channels_last)
         self.affine = self._affine(device)
+        if hasattr(self.learn, "precision") and self.learn.precision.wanted(device):
+            cast_weights(self.network, torch.bfloat16)
 
     def after_pred(self) -> None:
         """Ask the teacher about the pictures that the student has just seen."""
@@ -251,6 +253,13 @@ class TeacherDistill(Callback):
         if theirs[0] is None or theirs == ours:
             return None
         return tuple(t.to(device) for t in renormalize(ours, theirs))
+
+
+def cast_weights(network: nn.Module, dtype: torch.dtype) -> None:
+    """Cast a frozen network's large weights for good to what autocast would cast them to in every step."""
+    for module in network.modules():
+        if type(module) in (nn.Conv2d, nn.Linear):  # not their subclasses, which may compute with their weights
+            module.to(dtype)
 
 
 Statistics = tuple[tuple[float, ...] | None, tuple[float, ...] | None]
