@@ -5,7 +5,9 @@ import math
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +15,10 @@ from PIL import Image
 
 from dms_fastai import load_data
 from dms_fastai.report import find_runs, read_run, sections
-from dms_fastai.report.plots import DARK, LIGHT, PLOTS, apart, confusion_matrix
+from dms_fastai.report.plots import DARK, LIGHT, PLOTS, apart, by_epoch, class_accuracies, confusion_matrix
 from dms_fastai.report.predictions import read_predictions
 from dms_fastai.report.statistics import binomial, calibrate, over_seeds, paired_pictures
+from dms_fastai.report.tables import notes
 from dms_fastai.runs import plan, run_stage
 from tests.test_runs import dms  # noqa: F401  (a fixture)
 
@@ -145,6 +148,72 @@ def test_a_recipe_written_before_a_key_was_thought_of_is_the_same_recipe(runs):
     assert [row.seeds for row in section.rows] == [[0, 1], [0], [1], [1]]
 
 
+def rewrite(folder, **facts):
+    file = folder / "run.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | facts))
+
+
+def test_a_seed_that_was_cut_does_not_count_beside_those_that_were_not(runs):
+    shutil.copytree(runs / "se" / "seed1", runs / "se" / "seed2")
+    rewrite(runs / "se" / "seed2", seed=2)
+    figures = {"epoch": 1, "train_loss": 2.0, "train_accuracy": 0.1, "valid_loss": 2.0, "valid_accuracy": 0.12}
+    cut_short = {"status": "interrupted", "epochs_done": 1, "last": figures, "best": figures}
+    rewrite(runs / "se" / "seed1", **cut_short)
+    (section,) = sections(find_runs([runs])[0])
+    se, gain = section.rows[1], section.differences[0].estimate
+    assert se.seeds == [0, 1, 2]
+    assert se.accuracy.mean == pytest.approx(np.mean([last(runs / "se" / f"seed{s}") for s in (0, 2)]))
+    assert "n = 2)" in notes(section.rows)[0]
+    assert gain.n == 1  # seed 0 alone has both
+    rewrite(runs / "se" / "seed0", **cut_short)
+    rewrite(runs / "se" / "seed2", **cut_short)
+    (section,) = sections(find_runs([runs])[0])
+    assert section.rows[1].accuracy.mean == pytest.approx(0.12)
+    assert "+ SE" not in [d.row.title for d in section.differences]  # the baseline has come further
+
+
+def test_what_is_no_seed_of_a_recipe_is_a_row_of_its_own(runs):
+    shutil.copytree(runs / "se" / "seed0", runs / "se" / "seed0_before")
+    (section,) = sections(find_runs([runs])[0])
+    rows = {row.label: row.seeds for row in section.rows if row.title == "+ SE"}
+    assert rows == {f"+ SE ({runs}/se/seed0_before)": [0], f"+ SE ({runs}/se/seed0)": [0, 1]}
+    shutil.rmtree(runs / "se" / "seed0_before")
+    rewrite(runs / "se" / "seed1", data_digest=["other", "pictures"])
+    (section,) = sections(find_runs([runs])[0])
+    assert [row.seeds for row in section.rows if row.title == "+ SE"] == [[0], [1]]
+    assert [d.estimate and d.estimate.n for d in section.differences] == [1, 1]  # + SE to ResNet, and so is MixUp
+
+
+def test_a_stage_is_compared_with_that_of_its_own_network(runs):
+    for recipe in ("baseline", "se"):
+        shutil.copytree(runs / recipe, runs / "wide" / recipe)
+        for folder in (runs / "wide" / recipe).glob("seed*"):
+            name = "wide_plain" if recipe == "baseline" else "wide"
+            rewrite(folder, model=name, started="2000-01-01T00:00:00+00:00")
+            text = (folder / "recipe.toml").read_text()
+            (folder / "recipe.toml").write_text(re.sub('name = "test_dmsresnet.*"', 'name = "resnet18"', text))
+    (section,) = sections(find_runs([runs])[0])
+    pairs = {(d.row.first["model"], d.base.first["model"]) for d in section.differences if d.row.title == "+ SE"}
+    assert pairs == {("test_dmsresnet", "test_dmsresnet_plain"), ("wide", "wide_plain")}
+
+
+def test_the_band_is_the_standard_deviation_of_the_table(runs):
+    (section,) = sections(find_runs([runs])[0])
+    _, _, sd = by_epoch(section.rows[1], "valid_accuracy")
+    assert sd[-1] == pytest.approx(section.rows[1].accuracy.sd)
+    assert by_epoch(section.rows[2], "valid_accuracy")[2].tolist() == [0, 0]
+
+
+def test_a_class_without_pictures_is_not_the_hardest(runs):
+    (section,) = sections(find_runs([runs])[0])
+    p = section.rows[1].predictions[0][0]
+    kept = p.labels != 3
+    few = replace(p, log_probabilities=p.log_probabilities[kept], predicted=p.predicted[kept], labels=p.labels[kept])
+    found = class_accuracies(SimpleNamespace(predictions=([few], [])))
+    assert np.flatnonzero(np.isnan(found)).tolist() == [3]
+    assert found[4] == pytest.approx(p.right[p.labels == 4].mean())
+
+
 def test_every_file_of_the_report_opens_and_says_what_the_runs_say(dms, runs, tmp_path):  # noqa: F811
     code, out, _ = dms("report")
     assert code == 0
@@ -197,6 +266,8 @@ def test_broken_folders_are_named_and_the_rest_is_reported(dms, runs, tmp_path):
     cut(runs / "baseline" / "seed0" / "run.json")
     (runs / "baseline" / "seed1" / "metrics.csv").unlink()
     cut(runs / "se" / "seed0" / "predictions.npz")
+    squeezed = runs / "se" / "seed1" / "predictions.npz"
+    squeezed.write_bytes(squeezed.read_bytes()[:60] + b"\xff" * 40 + squeezed.read_bytes()[100:])
     (runs / "se" / "seed1" / "metrics.csv").write_text("epoch,valid_accuracy\n1,much\n")
     (runs / "lost").mkdir()
     (runs / "lost" / "metrics.csv").write_text("epoch\n1\n")
@@ -215,6 +286,7 @@ def test_broken_folders_are_named_and_the_rest_is_reported(dms, runs, tmp_path):
         "baseline/seed1/metrics.csv is missing",
         "se/seed0/predictions.npz is damaged",
         "se/seed1/metrics.csv is damaged",
+        "se/seed1/predictions.npz is damaged",
         "lost holds no run: it has no run.json",
         "mixup/seed1: running, epoch 1/2",
         "odd/run.json is damaged: 'seed' is None",

@@ -119,7 +119,9 @@ def by_epoch(row: Row, key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     values = np.full((len(runs), longest), np.nan)
     for line, rows in zip(values, runs, strict=True):
         line[: len(rows)] = [epoch[key] for epoch in rows]
-    return np.arange(1, longest + 1), np.nanmean(values, axis=0), np.nanstd(values, axis=0)
+    there = np.count_nonzero(~np.isnan(values), axis=0)
+    sd = np.sqrt(np.nansum((values - np.nanmean(values, axis=0)) ** 2, axis=0) / np.maximum(there - 1, 1))
+    return np.arange(1, longest + 1), np.nanmean(values, axis=0), sd
 
 
 def curves(section: Section, theme: Theme) -> Figure | None:
@@ -238,11 +240,11 @@ def confusion_data(section: Section) -> Any:
 
 
 def class_accuracies(row: Row) -> np.ndarray:
-    """Of each class, the mean over the seeds."""
-    each = [
-        np.bincount(p.labels, p.right, len(p.vocab)) / np.maximum(np.bincount(p.labels, minlength=len(p.vocab)), 1)
-        for p in row.predictions[0]
-    ]
+    """Of each class, the mean over the seeds; NaN for one without pictures."""
+    each = []
+    for p in row.predictions[0]:
+        right, count = (np.bincount(p.labels, weights, len(p.vocab)) for weights in (p.right, None))
+        each.append(np.divide(right, count, out=np.full(len(count), np.nan), where=count > 0))
     return np.mean(each, axis=0)
 
 
@@ -251,7 +253,8 @@ def classes(section: Section, theme: Theme) -> Figure | None:
     if not rows:
         return None
     headline = class_accuracies(section.headline)
-    order = np.argsort(headline, kind="stable")[:FEW_CLASSES]
+    there = np.count_nonzero(~np.isnan(headline))
+    order = np.argsort(headline, kind="stable")[: min(there, FEW_CLASSES)]  # what has no pictures comes last
     names = section.headline.predictions[0][0].vocab[order]
     drawn = figure(8, 1.5 + 0.32 * len(order))
     axes = drawn.subplots()
@@ -263,7 +266,7 @@ def classes(section: Section, theme: Theme) -> Figure | None:
         )
     axes.set_yticks(range(len(order)), names)
     axes.set_ylim(len(order) - 0.5, -0.5)
-    axes.set_xlabel("accuracy, %" + (f"; the {len(order)} hardest classes" if len(order) < len(headline) else ""))
+    axes.set_xlabel("accuracy, %" + (f"; the {len(order)} hardest classes" if len(order) < there else ""))
     axes.grid(True)
     drawn.legend(loc="outside lower center", ncols=min(len(rows), 3), frameon=False)
     return drawn
@@ -431,8 +434,8 @@ def _seeds(predictions: Sequence[Predictions]) -> str:
     return f", {len(predictions)} seeds together" if len(predictions) > 1 else ""
 
 
-def _rounded(values: Any) -> list[float]:
-    return [round(float(v), 6) for v in values]
+def _rounded(values: Any) -> list[float | None]:
+    return [None if np.isnan(v) else round(float(v), 6) for v in values]
 
 
 PLOTS = (

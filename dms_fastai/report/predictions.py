@@ -1,6 +1,7 @@
 """What a finished run says of each validation picture, kept in `predictions.npz` beside its weights."""
 
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,7 +81,7 @@ def read_predictions(folder: Path) -> Predictions:
             found = Predictions(**{name: archive[name] for name in archive.files})
     except FileNotFoundError:
         raise UserError(f"{file} is missing; the command that made the run writes it") from None
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{file} is damaged: {error}") from None
     n, c = found.log_probabilities.shape if found.log_probabilities.ndim == 2 else (0, 0)
     whole_ = (n,) == found.labels.shape == found.predicted.shape and c == len(found.vocab) and n > 0

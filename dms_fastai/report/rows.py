@@ -45,8 +45,9 @@ class Row:
 
     @property
     def measured(self) -> list[Run]:
-        """The runs with at least an epoch."""
-        return [run for run in self.runs if run.facts.get("last")]
+        """The runs that count: of those with at least an epoch, those that have come furthest."""
+        begun = [run for run in self.runs if run.facts.get("last")]
+        return [run for run in begun if run.facts["epochs_done"] == max(r.facts["epochs_done"] for r in begun)]
 
     @property
     def seeds(self) -> list[int]:
@@ -104,18 +105,18 @@ class Section:
         return [Difference(row, base, difference(row, base)) for row, base in pairs if base is not None]
 
     def _base(self, row: Row) -> Row | None:
-        """The nearest recipe that the row's extends and that was run on the same data for as many epochs.
+        """The nearest recipe that the row's extends and that was run on the same pictures for as many epochs.
 
-        A teacher is another network, and no step of the ablation.
+        Where there are several rows of it, the one that differs least. A teacher is another network, and no step of the
+        ablation.
         """
         name = row.first["recipe"]
         step = name in recipe_names() and not name.endswith("teacher")
         chain = ablation_of(name)[:-1] if step else []
         for earlier in reversed(chain):
-            for other in self.rows:
-                same = all(other.first[key] == row.first[key] for key in ("epochs", "valid", "validation_pictures"))
-                if other.first["recipe"] == earlier and same:
-                    return other
+            steps = [other for other in self.rows if other.first["recipe"] == earlier and _comparable(other, row)]
+            if steps:
+                return min(steps, key=lambda other: _distance(other, row))
         return None
 
     @property
@@ -150,6 +151,21 @@ def difference(row: Row, base: Row) -> Estimate | None:
     return paired_pictures(a.right, b.right)
 
 
+def _comparable(row: Row, other: Row) -> bool:
+    """Whether two rows share pictures, epochs, both as planned and as far as they have come, and a seed."""
+    keys = ("epochs", "valid", "validation_pictures", "data_digest")
+    done = [{(run.facts["seed"], run.facts["epochs_done"]) for run in r.measured} for r in (row, other)]
+    return bool(done[0] & done[1]) and all(row.first.get(key) == other.first.get(key) for key in keys)
+
+
+def _distance(row: Row, other: Row) -> int:
+    """In how many keys two rows' recipes differ; a plain network is the network."""
+    ours, theirs = (_recipe(r.runs[0]) for r in (row, other))
+    for recipe in (ours, theirs):
+        recipe["model.name"] = str(recipe.get("model.name")).removesuffix("_plain")
+    return sum(ours.get(key) != theirs.get(key) for key in ours.keys() | theirs.keys())
+
+
 def _last(run: Run) -> float:
     return run.facts["last"]["valid_accuracy"]
 
@@ -179,12 +195,16 @@ def _kind(run: Run) -> str:
     """What runs of the same row have in common: all but seed and machine."""
     facts = run.facts
     teacher = re.sub(r"seed\d+$", "seed", str(facts.get("teacher")))
-    known = [facts[key] for key in ("recipe", "title", "model", "epochs", "valid", "validation_pictures")]
+    keys = ("recipe", "title", "model", "epochs", "valid", "validation_pictures", "data_digest")
+    known = [facts.get(key) for key in keys]
     return json.dumps([*known, teacher, _recipe(run)], sort_keys=True, default=str)
 
 
 def _rows(groups: Iterable[list[Run]]) -> list[Row]:
-    """A row a group; where a seed was run twice, in different folders, a row for each of these."""
+    """A row a group; where a seed was run twice, in different folders, a row for each of these.
+
+    A copy of a run, in a folder of another name, is another seed of nothing and has a row of its own.
+    """
     rows = []
     for runs in groups:
         if len({run.facts["seed"] for run in runs}) == len(runs):
@@ -192,7 +212,8 @@ def _rows(groups: Iterable[list[Run]]) -> list[Row]:
             continue
         roots: dict[Any, list[Run]] = {}
         for run in runs:
-            roots.setdefault(run.folder.parent, []).append(run)
+            own = run.folder.name == f"seed{run.facts['seed']}"
+            roots.setdefault(run.folder.parent if own else run.folder, []).append(run)
         rows += roots.values()
     found = [Row(sorted(runs, key=lambda run: run.facts["seed"])) for runs in rows]
     return sorted(found, key=lambda row: (_place(row.first["recipe"]), min(r.facts["started"] for r in row.runs)))
@@ -228,4 +249,5 @@ def _changes(row: Row, other: Row) -> str:
 
 
 def _folder(row: Row, other: Row) -> str:
-    return str(row.runs[0].folder.parent)
+    ours, theirs = (r.runs[0].folder for r in (row, other))
+    return str(ours if ours.parent == theirs.parent else ours.parent)

@@ -1,6 +1,6 @@
 """The table of results: in the terminal, as Markdown, and in cells for whoever draws it otherwise."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
@@ -70,26 +70,34 @@ def heading(section: Section) -> str:
 
 def notes(rows: Sequence[Row]) -> list[str]:
     """What a reader of the table has to know."""
-    first = rows[-1].first
-    where = "the test set" if first["valid"] == "test" else "the validation pictures"
-    found, over = [], {row.accuracy.over for row in rows if row.accuracy}
-    counts = {len(row.runs) for row in rows}
-    if "seeds" in over:
-        n = f"n = {counts.pop()}" if len(counts) == 1 else f"n = {min(counts)} to {max(counts)}"
-        found.append(f"± is the standard deviation over seeds, the interval that of their mean (Student's t, {n}).")
-    if any(row.accuracy.sd == 0 for row in rows if row.accuracy):
-        pictures = first["validation_pictures"]
-        found.append(f"An interval of no width: all seeds are right on as many of the {pictures:,} pictures.")
-    if "pictures" in over:
-        one = "one seed" if over == {"pictures"} else "where there is one seed"
-        pictures = first["validation_pictures"]
+    where = "the test set" if {row.first["valid"] for row in rows} == {"test"} else "the validation pictures"
+    measured = [row for row in rows if row.accuracy]
+    several, single = ([row for row in measured if row.accuracy.over == over] for over in ("seeds", "pictures"))
+    found = []
+    if several:
+        n = _span(row.accuracy.n for row in several)
+        found.append(f"± is the standard deviation over seeds, the interval that of their mean (Student's t, n = {n}).")
+    if same := [row for row in several if row.accuracy.sd == 0]:
+        found.append(f"An interval of no width: all seeds are right on as many of the {_pictures(same)} pictures.")
+    if single:
+        one = "where there is one seed" if several else "one seed"
         found.append(
-            f"{one}: the interval is binomial, of {pictures:,} pictures; other seeds differ, too.".capitalize()
+            f"{one}: the interval is binomial, of {_pictures(single)} pictures; other seeds differ, too.".capitalize()
         )
     found.append(f"* the best epoch, chosen on {where}: to be compared with the paper's figures only.")
     if any(row.first.get("mixup") for row in rows):
         found.append("+ of mixed pictures, by the first picture's label alone, as the paper counts.")
     return found
+
+
+def _pictures(rows: Sequence[Row]) -> str:
+    return _span(row.first["validation_pictures"] for row in rows)
+
+
+def _span(counts: Iterable[int]) -> str:
+    """A count, or from the least to the most."""
+    counts = set(counts)
+    return " to ".join(f"{count:,}" for count in sorted({min(counts), max(counts)}))
 
 
 def table(section: Section) -> Table:
