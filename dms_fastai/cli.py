@@ -67,7 +67,8 @@ def run(
         for stages in planned.values():
             check_folders(stages)
     runs: dict[Path, Run] = {}
-    for number, stage in ((s, stage) for s, stages in planned.items() for stage in stages):
+    todo = [(s, stage) for s, stages in planned.items() for stage in stages]
+    for place, (number, stage) in enumerate(todo, start=1):
         if len(every) > 1:
             console.print(f"seed {number}", highlight=False)
         if stage.teacher is not None and is_finished(stage.teacher) and Path(stage.teacher) not in runs:
@@ -78,17 +79,15 @@ def run(
         result = run_stage(
             stage, data, number, where, deadline, restart, console, profile, checkpoint_steps, trust_pickle
         )
-        if not result.finished:
-            reason = result.facts["stopped_by"]
-            console.print(
-                f"stopped ({reason}): {result.facts['title']}, {result.state}; the same command goes on from there",
-                markup=False,
-                soft_wrap=True,
-            )
+        reason = result.facts.get("stopped_by")
+        if reason is not None and (not result.finished or place < len(todo)):
+            state = f"{result.facts['title']}, {result.state or 'finished'}"
+            again = "without --restart the same command" if restart else "the same command"
+            console.print(f"stopped ({reason}): {state}; {again} goes on from there", markup=False, soft_wrap=True)
             raise typer.Exit(EXIT_CODES[reason])
         runs[stage.folder] = result
     _show(runs.values())
-    console.print(f"learner: {stage.folder / 'learner.pkl'}", soft_wrap=True, highlight=False)
+    console.print(f"learner: {stage.folder / 'learner.pkl'}", soft_wrap=True, highlight=False, markup=False)
 
 
 @app.command()
@@ -169,7 +168,7 @@ def report(
     for problem in problems:
         console.print(f"left out: {problem.what}", soft_wrap=True, highlight=False, markup=False)
     page = write_report(sections(runs), problems, out)
-    console.print(f"report: {page}", soft_wrap=True, highlight=False)
+    console.print(f"report: {page}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _show(runs: "Iterable[Run]") -> None:

@@ -7,6 +7,7 @@ figures), `metrics.csv` (a row an epoch), `curves.png`, `learner.pkl`, `model.sa
 
 import contextlib
 import datetime
+import gc
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -216,7 +217,7 @@ def run_stage(
 
     Returns:
         The run. Ctrl-C, SIGTERM or the deadline leave it unfinished, with a checkpoint of the step that they met, and
-        the reason among its facts, "stopped_by".
+        the reason among its facts, "stopped_by". That is there, too, of a finished run whose end they met.
 
     Raises:
         UserError: The data or the teacher do not fit, the folder holds a run of another recipe or is in use by another
@@ -257,6 +258,7 @@ def run_stage(
                 _predict_again(_learner(dls, recipe, teacher, folder), folder)
             return read_run(folder)
         _refuse_other_code(folder)
+        gc.collect()  # the Learner of the stage before, whose callbacks know it, and its pictures
         _seed_everything(seed)
         learn = _learner(dls, recipe, teacher, folder)
         return _train(learn, folder, _facts(learn, seed) | origin, deadline, console, profile, checkpoint_steps)
@@ -296,10 +298,11 @@ def _train(
     before = read_run(folder).facts if resumed.epochs or resumed.steps else {}
     if before:
         step = f", step {resumed.steps}" if resumed.steps else ""
-        console.print(f"{recipe.title}: going on after epoch {resumed.epochs} of {recipe.schedule.epochs}{step}")
+        going_on = f"{recipe.title}: going on after epoch {resumed.epochs} of {recipe.schedule.epochs}{step}"
+        console.print(going_on, markup=False)
         facts["started"] = before.get("started", facts["started"])
     _write_text(folder / RECIPE, recipe.to_toml())
-    history = History(folder / METRICS, resumed.rows)
+    history = History(folder / METRICS, resumed.rows, lambda: note("running"))
     stop = StopOnRequest(deadline)
     began = time.perf_counter()
 
@@ -333,7 +336,7 @@ def _train(
     plot_curves(history.rows, f"{recipe.title}, {learn.card.arch} on {facts['data']}", folder / "curves.png")
     finished = note("finished")
     shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)  # not before the run says that it needs it no more
-    return finished
+    return replace(finished, facts=finished.facts | {"stopped_by": stop.reason}) if stop.reason else finished
 
 
 def _applies(key: str, recipe: Recipe) -> bool:
@@ -406,8 +409,9 @@ def _empty(folder: Path) -> None:
 
 
 def _name_of(teacher: str | Path) -> str:
-    """A teacher's source as given, less what is of this machine alone."""
-    return Path(teacher).name if Path(teacher).is_absolute() else str(teacher)
+    """A teacher's source as given, less what is of this machine alone: absolute paths end in DATA/RECIPE/seedS."""
+    path = Path(teacher)
+    return "/".join(path.parts[-2 if path.suffix else -3 :]) if path.is_absolute() else str(teacher)
 
 
 def _seed_everything(seed: int) -> None:

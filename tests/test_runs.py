@@ -1,6 +1,7 @@
 """The command line and the folders that it writes, end to end on real digits."""
 
 import csv
+import gc
 import json
 import shutil
 import signal
@@ -12,10 +13,11 @@ import numpy as np
 import pytest
 import timm
 import torch
+from fastai.learner import Learner
 from PIL import Image
 from safetensors import safe_open
 
-from dms_fastai import cli, load_data, load_recipe
+from dms_fastai import cli, load_data, load_recipe, runs
 from dms_fastai.callbacks import checkpoint
 from dms_fastai.models.weights import ModelCard, load_weights, save_weights
 from dms_fastai.recipes import recipe_names
@@ -176,6 +178,63 @@ def test_ctrl_c_ends_cleanly_and_the_same_command_goes_on(dms, tmp_path):
     assert "Traceback" not in err
     assert dms(*args, "pieces")[0] == dms(*args, "whole")[0] == 0
     same_run(tmp_path / "whole" / "se" / "seed0", tmp_path / "pieces" / "se" / "seed0")
+
+
+def test_a_request_that_meets_the_end_of_a_stage_ends_the_command(dms, tmp_path, monkeypatch):
+    args = ("run", "ablation", "--epochs", 1, "--set", "data.batch_size=256", "--out", "x")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.Checkpoint, "after_epoch", lambda self: signal.raise_signal(signal.SIGTERM))
+        code, out, _ = dms(*args)
+        assert code == 143
+        assert "stopped (SIGTERM): ResNet, finished; the same command goes on from there" in out
+        assert [path.name for path in (tmp_path / "x").iterdir()] == ["baseline"]
+        assert dms(*args[:2], *args[2:6], "--out", "y")[0] == 143
+        assert dms("run", "se", *args[2:6], "--out", "z")[0] == 0  # with nothing left there is nothing to stop
+    assert "stopped_by" not in (tmp_path / "x" / "baseline" / "seed0" / "run.json").read_text()
+    assert dms(*args)[0] == 0
+
+
+def test_with_restart_it_is_another_command_that_goes_on(dms):
+    code, out, _ = dms("run", "se", "--epochs", 3, "--restart", "--time-limit", "0.001s")
+    assert code == 75
+    assert "without --restart the same command goes on from there" in out
+
+
+def test_a_run_says_after_every_epoch_how_far_it_is(dms, tmp_path, monkeypatch):
+    seen, folder = [], tmp_path / "x" / "se" / "seed0"
+
+    def look(self):
+        facts = json.loads((folder / "run.json").read_text())
+        seen.append((facts["status"], facts["epochs_done"], facts["last"]["epoch"], facts["seconds"] > 0))
+
+    monkeypatch.setattr(checkpoint.Checkpoint, "after_epoch", look)
+    assert dms("run", "se", "--epochs", 2, "--set", "data.batch_size=256", "--out", "x")[0] == 0
+    assert seen == [("running", 1, 1, True), ("running", 2, 2, True)]
+
+
+def test_a_stage_frees_what_the_one_before_held(dms, monkeypatch):
+    alive, train = [], runs._train
+    monkeypatch.setattr(
+        runs,
+        "_train",
+        lambda *args: (alive.append(sum(isinstance(o, Learner) for o in gc.get_objects())), train(*args))[1],
+    )
+    gc.collect()
+    assert dms("run", "se", "--epochs", 1, "--set", "data.batch_size=256", "--seeds", "0,1,2", "--out", "x")[0] == 0
+    assert alive == [alive[0]] * 3
+
+
+def test_names_with_brackets_are_shown_as_they_are(dms, tmp_path):
+    (tmp_path / "own.toml").write_text('extends = "se"\ntitle = "SE [/ours]"\n')
+    args = ("run", "own.toml", "--epochs", 2, "--set", "data.batch_size=256", "--out", "m[/x]")
+    assert dms(*args, "--time-limit", "0.001s")[0] == 75
+    code, out, _ = dms(*args)
+    assert code == 0
+    assert "SE [/ours]: going on" in out
+    assert "learner: m[/x]/own/seed0/learner.pkl" in out
+    code, out, _ = dms("report", "m[/x]", "--out", "n[bold]")
+    assert code == 0
+    assert "report: n[bold]/index.html" in out
 
 
 def test_seeds_differ_and_repeat(dms, tmp_path):

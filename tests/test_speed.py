@@ -373,6 +373,16 @@ def test_short_fits_and_cpus_are_not_compiled(dls, monkeypatch, compile, there):
     quiet(dms_learner(dls, "se", settings={"compile": compile})).fit(1)
 
 
+def test_a_resumed_fit_is_compiled_as_it_was_begun(dls, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch_compile, "can_compile", lambda device: True)
+    monkeypatch.setattr(torch_compile, "compiled_call", lambda module, graphs: compiled.append(module))
+    learn = quiet(dms_learner(dls, "se"))
+    learn.torch_compile.steps = 3 * len(dls.train)
+    learn.fit(3, start_epoch=2)
+    assert compiled == [learn.model, learn.loss_func]
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_fast_kernels_leave_torch_as_it_was(fails):
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
@@ -418,6 +428,14 @@ def test_the_parts_of_a_step_add_up(dls, teacher, tmp_path):
     assert set(PARTS) <= names
     assert "aten::convolution" in names
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step.json", "trace.json.gz"]
+
+
+def test_sams_second_pass_is_not_the_optimisers(dls, tmp_path):
+    learn = quiet(dms_learner(dls, "se", settings={"optimizer.sam": 0.05}))
+    with StepProfile(tmp_path, Console(file=io.StringIO())) as profile:
+        learn.fit(2, cbs=profile.edges)
+    split = json.loads((tmp_path / "step.json").read_text())["milliseconds"]
+    assert split["backward"] > split["forward"] > split["optimiser"]
 
 
 def test_too_few_steps_for_a_profile_are_said(dls, tmp_path):

@@ -86,6 +86,8 @@ class Checkpoint(Callback):
             if state.get("ema") is not None:
                 learn.ema.restore(state["ema"])
             self.resumed = state
+            for unsound in damaged:
+                unsound.rename(unsound.with_suffix(".damaged"))  # or they would be kept in place of sound ones
             return Resumed(state["epochs"], state["steps"], state["rows"], damaged)
         if damaged:
             names = ", ".join(file.name for file in damaged)

@@ -2,6 +2,7 @@
 
 import csv
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,15 @@ class History(Callback):
 
     order = 55  # after the recorder (50)
 
-    def __init__(self, file: Path, rows: list[dict[str, Any]] | None = None):
+    def __init__(self, file: Path, rows: list[dict[str, Any]] | None = None, then: Callable[[], Any] = lambda: None):
         """
         Args:
             file: The .csv file.
             rows: Of the epochs that an earlier, unfinished run went through.
+            then: Called when a row has been written.
         """
         super().__init__()
-        self.file, self.rows = file, list(rows or [])
+        self.file, self.rows, self.then = file, list(rows or []), then
 
     def before_epoch(self) -> None:
         self.epoch_began = time.perf_counter()
@@ -53,6 +55,7 @@ class History(Callback):
             }
         )
         write_rows(self.rows, self.file)
+        self.then()
 
 
 def write_rows(rows: list[dict[str, Any]], file: Path) -> None:

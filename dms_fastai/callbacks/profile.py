@@ -149,7 +149,7 @@ class StepProfile:
         self.console.print(table)
         if "gpu_busy_milliseconds" in facts:
             self.console.print(f"the GPU computes for {facts['gpu_busy_milliseconds']:.2f} ms of it")
-        self.console.print(f"trace: {self.folder / 'trace.json.gz'}", soft_wrap=True, highlight=False)
+        self.console.print(f"trace: {self.folder / 'trace.json.gz'}", soft_wrap=True, highlight=False, markup=False)
 
 
 class Edge(Callback):
@@ -177,9 +177,6 @@ class FirstOfAll(Edge):
     def before_backward(self) -> None:
         self.mark("loss", self.learn)
 
-    def after_backward(self) -> None:
-        self.mark("backward", self.learn)
-
     def after_batch(self) -> None:
         self.mark("optimiser", self.learn)
 
@@ -192,6 +189,9 @@ class LastOfAll(Edge):
 
     def after_pred(self) -> None:
         self.mark("teacher", self.learn)
+
+    def after_backward(self) -> None:
+        self.mark("backward", self.learn)  # with SAM's second pass
 
     def after_batch(self) -> None:
         self.mark("host", self.learn)

@@ -57,7 +57,7 @@ class RichProgress(Callback):
         self.progress.update(self.task, epoch=self.learn.epoch + 1, refresh=True)
 
     def before_train(self) -> None:
-        self.train_began = time.perf_counter()
+        self.train_began, self.first = time.perf_counter(), self.learn.dls.train.first_batch
 
     def after_batch(self) -> None:
         now = time.perf_counter()
@@ -70,7 +70,7 @@ class RichProgress(Callback):
             total=self.learn.n_epoch * steps,
             completed=self.learn.epoch * steps + done,
             loss=f"{float(self.learn.smooth_loss):.3f}",
-            rate=f"{done * self.learn.dls.train.bs / (now - self.train_began):,.0f}",
+            rate=f"{(done - self.first) * self.learn.dls.train.bs / (now - self.train_began):,.0f}",
             refresh=True,
         )
 

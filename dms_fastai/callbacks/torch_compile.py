@@ -41,7 +41,7 @@ class TorchCompile(Callback):
     def __init__(self, steps: int = WORTH_IT):
         """
         Args:
-            steps: Compile where at least so many training steps lie ahead, and `can_compile` says so.
+            steps: Compile where the fit has at least so many training steps, and `can_compile` says so.
         """
         super().__init__()
         self.steps = steps
@@ -55,8 +55,8 @@ class TorchCompile(Callback):
 
     def worth_compiling(self) -> list[nn.Module]:
         learn = self.learn
-        ahead = (learn.n_epoch - learn.epoch) * len(learn.dls.train)
-        if ahead < self.steps or not can_compile(next(learn.model.parameters()).device):
+        steps = learn.n_epoch * len(learn.dls.train)  # of the whole fit: one that is resumed goes on as it began
+        if steps < self.steps or not can_compile(next(learn.model.parameters()).device):
             return []
         teachers = [cb.network for cb in learn.cbs if isinstance(cb, TeacherDistill)]
         return [learn.model, *teachers, *([learn.loss_func] if isinstance(learn.loss_func, DMSLoss) else [])]

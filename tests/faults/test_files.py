@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
-from dms_fastai import UserError, dms_learner, load_data, load_teacher
+from dms_fastai import DMSLoss, UserError, dms_learner, load_data, load_teacher
 from dms_fastai.callbacks import checkpoint
 from dms_fastai.export import export_run, predict_files
 from tests.conftest import quiet
@@ -54,6 +53,16 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(dms, cut, how):  # noq
     assert "going on after epoch 0 of 3, step 1" in out
     same_run(folder, whole)
     assert first != last
+
+
+def test_a_damaged_checkpoint_is_not_kept_in_place_of_a_sound_one(dms, cut):  # noqa: F811
+    folder, _ = cut
+    _, last = sorted((folder / "checkpoint").glob("*.pt"))
+    damage(last.rename(last.with_name(last.name.replace("-0000002-", "-0000004-"))), "one bit")
+    assert dms(*SHORT, "--out", "x", "--time-limit", "0.001s")[0] == 75  # after step 2
+    files = sorted((folder / "checkpoint").glob("*.pt"))
+    assert len(files) == 2
+    assert all(checkpoint.read(file) is not None for file in files)
 
 
 def test_with_all_checkpoints_damaged_nothing_is_overwritten(dms, cut):  # noqa: F811
@@ -172,7 +181,7 @@ def test_too_little_memory_names_a_smaller_batch(dms, monkeypatch):  # noqa: F81
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
-    monkeypatch.setattr(nn.Conv2d, "forward", full)
+    monkeypatch.setattr(DMSLoss, "forward", full)
     code, _, err = dms("run", "se", "--out", "x")
     assert code == 2
     assert "batches of 64 pictures do not fit" in err
