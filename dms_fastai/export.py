@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from fastai.learner import Learner
+from fastcore.basics import chunked
 from torch import Tensor, nn
 from torch.onnx.errors import OnnxExporterError
 
@@ -23,6 +24,7 @@ from .models.weights import WEIGHTS, ModelCard, load_weights, save_weights, ship
 __all__ = ["Classifier", "export_model", "export_run", "predict_files"]
 
 LEARNER = "learner.pkl"
+BATCH = 64  # pictures to predict at once
 
 
 def export_run(learn: DMSLearner, folder: Path) -> None:
@@ -130,10 +132,12 @@ def predict_files(source: Path, pictures: Iterable[Path], trust: bool = False) -
         probabilities, _ = learn.get_preds(dl=learn.dls.test_dl(list(pictures)))
         return [str(name) for name in learn.dls.vocab], probabilities
     model, card = load_weights(source)
-    x = torch.stack([read_picture(picture, card.size) for picture in pictures])
+    scaling, found = affine(card.mean, card.std, card.size, torch.device("cpu")), []
     with torch.inference_mode():
-        x = normalize(x, *affine(card.mean, card.std, card.size, x.device))
-        return card.vocab, model(x).softmax(1)
+        for batch in chunked(pictures, BATCH):
+            x = torch.stack([read_picture(picture, card.size) for picture in batch])
+            found.append(model(normalize(x, *scaling)).softmax(1))
+    return card.vocab, torch.cat(found)
 
 
 def _find(source: str | Path, trust: bool) -> Path:

@@ -97,6 +97,13 @@ def test_the_file_keeps_no_path_of_this_machine(folder, tmp_path, suffix):
     assert b"site-packages" not in content
 
 
+def test_many_pictures_are_predicted_a_few_at_a_time(folder, pictures, monkeypatch):
+    files = [*pictures[0], *pictures[0]]
+    together = predict_files(folder, files)[1]
+    monkeypatch.setattr(export, "BATCH", 4)
+    torch.testing.assert_close(predict_files(folder, iter(files))[1], together)
+
+
 def test_what_cannot_be_written_is_said(folder, dls, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"the formats are \.onnx and \.pt2"):
         export_model(folder, tmp_path / "kd.tflite")

@@ -1,6 +1,7 @@
 """Where pictures come from: digits, named data sets, folders and .npz files, each as splits in memory."""
 
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -113,7 +114,7 @@ def _read_npz(file: Path, size: int | None) -> Splits:
     try:
         with np.load(file, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in archive.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{file} cannot be read as an .npz file of plain arrays: {error}") from None
     for key in ("train_images", "train_labels"):
         if key not in arrays:
