@@ -87,7 +87,9 @@ def run(
             raise typer.Exit(EXIT_CODES[reason])
         runs[stage.folder] = result
     _show(runs.values())
-    console.print(f"learner: {stage.folder / 'learner.pkl'}", soft_wrap=True, highlight=False, markup=False)
+    for stages in planned.values():
+        last = stages[-1].folder / "learner.pkl"
+        console.print(f"learner: {last}", soft_wrap=True, highlight=False, markup=False)
 
 
 @app.command()

@@ -145,6 +145,9 @@ def _find(source: str | Path, trust: bool) -> Path:
     path = Path(source)
     path = (None if path.exists() else shipped_weights(str(source))) or without_code(path, trust)
     if path.is_dir():
+        inside = [run.parent.name for run in sorted(path.glob(f"*/{WEIGHTS}"))]
+        if inside and not (path / WEIGHTS).exists():
+            raise UserError(f"{path} is no run, but holds some; give {path / inside[0]}")
         return path / WEIGHTS
     if path.suffix not in (".safetensors", ".pkl"):
         raise UserError(

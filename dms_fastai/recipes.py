@@ -377,12 +377,24 @@ def _build(cls: type, table: Any, where: str) -> Any:
     for key, value in table.items():
         dotted = f"{where}.{key}" if where else key
         if key not in fields:
+            moved = [known for known in _all_keys(Recipe) if known.split(".")[-1] == key]
+            if moved:
+                raise UserError(f"unknown recipe key {dotted!r}: did you mean {' or '.join(map(repr, moved))}?")
             raise unknown("recipe key", dotted, _dotted_keys(fields, where))
         values[key] = _convert(value, hints[key], dotted)
         check = fields[key].metadata.get("check")
         if check is not None and values[key] is not None and not check(values[key]):
             raise UserError(f"{dotted} is {value!r}; it must be {fields[key].metadata['rule']}")
     return cls(**values)
+
+
+def _all_keys(cls: type, where: str = "") -> list[str]:
+    """Every key of a recipe, dotted."""
+    found = []
+    for name, hint in typing.get_type_hints(cls).items():
+        tables = [option for option in (typing.get_args(hint) or (hint,)) if dataclasses.is_dataclass(option)]
+        found += _all_keys(tables[0], f"{where}{name}.") if tables else [f"{where}{name}"]
+    return found
 
 
 def _dotted_keys(names: Iterable[str], where: str) -> list[str]:

@@ -31,7 +31,7 @@ from rich.console import Console
 
 from . import __version__
 from .callbacks.checkpoint import Checkpoint
-from .callbacks.distill import Teacher, check_classes, load_teacher
+from .callbacks.distill import Teacher, check_classes, check_pretrained, load_teacher
 from .callbacks.history import History
 from .callbacks.profile import StepProfile
 from .callbacks.progress import RichProgress
@@ -161,6 +161,8 @@ def plan(
         source = None
         if built.distill is not None:
             source = teacher if teacher is not None else built.teacher
+            if source.endswith(".toml") and not Path(source).is_file():
+                raise UserError(f"recipe {built.name!r} names the teacher {source!r}, and there is no such file")
             if source in recipe_names() or source.endswith(".toml"):
                 teaching = load_recipe(source, name, None, shared)
                 if teaching.distill is not None:
@@ -174,6 +176,7 @@ def plan(
                     stages.append(Stage(teaching, source))
             else:  # say now, not after the stages before it, that it cannot be had or does not fit
                 dls = load_data(data, size=built.data.size, valid=built.data.valid, device="cpu")
+                check_pretrained(source, dls.c)
                 check_classes(load_teacher(source, trust_pickle), vocabulary(dls))
         elif teacher is not None and not several:
             raise UserError(f"recipe {built.name!r} does not distil; leave --teacher out, or take kd")
@@ -359,7 +362,7 @@ def _refuse_other_recipe(recipe: Recipe, folder: Path, of: tuple[str, ...] | Non
     theirs, ours = (flat(r.to_table()) for r in (load_recipe(file), recipe))  # loaded, so that defaults are filled in
     keys = sorted(key for key in of or theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
     if keys:
-        changes = ", ".join(f"{key} {theirs.get(key)} -> {ours.get(key)}" for key in keys)
+        changes = ", ".join(f"{key} {theirs.get(key, 'default')} -> {ours.get(key, 'default')}" for key in keys)
         raise UserError(f"{folder} holds a run of another recipe ({changes}); give --out another folder, or --restart")
 
 
@@ -434,6 +437,7 @@ def _facts(learn: DMSLearner, seed: int) -> dict[str, Any]:
         "training_pictures": len(learn.dls.train_ds),
         "validation_pictures": len(learn.dls.valid_ds),
         "classes": learn.dls.c,
+        "size": learn.dls.train_ds.size,
         "mixup": recipe.mixup is not None or recipe.cutmix is not None,
         "seed": seed,
         "epochs": recipe.schedule.epochs,

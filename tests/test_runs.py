@@ -261,6 +261,9 @@ def test_every_folder_is_checked_before_anything_is_trained(dms, tmp_path):
 
 def test_a_finished_run_teaches(dms, tmp_path):
     assert dms("run", "mixup", "--epochs", 1, "--out", "x")[0] == 0
+    code, _, err = dms("predict", "x/mixup", "picture.png")
+    assert code == 2
+    assert "x/mixup is no run, but holds some; give x/mixup/seed0" in err
     for source in ("x/mixup/seed0", "x/mixup/seed0/model.safetensors", "x/mixup/seed0/learner.pkl"):
         out = tmp_path / source.replace("/", "-")
         assert dms("run", "kd", "--epochs", 1, "--out", out, "--teacher", source)[0] == 0
@@ -349,6 +352,10 @@ def make_bad_folders(folder):
         ("run ablation --set lookahead.k=5", "no stage of the ablation"),
         ("run kd --teacher cats.safetensors", "2 classes and the data have 10"),
         ("run kd --teacher nowhere", "no teacher at nowhere"),
+        ("run kd --teacher gone.toml", "recipe 'kd' names the teacher 'gone.toml', and there is no such file"),
+        ("run kd --teacher timm:resnet18", "know 1000 classes and the data have 10; train it"),
+        ("run kd --set lr=0.1", "did you mean 'optimizer.lr'?"),
+        ("predict cats.safetensors bad", "bad is a folder; give the pictures in it"),
         ("run kd --teacher kd", "needs a teacher itself"),
         ("run ablation --teacher cats.safetensors", "2 classes and the data have 10"),
         ("run se --teacher cats.safetensors", "does not distil"),

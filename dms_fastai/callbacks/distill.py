@@ -153,7 +153,7 @@ def open_learner(file: Path, trust: bool) -> Learner:
     if not trust:
         raise UserError(
             f"{file} is a pickle, and loading one runs whatever code it holds; if you trust who made it, "
-            f"say so: --trust-pickle, or load_teacher(file, trust=True)"
+            f"say so: --trust-pickle, or trust=True in Python"
         )
     try:
         with warnings.catch_warnings():
@@ -285,6 +285,17 @@ def check_classes(teacher: Teacher, vocab: list[str] | None) -> None:
             raise UserError(
                 f"class {index} is {theirs!r} to the teacher and {ours!r} in the data "
                 f"({_few(teacher.vocab)} against {_few(vocab)}); train a teacher on them"
+            )
+
+
+def check_pretrained(source: str, classes: int) -> None:
+    """Raise a UserError where one of timm's pretrained teachers, before it is downloaded, is known not to fit."""
+    for name in (part.strip().removeprefix("timm:") for part in source.split(",") if part.strip().startswith("timm:")):
+        cfg = timm.get_pretrained_cfg(name) if timm.is_model(name.split(".")[0]) else None
+        if cfg is not None and cfg.num_classes != classes:
+            raise UserError(
+                f"timm's weights of {name!r} know {cfg.num_classes} classes and the data have {classes}; train it on "
+                f"them, as in `dms-fastai run se --arch {name.split('.')[0]}`, and give that run's folder"
             )
 
 

@@ -44,7 +44,8 @@ class SAM(Callback):
     def before_train(self) -> None:
         rewriting = [cb for cb in self.learn.cbs if isinstance(cb, (MixUp, TeacherDistill))]
         if rewriting and not isinstance(self.learn.loss_func, DMSLoss):
-            raise UserError(f"SAM beside {type(rewriting[0]).__name__} needs loss_func=DMSLoss(), to ask it again")
+            beside = type(rewriting[0]).__name__
+            raise UserError(f"SAM beside {beside} needs loss_func=DMSLoss(): another loss cannot be asked twice")
         if any(isinstance(cb, GradientAccumulation) for cb in self.learn.cbs):
             raise UserError("SAM needs the gradient of a whole step; take a larger batch, not GradientAccumulation")
 

@@ -85,7 +85,9 @@ def _choose(splits: dict[str, ImageSet], valid: str | float, seed: int, data: st
         other = {"test": "val", "val": "test"}[valid]
         evaluation = splits.get(valid, splits.get(other))
         if evaluation is None:
-            raise UserError(f"{data} has no test or validation pictures; hold some out: valid=0.1 (data.valid=0.1)")
+            raise UserError(
+                f"{data} has no test or validation pictures; hold some out: --set data.valid=0.1, valid=0.1 in Python"
+            )
         return splits["train"], evaluation
     if not 0 < valid < 1:
         raise UserError(f"valid is {valid}; the share of held-out pictures must be between 0 and 1")

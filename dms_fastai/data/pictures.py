@@ -70,6 +70,8 @@ def _open(file: str | Path | bytes) -> Image.Image:
             picture.load()
     except FileNotFoundError:
         raise UserError(f"no such picture: {name}") from None
+    except IsADirectoryError:
+        raise UserError(f"{name} is a folder; give the pictures in it") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = "its content is of no known format" if isinstance(error, Image.UnidentifiedImageError) else error
         raise UserError(f"{name} is not a picture that can be read ({reason}); remove or replace it") from None

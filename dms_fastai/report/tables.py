@@ -84,7 +84,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
         found.append(
             f"{one}: the interval is binomial, of {_pictures(single)} pictures; other seeds differ, too.".capitalize()
         )
-    found.append(f"* the best epoch, chosen on {where}: to be compared with the paper's figures only.")
+    found.append(f"* the best epoch, chosen on {where}, which flatters it; the paper's figures are such.")
     if any(row.first.get("mixup") for row in rows):
         found.append("+ of mixed pictures, by the first picture's label alone, as the paper counts.")
     return found
