@@ -299,7 +299,7 @@ def test_a_teacher_is_shown_the_same_pictures(dms, tmp_path):
     shutil.rmtree(tmp_path / "x" / "kd")
     code, _, err = dms("run", "kd", "--epochs", 1, "--out", "x")
     assert code == 2
-    assert "data.size 16 -> None" in err
+    assert "data.size 16 -> default" in err
 
 
 def test_a_held_out_share_is_not_called_the_test_set(dms):
