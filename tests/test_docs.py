@@ -62,7 +62,7 @@ def test_the_readme_quotes_the_report(report):
     assert table in README
     assert "(docs/results/cifar10-ablation.png)" in README
     assert "dms-fastai report artifacts/cifar10-cpu --out docs/results" in README
-    differences = [line for line in text.splitlines() if " points, one seed" in line]
-    assert len(differences) == 3
+    differences = [line for line in text.splitlines() if " points, 3 shared seeds" in line]
+    assert len(differences) == 5
     for line in differences:
         assert re.search(r"[+-]\d+\.\d\d \([^)]*\)", line).group() in README
