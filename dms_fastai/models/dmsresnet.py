@@ -49,30 +49,38 @@ def squeeze_excite(channels: int, **dd: Any) -> SEModule:
 class ResidualBlock(nn.Module):
     """What both block types share: `dropout(relu(residual(x) + shortcut(x)))`.
 
-    The shortcut is the identity, or a 1x1 convolution with batch norm where the shape changes. With stochastic depth
-    the residual is left out of a training picture's sum with probability `drop_path`.
+    The residual is a block type's convolutions, and squeeze-and-excitation where it is wanted. The shortcut is the
+    identity, or a 1x1 convolution with batch norm where the shape changes. With stochastic depth the residual is left
+    out of a training picture's sum with probability `drop_path`.
     """
 
     expansion = 1
 
     def __init__(
         self,
-        residual: list[nn.Module],
         in_chs: int,
-        out_chs: int,
-        stride: int,
-        drop_rate: float,
-        drop_path: float,
+        planes: int,
+        stride: int = 1,
+        se: bool = False,
+        drop_rate: float = 0.0,
+        drop_path: float = 0.0,
         **dd: Any,
     ):
         super().__init__()
-        self.residual = nn.Sequential(*residual)
+        out_chs = planes * self.expansion
+        residual = self.convolutions(in_chs, planes, stride, **dd)
+        self.residual = nn.Sequential(*residual, *([squeeze_excite(out_chs, **dd)] if se else []))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.shortcut = nn.Sequential()
         if stride != 1 or in_chs != out_chs:
             self.shortcut = nn.Sequential(*conv_bn(in_chs, out_chs, 1, stride, **dd))
         self.act = nn.ReLU(inplace=True)
         self.drop = Dropout(drop_rate)
+
+    @staticmethod
+    def convolutions(in_chs: int, planes: int, stride: int, **dd: Any) -> list[nn.Module]:
+        """From `in_chs` channels to `expansion` times `planes`, with batch norms, and activations between them."""
+        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         return self.drop(self.act(self.drop_path(self.residual(x)) + self.shortcut(x)))
@@ -81,23 +89,13 @@ class ResidualBlock(nn.Module):
 class BasicBlock(ResidualBlock):
     """Two 3x3 convolutions (paper, section 3.2.1)."""
 
-    def __init__(
-        self,
-        in_chs: int,
-        planes: int,
-        stride: int = 1,
-        se: bool = False,
-        drop_rate: float = 0.0,
-        drop_path: float = 0.0,
-        **dd: Any,
-    ):
-        residual = [
+    @staticmethod
+    def convolutions(in_chs: int, planes: int, stride: int, **dd: Any) -> list[nn.Module]:
+        return [
             *conv_bn(in_chs, planes, 3, stride, **dd),
             nn.ReLU(inplace=True),
             *conv_bn(planes, planes, 3, **dd),
-            *([squeeze_excite(planes, **dd)] if se else []),
         ]
-        super().__init__(residual, in_chs, planes, stride, drop_rate, drop_path, **dd)
 
 
 class Bottleneck(ResidualBlock):
@@ -105,26 +103,15 @@ class Bottleneck(ResidualBlock):
 
     expansion = 4
 
-    def __init__(
-        self,
-        in_chs: int,
-        planes: int,
-        stride: int = 1,
-        se: bool = False,
-        drop_rate: float = 0.0,
-        drop_path: float = 0.0,
-        **dd: Any,
-    ):
-        out_chs = planes * self.expansion
-        residual = [
+    @staticmethod
+    def convolutions(in_chs: int, planes: int, stride: int, **dd: Any) -> list[nn.Module]:
+        return [
             *conv_bn(in_chs, planes, 1, **dd),
             nn.ReLU(inplace=True),
             *conv_bn(planes, planes, 3, stride, **dd),
             nn.ReLU(inplace=True),
-            *conv_bn(planes, out_chs, 1, **dd),
-            *([squeeze_excite(out_chs, **dd)] if se else []),
+            *conv_bn(planes, planes * Bottleneck.expansion, 1, **dd),
         ]
-        super().__init__(residual, in_chs, out_chs, stride, drop_rate, drop_path, **dd)
 
 
 class DMSResNet(nn.Module):
