@@ -7,6 +7,7 @@ the caller overrides, and returns a `Recipe`; `Recipe.to_toml` writes it out who
 
 import dataclasses
 import math
+import os
 import tomllib
 import types
 import typing
@@ -320,7 +321,7 @@ def _parts(file: Path, data: str) -> tuple[Table, Table]:
     """What a file says, and what it says further for a data set."""
     table = _read(file)
     teacher = table.get("teacher")
-    if isinstance(teacher, str) and teacher not in recipe_names() and (file.parent / teacher).exists():
+    if isinstance(teacher, str) and teacher not in recipe_names() and os.path.exists(file.parent / teacher):
         table["teacher"] = str(file.parent / teacher)  # of a file beside this one, from wherever it is read
     on = table.pop("on", {})
     return table, on.get(data, {}) if isinstance(on, Mapping) else {}

@@ -4,10 +4,14 @@ import matplotlib
 import pytest
 import torch
 from fastai.callback.progress import ProgressCallback
+from hypothesis import settings
 
 from dms_fastai import dms_learner, load_data
 
 matplotlib.use("agg")
+
+# The same examples in every run, so that a failure is the change's; `--hypothesis-profile=default` looks for new ones.
+settings.load_profile("ci")
 
 
 @pytest.fixture(autouse=True, scope="session")

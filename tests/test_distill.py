@@ -146,7 +146,8 @@ def test_every_kind_of_teacher_is_the_same_teacher(teacher, tmp_path):
 @pytest.mark.parametrize(
     ("source", "words"),
     [("nowhere", "no teacher at nowhere"), ("nowhere.safetensors", "no such file"), ("nowhere.pkl", "no such Learner"),
-     ("timm:dmsresnett", "did you mean 'dmsresnet'"), ("timm:dmsresnet50", "weights"), (3, "int is no teacher")],
+     ("timm:dmsresnett", "did you mean 'dmsresnet'"), ("timm:dmsresnet50", "weights"), (3, "int is no teacher"),
+     (", ".join(["timm:dmsresnett"] * 20), "did you mean 'dmsresnet'")],
 )  # fmt: skip
 def test_no_teacher_there(source, words):
     with pytest.raises(UserError, match=words):

@@ -52,6 +52,9 @@ def test_a_resolved_recipe_survives_being_written(name, data, schedule, tmp_path
 
 
 numbers = st.floats(1e-6, 1e6, allow_nan=False)
+names = st.text(string.printable + "äß漢🙂", min_size=1).filter(
+    lambda name: not name.startswith("/") and ".." not in name.split("/")
+)
 recipes = st.builds(
     lambda name, lr, epochs, alpha, T, teacher: Recipe(
         name=name,
@@ -61,7 +64,7 @@ recipes = st.builds(
         distill=dataclasses.replace(load_recipe("kd").distill, alpha=alpha, T=T),
         teacher=teacher,
     ),
-    st.text(string.printable + "äß漢🙂", min_size=1),
+    names,
     numbers,
     st.integers(1, 10**9),
     st.floats(0, 1),
@@ -146,6 +149,9 @@ def test_a_teacher_may_lie_beside_the_recipe(tmp_path, monkeypatch):
     assert load_recipe(f"{folder}/run/recipe.toml").teacher == f"{folder}/t.toml"  # from where it was trained
     (own / "teacher").mkdir()
     assert load_recipe(write(tmp_path, kd='extends = "kd"') / "kd.toml").teacher == "teacher"
+    ensemble = ",".join(["timm:dmsresnet"] * 20)  # longer than a file's name may be
+    write(tmp_path, many=f'extends = "kd"\nteacher = "{ensemble}"')
+    assert load_recipe(own / "many.toml").teacher == ensemble
 
 
 def test_the_plain_variant_of_an_architecture_is_the_ablations_baseline():
@@ -176,6 +182,7 @@ def test_the_plain_variant_of_an_architecture_is_the_ablations_baseline():
         ({"settings": {"data.valid": 1.0}}, "data.valid is 1.0"),
         ({"settings": {"data.valid": "train"}}, "data.valid is 'train'"),
         ({"settings": {"name": "../kd"}}, "name is '../kd'; it must be a relative path"),
+        ({"settings": {"name": "/"}}, "name is '/'; it must be a relative path"),
         ({"settings": {"name": "/tmp/kd"}}, "it must be a relative path"),
         ({"settings": {"model": 3}}, "model is 3; it must be a table"),
     ],

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import math
+import os
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -114,7 +115,7 @@ def load_teacher(source: Any, trust: bool = False) -> Teacher:
         return source
     if isinstance(source, (list, tuple)):
         return ensemble(source, trust=trust)
-    if isinstance(source, str) and "," in source and not Path(source).exists():
+    if isinstance(source, str) and "," in source and not os.path.exists(source):
         return ensemble((part.strip() for part in source.split(",")), trust=trust)
     if isinstance(source, Learner):
         mean, std = statistics(source.dls)
