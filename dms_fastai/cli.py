@@ -5,16 +5,20 @@ import time
 from collections.abc import Iterable
 from errno import ENOSPC
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
+import timm
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from .callbacks.distill import without_code
 from .errors import UserError
-
-if TYPE_CHECKING:  # the rest is imported where it is needed: `--help` is to be quick
-    from .report import Run
+from .export import export_model, predict_files
+from .models.weights import shipped_weights
+from .recipes import ablation_of, added_by, flat, load_recipe, parse_setting, recipe_names
+from .report import Run, difference_lines, find_runs, read_run, sections, table, write_report
+from .runs import be_deterministic, check_folders, choose_device, is_finished, plan, run_stage
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 console = Console()
@@ -50,10 +54,6 @@ def run(
     profile: Annotated[bool, typer.Option("--profile", help="Print where a step's time goes; trace a few.")] = False,
 ) -> None:
     """Train a recipe, with the teacher it needs, and print what came of it. The same command goes on after a stop."""
-    from .recipes import parse_setting
-    from .report import read_run
-    from .runs import be_deterministic, check_folders, choose_device, is_finished, plan, run_stage
-
     deadline = None if time_limit is None else time.monotonic() + parse_duration(time_limit)
     where = choose_device(device)
     settings = dict(parse_setting(text) for text in set_ or [])
@@ -95,32 +95,26 @@ def run(
 @app.command()
 def recipes() -> None:
     """List the recipes and what each adds to the one before."""
-    from .recipes import ablation_of, added_by, flat, load_recipe, recipe_names
-
-    table = Table("recipe", "title", "extends", "adds or changes")
+    listing = Table("recipe", "title", "extends", "adds or changes")
     for name in recipe_names():
         chain = ablation_of(name)
         base = chain[-2] if len(chain) > 1 else "-"
         added = "\n".join(f"{key} = {value!r}" for key, value in flat(added_by(name)).items())
-        table.add_row(name, load_recipe(name).title, base, added)
-    console.print(table)
+        listing.add_row(name, load_recipe(name).title, base, added)
+    console.print(listing)
 
 
 @app.command()
 def models() -> None:
     """List this package's architectures with their parameters for 10 classes."""
-    import timm
-
-    from .models.weights import shipped_weights
-
-    table = Table("model", "parameters", "weights", "what it is")
-    table.columns[1].justify = "right"
+    listing = Table("model", "parameters", "weights", "what it is")
+    listing.columns[1].justify = "right"
     for name in timm.list_models(module="dmsresnet"):
         entry, weights = timm.model_entrypoint(name), shipped_weights(name)
         parameters = sum(p.numel() for p in timm.create_model(name).parameters())
         tag = weights.stem.partition(".")[2] if weights else "-"
-        table.add_row(name, f"{parameters:,}", tag, (entry.__doc__ or "").split(". ")[0].rstrip("."))
-    console.print(table)
+        listing.add_row(name, f"{parameters:,}", tag, (entry.__doc__ or "").split(". ")[0].rstrip("."))
+    console.print(listing)
     console.print("Any other timm architecture works as well: dms-fastai run se --arch resnet18", highlight=False)
 
 
@@ -132,8 +126,6 @@ def predict(
     trust_pickle: Annotated[bool, TRUST] = False,
 ) -> None:
     """Classify pictures: the likeliest classes of each, with their probabilities."""
-    from .export import predict_files
-
     _say_what_is_read(learner, trust_pickle)
     vocab, probabilities = predict_files(learner, images, trust_pickle)
     for image, row in zip(images, probabilities, strict=True):
@@ -150,8 +142,6 @@ def export(
     trust_pickle: Annotated[bool, TRUST] = False,
 ) -> None:
     """Write a model for other runtimes: pixels go in, probabilities come out."""
-    from .export import export_model
-
     _say_what_is_read(learner, trust_pickle)
     written = export_model(learner, file, trust_pickle)
     console.print(f"{written}: {written.stat().st_size / 1e6:.1f} MB", soft_wrap=True, highlight=False, markup=False)
@@ -163,8 +153,6 @@ def report(
     out: Annotated[Path, typer.Option(help="Folder of the page and its pictures.")] = Path("report"),
 ) -> None:
     """Tables and plots of all runs in folders, finished or not: in the terminal, and as a page to open."""
-    from .report import find_runs, sections, write_report
-
     runs, problems = find_runs(folders or [Path("artifacts")])
     _show(runs)
     for problem in problems:
@@ -173,10 +161,8 @@ def report(
     console.print(f"report: {page}", soft_wrap=True, highlight=False, markup=False)
 
 
-def _show(runs: "Iterable[Run]") -> None:
+def _show(runs: Iterable[Run]) -> None:
     """The tables of runs, and what each stage gained over the one before."""
-    from .report import difference_lines, sections, table
-
     for section in sections(runs):
         console.print(table(section))
         for line in difference_lines(section.differences):
@@ -185,8 +171,6 @@ def _show(runs: "Iterable[Run]") -> None:
 
 def _say_what_is_read(source: Path, trust_pickle: bool) -> None:
     """A line where weights are read in place of the pickle that was named."""
-    from .callbacks.distill import without_code
-
     read = without_code(source, trust_pickle)
     if read != source:
         print(f"reading {read} in place of {source.name}, which could run code", file=sys.stderr)
