@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
@@ -22,12 +23,16 @@ __all__ = ["DARK", "LIGHT", "PLOTS", "Plot", "Theme", "draw", "plot_curves"]
 
 DPI = 144
 FEW = 10  # pictures in a bin of confidence: their share of right ones says nothing yet
-FEW_CLASSES = 25  # more than these are too many for the numbers in a matrix and for a row of dots each
+FEW_CLASSES = 25  # more than these are too many for the numbers in a matrix
+HARDEST = 15  # classes that have lines of dots
 
 
 @dataclass(frozen=True)
 class Theme:
-    """Background, text, weak lines, and what tells stages apart (Okabe and Ito's colours, which most eyes can)."""
+    """Background, text, weak lines, shares of right and wrong, and what tells stages apart.
+
+    The last are Okabe and Ito's colours, which most eyes can tell.
+    """
 
     name: str
     paper: str
@@ -39,11 +44,11 @@ class Theme:
 
 
 LIGHT = Theme(
-    *("light", "#ffffff", "#1f2328", "#8b949e", "Blues", "Oranges"),
+    *("light", "#ffffff", "#1f2328", "#8b949e", "#62a8d3", "#f27a24"),
     ("#7a7a7a", "#0072b2", "#009e73", "#cc79a7", "#d55e00", "#e69f00", "#56b4e9", "#8c6d31"),
 )
 DARK = Theme(
-    *("dark", "#161b22", "#e6edf3", "#848d97", "Blues", "Oranges"),
+    *("dark", "#161b22", "#e6edf3", "#848d97", "#1f6a9c", "#b3510f"),
     ("#a8a8a8", "#56b4e9", "#2fc79b", "#e29ac3", "#ff8b4d", "#f0c14b", "#7f9cf5", "#c9a96a"),
 )
 
@@ -218,15 +223,17 @@ def confusion(section: Section, theme: Theme) -> Figure | None:
     drawn = figure(side + 1.2, side)
     axes = drawn.subplots()
     top = max(shares[~diagonal].max(), 1e-9)
-    axes.imshow(np.where(diagonal, np.nan, shares), cmap=theme.wrong, vmin=0, vmax=1.6 * top)
-    axes.imshow(np.where(diagonal, shares, np.nan), cmap=theme.right, vmin=0, vmax=1.8)
+    for part, colour, most in ((~diagonal, theme.wrong, top), (diagonal, theme.right, 1)):
+        colours = LinearSegmentedColormap.from_list("from the background", [theme.paper, colour])
+        axes.imshow(np.where(part, shares, np.nan), cmap=colours, vmin=0, vmax=most)
     if n <= FEW_CLASSES:
         for (y, x), count in np.ndenumerate(matrix):
             if count:
-                axes.text(x, y, f"{count:,}", ha="center", va="center", color="#1f2328", fontsize=8)
-        axes.set_xticks(range(n), names, rotation=45, ha="right", rotation_mode="anchor")
+                axes.text(x, y, f"{count:,}", ha="center", va="center", fontsize=8)
+        long = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names)) > 2 else {}
+        axes.set_xticks(range(n), names, **long)
         axes.set_yticks(range(n), names)
-    axes.spines[:].set_visible(False)
+    axes.spines[:].set_visible(True)
     axes.tick_params(length=0)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
@@ -254,20 +261,22 @@ def classes(section: Section, theme: Theme) -> Figure | None:
         return None
     headline = class_accuracies(section.headline)
     there = np.count_nonzero(~np.isnan(headline))
-    order = np.argsort(headline, kind="stable")[: min(there, FEW_CLASSES)]  # what has no pictures comes last
+    order = np.argsort(headline, kind="stable")[: min(there, HARDEST)]  # what has no pictures comes last
     names = section.headline.predictions[0][0].vocab[order]
-    drawn = figure(8, 1.5 + 0.32 * len(order))
+    lines = len(rows) + 1.5  # each row has a line of its own in a class, and hides no other
+    drawn = figure(8, 1.5 + 0.08 * lines * len(order))
     axes = drawn.subplots()
-    for row, colour in rows:
-        values = 100 * class_accuracies(row)[order]
-        strong = row is section.headline
-        axes.plot(
-            values, range(len(order)), "o", color=colour, ms=9 if strong else 6, label=row.label, zorder=2 + strong
-        )
+    for line, (row, colour) in enumerate(rows, start=1):
+        values, strong = 100 * class_accuracies(row)[order], row is section.headline
+        places = np.arange(len(order)) - 0.5 + (line + 0.25) / lines
+        axes.plot(values, places, "o", color=colour, ms=6 if strong else 4.5, label=row.label, zorder=2 + strong)
+    for place in range(0, len(order), 2):
+        axes.axhspan(place - 0.5, place + 0.5, color=theme.faint, alpha=0.1, lw=0)
     axes.set_yticks(range(len(order)), names)
+    axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(order) - 0.5, -0.5)
     axes.set_xlabel("accuracy, %" + (f"; the {len(order)} hardest classes" if len(order) < there else ""))
-    axes.grid(True)
+    axes.grid(True, axis="x")
     drawn.legend(loc="outside lower center", ncols=min(len(rows), 3), frameon=False)
     return drawn
 
