@@ -165,13 +165,14 @@ class Checkpoint(Callback):
     def _save(self, epochs: int, steps: int, inside: dict[str, Any]) -> None:
         self.check_finite()
         began, learn = time.perf_counter(), self.learn
+        ema = getattr(learn, "ema", None)
         state = {
             "recipe": learn.recipe.to_table(),
             "epochs": epochs,
             "steps": steps,
-            "model": learn.model.state_dict(),
+            "model": (learn.model if ema is None or ema.raw is None else ema.raw).state_dict(),
             "optimizer": plain(learn.opt.state_dict()),
-            "ema": learn.ema.state() if hasattr(learn, "ema") else None,
+            "ema": None if ema is None else ema.state(),
             "recorder": get_recorder(learn.recorder),
             "random": get_random_states(),
             "rows": learn.history.rows,

@@ -15,8 +15,8 @@ __all__ = ["EMA"]
 class EMA(Callback):
     """Average the weights over the steps, validate with the average, and leave it in the model when the fit has ended.
 
-    Batch norms' statistics are averaged as the weights are that they belong to. A fit that is cut short leaves the raw
-    weights, with which training can go on.
+    Batch norms' statistics are averaged as the weights are that they belong to. The average stays in the Learner
+    from validation to the end of the epoch: `SaveModelCallback` and the like save what has been validated.
     """
 
     order, run_valid = 8, True
@@ -44,15 +44,18 @@ class EMA(Callback):
         self.pairs: tuple[list[Tensor], list[Tensor]] | None = None
 
     def before_fit(self) -> None:
+        self.put_back()  # where an exception ended the fit before
         model = self.learn.model
         self.average, self.steps = copy.deepcopy(model).eval().requires_grad_(False), 0
-        self.ended = getattr(self.learn, "first_epoch", 0) >= self.learn.n_epoch  # resumed behind the last epoch
         if self.saved is not None:
             self.average.load_state_dict(self.saved["average"])
             self.steps, self.saved = self.saved["steps"], None
         ours, theirs = (list(m.state_dict().values()) for m in (self.average, model))
         floats = [index for index, value in enumerate(ours) if value.is_floating_point()]
         self.pairs = [ours[i] for i in floats], [theirs[i] for i in floats]
+
+    def before_epoch(self) -> None:
+        self.put_back()
 
     def after_step(self) -> None:
         self.steps += 1
@@ -63,21 +66,18 @@ class EMA(Callback):
             torch._foreach_lerp_(*self.pairs, 1 - decay)
 
     def before_validate(self) -> None:
-        if self.average is not None:  # None outside a fit, when the model is the average already
+        if self.average is not None and self.raw is None:  # outside a fit the model is the average already
             self.raw, self.learn.model = self.learn.model, self.average
 
-    def after_validate(self) -> None:
+    def after_fit(self) -> None:
+        self.put_back()
+        self.learn.model.load_state_dict(self.average.state_dict())
+        self.average = self.pairs = None
+
+    def put_back(self) -> None:
+        """Have the Learner train the weights that the optimiser knows."""
         if self.raw is not None:
             self.learn.model, self.raw = self.raw, None
-
-    def after_epoch(self) -> None:
-        self.ended = self.learn.epoch + 1 == self.learn.n_epoch
-
-    def after_fit(self) -> None:
-        self.after_validate()  # where an exception left it out
-        if self.average is not None and self.ended:
-            self.learn.model.load_state_dict(self.average.state_dict())
-        self.average = self.pairs = None
 
     def state(self) -> dict[str, Any]:
         """What `restore` needs to go on with the average."""
