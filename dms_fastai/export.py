@@ -12,7 +12,7 @@ from fastcore.basics import chunked
 from torch import Tensor, nn
 from torch.onnx.errors import OnnxExporterError
 
-from .callbacks.distill import open_learner, without_code
+from .callbacks.distill import open_learner, weights_in, without_code
 from .data.augment import affine, normalize
 from .data.pictures import read_picture
 from .errors import UserError
@@ -102,7 +102,7 @@ def _traced(classifier: Classifier, size: int) -> torch.export.ExportedProgram:
 
 
 def _write_onnx(program: torch.export.ExportedProgram, classes: str, file: Path) -> None:
-    names = {"input_names": ["pixels"], "output_names": ["probabilities"]}
+    names = {"input_names": ["pixels"], "output_names": ["probabilities"], "dynamic_shapes": {"pixels": {0: "batch"}}}
     onnx = torch.onnx.export(program, dynamo=True, verbose=False, **names)
     onnx.model.metadata_props["classes"] = classes
     onnx.save(str(file), external_data=False)
@@ -145,10 +145,7 @@ def _find(source: str | Path, trust: bool) -> Path:
     path = Path(source)
     path = (None if path.exists() else shipped_weights(str(source))) or without_code(path, trust)
     if path.is_dir():
-        inside = [run.parent.name for run in sorted(path.glob(f"*/{WEIGHTS}"))]
-        if inside and not (path / WEIGHTS).exists():
-            raise UserError(f"{path} is no run, but holds some; give {path / inside[0]}")
-        return path / WEIGHTS
+        return weights_in(path)
     if path.suffix not in (".safetensors", ".pkl"):
         raise UserError(
             f"no model at {source}; give a learner.pkl, a model.safetensors, a run's folder, or an architecture whose "

@@ -171,7 +171,9 @@ def plan(
                     )
                 source = root / teaching.name / f"seed{seed}"
                 if is_finished(source):
-                    _refuse_other_recipe(teaching, source, SAME_PICTURES)
+                    _refuse_other_recipe(teaching, source, SAME_PICTURES, or_else="remove it")
+                    dls = load_data(data, size=teaching.data.size, valid=teaching.data.valid, device="cpu")
+                    _refuse_other_origin(_pictures(dls), source, or_else="remove it")
                 elif source not in {s.folder for s in stages}:
                     stages.append(Stage(teaching, source))
             else:  # say now, not after the stages before it, that it cannot be had or does not fit
@@ -242,7 +244,7 @@ def run_stage(
         device=device,
     )
     teacher = None if stage.teacher is None else load_teacher(stage.teacher, trust_pickle)
-    origin = {"data_digest": [dls.train_ds.digest(), dls.valid_ds.digest()]}
+    origin = _pictures(dls)
     if teacher is not None:
         check_classes(teacher, vocabulary(dls))
         origin |= {"teacher": _name_of(stage.teacher), "teacher_digest": teacher.digest()}
@@ -354,7 +356,9 @@ def _begun(folder: Path) -> bool:
     return read_run(folder).facts.get("epochs_done", 0) > 0 or any((folder / CHECKPOINT).glob("*.pt"))
 
 
-def _refuse_other_recipe(recipe: Recipe, folder: Path, of: tuple[str, ...] | None = None) -> None:
+def _refuse_other_recipe(
+    recipe: Recipe, folder: Path, of: tuple[str, ...] | None = None, or_else: str = "--restart"
+) -> None:
     """Raise a UserError that names the keys in which a run's recipe differs; only those `of` the given ones."""
     file = folder / RECIPE
     if not file.is_file() or not _begun(folder):
@@ -363,17 +367,22 @@ def _refuse_other_recipe(recipe: Recipe, folder: Path, of: tuple[str, ...] | Non
     keys = sorted(key for key in of or theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
     if keys:
         changes = ", ".join(f"{key} {theirs.get(key, 'default')} -> {ours.get(key, 'default')}" for key in keys)
-        raise UserError(f"{folder} holds a run of another recipe ({changes}); give --out another folder, or --restart")
+        raise UserError(f"{folder} holds a run of another recipe ({changes}); give --out another folder, or {or_else}")
 
 
-def _refuse_other_origin(origin: Mapping[str, Any], folder: Path) -> None:
+def _refuse_other_origin(origin: Mapping[str, Any], folder: Path, or_else: str = "--restart") -> None:
     """Raise a UserError where a folder's run was made from other pictures or by another teacher."""
     if not _begun(folder):
         return
     facts = read_run(folder).facts
     for key, what in (("data_digest", "on other pictures"), ("teacher_digest", "with another teacher")):
-        if facts.get(key) != origin.get(key):
-            raise UserError(f"{folder} holds a run {what}; give --out another folder, or --restart")
+        if key in origin and facts.get(key) != origin[key]:
+            raise UserError(f"{folder} holds a run {what}; give --out another folder, or {or_else}")
+
+
+def _pictures(dls: DataLoaders) -> dict[str, Any]:
+    """What tells a run's pictures from others, for its facts."""
+    return {"data_digest": [dls.train_ds.digest(), dls.valid_ds.digest()]}
 
 
 def _refuse_other_code(folder: Path) -> None:

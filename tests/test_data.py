@@ -154,6 +154,25 @@ def test_pictures_of_any_mode(mode):
     assert (pixels.float().mean() - 200).abs() < 3
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_is_white(mode, tmp_path):
+    icon = Image.new("RGBA", (16, 16), (0, 0, 0, 0))  # black on nothing, where nothing is black, too
+    icon.paste((0, 0, 0, 255), (0, 0, 16, 8))
+    icon.convert(mode).save(tmp_path / "icon.png")
+    pixels = read_picture(tmp_path / "icon.png")
+    assert pixels[:, :8].max() == 0
+    assert pixels[:, 8:].min() == 255
+
+
+@pytest.mark.parametrize(("mode", "values"), [("I", (0, 51, 255)), ("F", (0.0, 0.2, 1.0)), ("F", (0.0, 51.0, 255.0))])
+def test_grey_of_many_bits_keeps_its_range(mode, values, tmp_path):
+    picture = Image.new(mode, (3, 3))
+    for x, value in enumerate(values):
+        picture.paste(value, (x, 0, x + 1, 3))
+    picture.save(tmp_path / "grey.tif")
+    assert read_picture(tmp_path / "grey.tif")[0, 0].tolist() == [0, 51, 255]
+
+
 def test_a_turned_photograph_is_set_upright(tmp_path):
     picture = Image.new("RGB", (16, 16), "black")
     picture.paste((255, 255, 255), (0, 0, 16, 8))

@@ -51,6 +51,7 @@ def test_onnx_gives_predictions_from_pixels(folder, pictures, tmp_path):
     np.testing.assert_allclose(probabilities, expected, atol=1e-5)
     assert [vocab[i] for i in probabilities.argmax(1)] == [file.stem for file in files]
     assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == vocab
+    assert (session.get_inputs()[0].shape, session.get_outputs()[0].shape) == (["batch", 3, 8, 8], ["batch", 10])
     alone, _ = run_onnx(written, images[1:2])  # any number of pictures
     np.testing.assert_allclose(alone, probabilities[1:2], atol=1e-5)
     assert not [node.op_type for node in onnx.load(written).graph.node if "Norm" in node.op_type]  # folded away

@@ -213,6 +213,17 @@ def test_test_dl_with_and_without_labels(student, picture):
     assert student.get_preds(dl=labelled)[1].tolist() == [label, label]
 
 
+def test_test_dl_labels_files_by_their_folders(student, picture, tmp_path):
+    _, label, image = picture
+    (tmp_path / "7").mkdir()
+    image.save(tmp_path / "7" / "x.png")
+    loader = student.dls.test_dl([tmp_path / "7" / "x.png", (str(tmp_path / "7" / "x.png"), label)], with_labels=True)
+    assert student.get_preds(dl=loader)[1].tolist() == [7, label]
+    (tmp_path / "7").rename(tmp_path / "seven")
+    with pytest.raises(UserError, match="label 'seven' is none of the 10 classes"):
+        student.dls.test_dl([tmp_path / "seven" / "x.png"], with_labels=True)
+
+
 def test_an_exported_learner_predicts_the_same_in_another_process(student, picture, tmp_path):
     file, _, _ = picture
     student.export(tmp_path / "kd.pkl")

@@ -11,15 +11,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from dms_fastai import load_data
+from dms_fastai import dms_learner, load_data
 from dms_fastai.report import find_runs, read_run, sections
 from dms_fastai.report.plots import DARK, LIGHT, PLOTS, apart, by_epoch, class_accuracies, confusion_matrix
-from dms_fastai.report.predictions import read_predictions
+from dms_fastai.report.predictions import read_predictions, write_predictions
 from dms_fastai.report.statistics import binomial, calibrate, over_seeds, paired_pictures
 from dms_fastai.report.tables import notes
 from dms_fastai.runs import plan, run_stage
+from tests.conftest import quiet
 from tests.test_runs import dms  # noqa: F401  (a fixture)
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -110,6 +112,14 @@ def test_predictions_are_those_that_validation_counted(trained):
         assert np.trace(confusion_matrix([p])) == p.right.sum()
 
 
+def test_probabilities_too_small_for_the_file_stay_finite(trained, tmp_path):
+    learn = quiet(dms_learner(load_data("digits"), "se"))
+    with torch.no_grad():
+        learn.model.fc.weight.mul_(1e9)
+    write_predictions(learn, tmp_path)
+    assert np.isfinite(np.load(tmp_path / "predictions.npz")["log_probabilities"]).all()
+
+
 def test_a_finished_run_without_predictions_gets_them_by_the_same_command(dms, runs):  # noqa: F811
     folder = runs / "se" / "seed1"
     before = read_predictions(folder)
@@ -195,6 +205,27 @@ def test_a_stage_is_compared_with_that_of_its_own_network(runs):
     (section,) = sections(find_runs([runs])[0])
     pairs = {(d.row.first["model"], d.base.first["model"]) for d in section.differences if d.row.title == "+ SE"}
     assert pairs == {("test_dmsresnet", "test_dmsresnet_plain"), ("wide", "wide_plain")}
+
+
+def test_another_network_is_no_step_of_the_ablation(runs):
+    for folder in (runs / "se").glob("seed*"):
+        rewrite(folder, model="mobilenetv3_small_050")
+    (section,) = sections(find_runs([runs])[0])
+    pairs = [(d.row.title, d.base.title) for d in section.differences]
+    assert pairs == [("+ SE + MixUp", "ResNet")]
+
+
+def test_what_tells_rows_apart_is_said_once(runs):
+    lr, momentum = ("lr = 0.1", "lr = 0.05"), ("momentum = 0.9", "momentum = 0.8")
+    for name, changes in (("a", [lr]), ("b", [lr, momentum])):
+        text = (shutil.copytree(runs / "mixup", runs / name) / "seed1" / "recipe.toml").read_text()
+        for change in changes:
+            assert change[0] in text
+            text = text.replace(*change)
+        (runs / name / "seed1" / "recipe.toml").write_text(text)
+    (section,) = sections(find_runs([runs])[0])
+    labels = {row.label for row in section.rows if row.title == "+ SE + MixUp"}
+    assert labels == {f"+ SE + MixUp (lr {lr}, momentum {m})" for lr, m in ((0.1, 0.9), (0.05, 0.9), (0.05, 0.8))}
 
 
 def test_the_band_is_the_standard_deviation_of_the_table(runs):

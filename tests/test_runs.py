@@ -2,6 +2,7 @@
 
 import csv
 import gc
+import itertools
 import json
 import shutil
 import signal
@@ -264,10 +265,40 @@ def test_a_finished_run_teaches(dms, tmp_path):
     code, _, err = dms("predict", "x/mixup", "picture.png")
     assert code == 2
     assert "x/mixup is no run, but holds some; give x/mixup/seed0" in err
+    code, _, err = dms("run", "kd", "--teacher", "x/mixup")
+    assert code == 2
+    assert "x/mixup is no run, but holds some; give x/mixup/seed0" in err
     for source in ("x/mixup/seed0", "x/mixup/seed0/model.safetensors", "x/mixup/seed0/learner.pkl"):
         out = tmp_path / source.replace("/", "-")
         assert dms("run", "kd", "--epochs", 1, "--out", out, "--teacher", source)[0] == 0
         assert [p.name for p in out.iterdir()] == ["kd"]
+
+
+def test_inside_a_runs_folder_it_is_a_dot(dms, tmp_path, monkeypatch):
+    assert dms("run", "mixup", "--epochs", 1, "--out", "x")[0] == 0
+    Image.new("RGB", (8, 8)).save(tmp_path / "picture.png")
+    expected = dms("predict", "x/mixup/seed0", "picture.png")[1]
+    monkeypatch.chdir(tmp_path / "x" / "mixup" / "seed0")
+    code, out, _ = dms("predict", ".", "../../../picture.png")
+    assert (code, out.partition(": ")[2]) == (0, expected.partition(": ")[2])
+    assert dms("run", "kd", "--epochs", 1, "--out", "k", "--teacher", ".,")[0] == 0
+
+
+def test_a_teacher_of_other_pictures_is_not_taken_for_the_recipes(dms, tmp_path):
+    def pictures(shade):
+        for split, name in itertools.product(("train", "test"), ("a", "b")):
+            folder = tmp_path / "shades" / split / name
+            folder.mkdir(parents=True, exist_ok=True)
+            for number in range(8):
+                Image.new("L", (8, 8), shade + number + 100 * (name == "b")).save(folder / f"{number}.png")
+
+    pictures(10)
+    small = ("--data", "shades", "--epochs", 1, "--set", "data.size=8", "--out", "x")
+    assert dms("run", "cpu/teacher", "--arch", "test_dmsresnet", *small)[0] == 0
+    pictures(20)
+    code, _, err = dms("run", "cpu/kd", *small)
+    assert code == 2
+    assert "x/cpu/teacher/seed0 holds a run on other pictures; give --out another folder, or remove it" in err
 
 
 def test_other_pictures_and_another_teacher_are_refused_in_the_same_folder(dms, tmp_path):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from fastai.callback.core import Callback
+from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
@@ -69,6 +70,28 @@ def test_the_whole_recipe_with_sam(dls, teacher):
     assert learn.sam.targets is None
 
 
+class CPUMixedPrecision(MixedPrecision):
+    """fastai's, which knows GPUs alone, for the CPU."""
+
+    name = "mixed_precision"
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def before_fit(self):
+        self.autocast, self.scales = torch.autocast("cpu", dtype=self.dtype), []
+        self.learn.scaler = torch.amp.GradScaler("cpu", enabled=self.dtype == torch.float16)
+
+
+def test_both_passes_have_fastais_precision():
+    seen = []
+    learn = stock_learner(DMSLoss(), [SAM(), CPUMixedPrecision(torch.bfloat16)], n=8, bs=8)
+    learn.model.fc.register_forward_hook(lambda module, x, out: seen.append(out.dtype) if module.training else None)
+    learn.fit(1)
+    assert seen == [torch.bfloat16] * 2
+
+
 def test_what_it_cannot_be_beside():
     with pytest.raises(UserError, match="above 0"):
         SAM(0)
@@ -76,3 +99,5 @@ def test_what_it_cannot_be_beside():
         stock_learner(nn.CrossEntropyLoss(), [MixUp(), SAM()]).fit(1)
     with pytest.raises(UserError, match="larger batch"):
         stock_learner(DMSLoss(), [SAM(), GradientAccumulation(16)]).fit(1)
+    with pytest.raises(UserError, match="to_bf16"):
+        stock_learner(DMSLoss(), [SAM(), CPUMixedPrecision(torch.float16)]).fit(1)

@@ -116,7 +116,7 @@ def load_teacher(source: Any, trust: bool = False) -> Teacher:
     if isinstance(source, (list, tuple)):
         return ensemble(source, trust=trust)
     if isinstance(source, str) and "," in source and not os.path.exists(source):
-        return ensemble((part.strip() for part in source.split(",")), trust=trust)
+        return ensemble((part.strip() for part in source.split(",") if part.strip()), trust=trust)
     if isinstance(source, Learner):
         mean, std = statistics(source.dls)
         return Teacher(copy.deepcopy(source.model), mean, std, vocabulary(source.dls))
@@ -128,7 +128,7 @@ def load_teacher(source: Any, trust: bool = False) -> Teacher:
         return _timm_teacher(str(source).removeprefix("timm:"))
     path = without_code(Path(source), trust)
     if path.is_dir():
-        path = path / WEIGHTS
+        path = weights_in(path)
     if path.suffix == ".safetensors":
         model, card = load_weights(path)
         return Teacher(model, tuple(card.mean), tuple(card.std), card.vocab)
@@ -139,8 +139,22 @@ def load_teacher(source: Any, trust: bool = False) -> Teacher:
 
 def without_code(source: Path, trust: bool) -> Path:
     """The weights beside a run's .pkl in place of it, which hold the same network; other sources as they are."""
+    if source.suffix != ".pkl" or trust:
+        return source
     beside = source.with_name(WEIGHTS)
-    return beside if source.suffix == ".pkl" and not trust and beside.is_file() else source
+    return beside if beside.is_file() else source
+
+
+def weights_in(folder: Path) -> Path:
+    """Where a run's folder has its weights.
+
+    Raises:
+        UserError: It holds runs, and is none.
+    """
+    inside = [run.parent.name for run in sorted(folder.glob(f"*/{WEIGHTS}"))]
+    if inside and not (folder / WEIGHTS).exists():
+        raise UserError(f"{folder} is no run, but holds some; give {folder / inside[0]}")
+    return folder / WEIGHTS
 
 
 def open_learner(file: Path, trust: bool) -> Learner:

@@ -48,6 +48,11 @@ class SAM(Callback):
             raise UserError(f"SAM beside {beside} needs loss_func=DMSLoss(): another loss cannot be asked twice")
         if any(isinstance(cb, GradientAccumulation) for cb in self.learn.cbs):
             raise UserError("SAM needs the gradient of a whole step; take a larger batch, not GradientAccumulation")
+        scaler = getattr(self.learn, "scaler", None)
+        if scaler is not None and scaler.is_enabled():
+            raise UserError(
+                "SAM needs gradients as they are, and to_fp16() scales them; leave it out, or take to_bf16()"
+            )
 
     def after_pred(self) -> None:
         self.targets = self.learn.yb  # later, fastai and the others see the first alone
@@ -69,9 +74,11 @@ class SAM(Callback):
         self.targets = None
 
     def precision(self) -> contextlib.AbstractContextManager:
-        """That of the first pass."""
-        own = hasattr(self.learn, "precision")
-        return self.learn.precision.context(self.learn.xb[0].device) if own else contextlib.nullcontext()
+        """That of the first pass: this package's callback's, fastai's, or float32."""
+        learn = self.learn
+        if hasattr(learn, "precision"):
+            return learn.precision.context(learn.xb[0].device)
+        return learn.mixed_precision.autocast if hasattr(learn, "mixed_precision") else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

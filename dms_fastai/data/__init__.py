@@ -9,7 +9,7 @@ from ..errors import UserError
 from ..models.dmsresnet import MEAN, STD
 from .augment import Border
 from .imageset import ImageSet
-from .loader import BatchLoader
+from .loader import BatchLoader, PictureLoaders
 from .sources import NAMED, load_splits, source_name, split_by_class
 
 __all__ = ["NAMED", "BatchLoader", "ImageSet", "load_data", "source_name"]
@@ -74,7 +74,7 @@ def load_data(
         BatchLoader(train, bs, shuffle=True, drop_last=True, device=device, **own),
         BatchLoader(evaluation, max(bs, VALID_BATCH.get(device.type, bs)), device=device, **own),
     ]
-    return DataLoaders(*loaders, device=device)
+    return PictureLoaders(*loaders, device=device)
 
 
 def _choose(splits: dict[str, ImageSet], valid: str | float, seed: int, data: str | Path) -> tuple[ImageSet, ImageSet]:

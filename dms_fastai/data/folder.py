@@ -22,6 +22,7 @@ __all__ = ["cache_dir", "read_folder"]
 
 SPLIT_FOLDERS = {"train": ("train",), "test": ("test",), "val": ("valid", "val")}
 SHOW_PROGRESS_FROM = 2000
+READING = b"2"  # to be counted up when pictures come to be read differently: what is kept is then read again
 
 
 def cache_dir() -> Path:
@@ -98,8 +99,8 @@ def _read_split(folder: Path, classes: dict[str, list[Path]], vocab: list[str], 
 
 
 def _stamp(folder: Path, paths: list[Path]) -> str:
-    """A digest of every file's name, size and time of change."""
-    digest = hashlib.sha256()
+    """A digest of every file's name, size and time of change, and of how files are read."""
+    digest = hashlib.sha256(READING)
     for path in paths:
         try:
             stat = path.stat()

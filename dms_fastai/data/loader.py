@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import fastai.vision.learner  # noqa: F401  (teaches show_batch, show_results and plot_top_losses to draw pictures)
@@ -17,7 +18,7 @@ from ..models.dmsresnet import MEAN, STD
 from .augment import Border, affine, normalize
 from .imageset import ImageSet
 
-__all__ = ["BatchLoader", "statistics", "vocabulary"]
+__all__ = ["BatchLoader", "PictureLoaders", "statistics", "vocabulary"]
 
 
 class BatchLoader(TfmdDL):
@@ -119,6 +120,25 @@ class BatchLoader(TfmdDL):
 
     def _where(self) -> torch.device:
         return torch.device("cpu") if self.device is None else self.device
+
+
+class PictureLoaders(DataLoaders):
+    """fastai's DataLoaders, over `BatchLoader`s."""
+
+    def test_dl(
+        self, test_items: Any, rm_type_tfms: Any = None, with_labels: bool = False, **kwargs: Any
+    ) -> BatchLoader:
+        """A loader over other pictures, whatever `ImageSet.from_items` takes.
+
+        Args:
+            test_items: The pictures.
+            rm_type_tfms: fastai's, and of no use here.
+            with_labels: Label files by the folder that they are in, unless they come with a label.
+            kwargs: As in `BatchLoader`.
+        """
+        if with_labels:
+            test_items = [item if isinstance(item, tuple) else (item, Path(item).parent.name) for item in test_items]
+        return self.valid.new(test_items, **kwargs)
 
 
 def vocabulary(dls: DataLoaders) -> list[str] | None:

@@ -79,8 +79,23 @@ def _open(file: str | Path | bytes) -> Image.Image:
 
 
 def _rgb(picture: Image.Image) -> Image.Image:
-    """RGB, upright as the camera meant it; 16-bit grey is scaled, where Pillow alone would cut it off at 255."""
+    """RGB, upright as the camera meant it, and on white where it is transparent.
+
+    Grey of more than 8 bits is scaled, where Pillow alone would cut it off at 255: whole numbers above that are taken
+    for 16-bit ones, and decimal numbers up to 1 for shares.
+    """
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I"):
-        picture = Image.fromarray((np.asarray(picture, dtype=np.uint32) >> 8).clip(0, 255).astype(np.uint8))
+        grey = np.asarray(picture, dtype=np.int64)
+        picture = _grey(grey >> 8 if picture.mode != "I" or grey.max() > 255 else grey)
+    elif picture.mode == "F":
+        grey = np.asarray(picture)
+        picture = _grey(255 * grey if grey.max() <= 1 else grey)
+    elif "A" in picture.getbands() or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return picture.convert("RGB")
+
+
+def _grey(values: np.ndarray) -> Image.Image:
+    return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))

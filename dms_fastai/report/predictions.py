@@ -18,6 +18,7 @@ __all__ = ["PREDICTIONS", "Predictions", "read_predictions", "write_predictions"
 PREDICTIONS = "predictions.npz"
 MISTAKES = 24
 PIXELS = 64  # a picture that is only to be looked at
+LEAST = float(np.finfo(np.float16).min)
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def write_predictions(learn: Learner, folder: Path) -> None:
     with whole(folder / PREDICTIONS) as partial, partial.open("wb") as opened:
         np.savez_compressed(
             opened,
-            log_probabilities=logs.cpu().numpy().astype(np.float16),
+            log_probabilities=logs.clamp(min=LEAST).cpu().numpy().astype(np.float16),
             predicted=predicted.cpu().numpy().astype(small),
             labels=labels.cpu().numpy().astype(small),
             vocab=np.array([str(name) for name in learn.dls.vocab]),

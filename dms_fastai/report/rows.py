@@ -152,18 +152,23 @@ def difference(row: Row, base: Row) -> Estimate | None:
 
 
 def _comparable(row: Row, other: Row) -> bool:
-    """Whether two rows share pictures, epochs, both as planned and as far as they have come, and a seed."""
+    """Whether two rows share network, pictures, epochs, both as planned and as far as they have come, and a seed."""
+    if _network(row) != _network(other):
+        return False
     keys = ("epochs", "valid", "validation_pictures", "data_digest")
     done = [{(run.facts["seed"], run.facts["epochs_done"]) for run in r.measured} for r in (row, other)]
     return bool(done[0] & done[1]) and all(row.first.get(key) == other.first.get(key) for key in keys)
 
 
 def _distance(row: Row, other: Row) -> int:
-    """In how many keys two rows' recipes differ; a plain network is the network."""
-    ours, theirs = (_recipe(r.runs[0]) for r in (row, other))
-    for recipe in (ours, theirs):
-        recipe["model.name"] = str(recipe.get("model.name")).removesuffix("_plain")
+    """In how many keys two rows' recipes differ."""
+    ours, theirs = (_recipe(r.runs[0]) | {"model.name": _network(r)} for r in (row, other))
     return sum(ours.get(key) != theirs.get(key) for key in ours.keys() | theirs.keys())
+
+
+def _network(row: Row) -> str:
+    """The row's architecture; a plain one is the network that squeeze-and-excitation is added to."""
+    return str(row.first["model"]).removesuffix("_plain")
 
 
 def _last(run: Run) -> float:
@@ -230,24 +235,24 @@ def _noted(rows: list[Row]) -> list[Row]:
     for row in rows:
         same, notes = [other for other in rows if other is not row and other.title == row.title], []
         for tell in (_model, _changes, _folder):
-            differ = [other for other in same if tell(other, row) != tell(row, other)]
-            if differ:
-                notes.append(", ".join(dict.fromkeys(tell(row, other) for other in differ)))
-                same = [other for other in same if other not in differ]
-        noted.append(Row(row.runs, ", ".join(filter(None, notes))))
+            differ = [other for other in same if tell(other, [row]) != tell(row, [other])]
+            notes += tell(row, differ)
+            same = [other for other in same if other not in differ]
+        noted.append(Row(row.runs, ", ".join(notes)))
     return noted
 
 
-def _model(row: Row, other: Row) -> str:
-    return row.first["model"]
+def _model(row: Row, others: list[Row]) -> list[str]:
+    return [row.first["model"]] if others else []
 
 
-def _changes(row: Row, other: Row) -> str:
-    """Where the row's recipe has other values than another row's."""
-    ours, theirs = (_recipe(r.runs[0]) for r in (row, other))
-    return ", ".join(f"{key.rsplit('.', 1)[-1]} {ours[key]}" for key in ours if ours[key] != theirs.get(key))
+def _changes(row: Row, others: list[Row]) -> list[str]:
+    """Where the row's recipe has other values than one of the others."""
+    ours, *theirs = (_recipe(r.runs[0]) for r in (row, *others))
+    differ = [key for key in ours if any(ours[key] != recipe.get(key) for recipe in theirs)]
+    return [f"{key.rsplit('.', 1)[-1]} {ours[key]}" for key in differ]
 
 
-def _folder(row: Row, other: Row) -> str:
-    ours, theirs = (r.runs[0].folder for r in (row, other))
-    return str(ours if ours.parent == theirs.parent else ours.parent)
+def _folder(row: Row, others: list[Row]) -> list[str]:
+    ours, *theirs = (r.runs[0].folder for r in (row, *others))
+    return list(dict.fromkeys(str(ours if ours.parent == folder.parent else ours.parent) for folder in theirs))
