@@ -4,6 +4,7 @@ import csv
 import gc
 import itertools
 import json
+import runpy
 import shutil
 import signal
 import subprocess
@@ -418,3 +419,11 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(dms, tmp_path, args, wor
     assert err.count("\n") == 1
     assert "Traceback" not in err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_package_is_a_command_too(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["dms_fastai", "predict", "nowhere", "picture.png"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("dms_fastai", run_name="__main__")
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("dms-fastai: no model at nowhere")

@@ -22,8 +22,10 @@ from .statistics import calibrate
 __all__ = ["DARK", "LIGHT", "PLOTS", "Plot", "Theme", "draw", "plot_curves"]
 
 DPI = 144
+LETTER = 0.08  # inches that a letter of 10 points takes, or a little less
 FEW = 10  # pictures in a bin of confidence: their share of right ones says nothing yet
 FEW_CLASSES = 25  # more than these are too many for the numbers in a matrix
+SOME_CLASSES = 110  # and more than these for their names beside it
 HARDEST = 15  # classes that have lines of dots
 
 
@@ -114,6 +116,16 @@ def coloured(section: Section, theme: Theme) -> list[tuple[Row, str]]:
     return [(row, theme.colours[index % len(theme.colours)]) for index, row in enumerate(section.rows)]
 
 
+def columns(labels: Sequence[str], drawn: Figure) -> int:
+    """How many columns of a legend fit below a figure, three at most."""
+    return max(min(len(labels), 3, int(drawn.get_figwidth() / (0.7 + LETTER * max(map(len, labels))))), 1)
+
+
+def shortened(name: str, most: int) -> str:
+    """Without its middle, where it is too long: long names often differ at their ends."""
+    return name if len(name) <= most else f"{name[: most // 2]}…{name[1 - (most - most // 2) :]}"
+
+
 # --- by epoch
 
 
@@ -158,7 +170,7 @@ def curves(section: Section, theme: Theme) -> Figure | None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(True)
     handles, labels = panels[0].get_legend_handles_labels()
-    drawn.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 3), frameon=False)
+    drawn.legend(handles, labels, loc="outside lower center", ncols=columns(labels, drawn), frameon=False)
     return drawn
 
 
@@ -215,11 +227,12 @@ def confusion(section: Section, theme: Theme) -> Figure | None:
     predictions = section.headline.predictions[0]
     if not predictions:
         return None
-    matrix, names = confusion_matrix(predictions), predictions[0].vocab
+    matrix, names = confusion_matrix(predictions), [shortened(name, 30) for name in predictions[0].vocab]
     n = len(names)
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     diagonal = np.eye(n, dtype=bool)
-    side = min(max(0.62 * n, 4), 10)
+    side = 0.62 * n if n <= 16 else 10 + 0.05 * min(n, SOME_CLASSES)  # inches
+    side = max(side, 4)
     drawn = figure(side + 1.2, side)
     axes = drawn.subplots()
     top = max(shares[~diagonal].max(), 1e-9)
@@ -230,9 +243,11 @@ def confusion(section: Section, theme: Theme) -> Figure | None:
         for (y, x), count in np.ndenumerate(matrix):
             if count:
                 axes.text(x, y, f"{count:,}", ha="center", va="center", fontsize=8)
-        long = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if max(map(len, names)) > 2 else {}
-        axes.set_xticks(range(n), names, **long)
-        axes.set_yticks(range(n), names)
+    if n <= SOME_CLASSES:
+        text = {"fontsize": min(10, 50 * side / n)}
+        long = {"rotation": 45 if n <= FEW_CLASSES else 90, "ha": "right", "va": "top", "rotation_mode": "anchor"}
+        axes.set_xticks(range(n), names, **text, **(long if max(map(len, names)) > 2 else {}))
+        axes.set_yticks(range(n), names, **text)
     axes.spines[:].set_visible(True)
     axes.tick_params(length=0)
     axes.set_xlabel("predicted")
@@ -262,7 +277,7 @@ def classes(section: Section, theme: Theme) -> Figure | None:
     headline = class_accuracies(section.headline)
     there = np.count_nonzero(~np.isnan(headline))
     order = np.argsort(headline, kind="stable")[: min(there, HARDEST)]  # what has no pictures comes last
-    names = section.headline.predictions[0][0].vocab[order]
+    names = [shortened(name, 30) for name in section.headline.predictions[0][0].vocab[order]]
     lines = len(rows) + 1.5  # each row has a line of its own in a class, and hides no other
     drawn = figure(8, 1.5 + 0.08 * lines * len(order))
     axes = drawn.subplots()
@@ -277,7 +292,8 @@ def classes(section: Section, theme: Theme) -> Figure | None:
     axes.set_ylim(len(order) - 0.5, -0.5)
     axes.set_xlabel("accuracy, %" + (f"; the {len(order)} hardest classes" if len(order) < there else ""))
     axes.grid(True, axis="x")
-    drawn.legend(loc="outside lower center", ncols=min(len(rows), 3), frameon=False)
+    ncols = columns([row.label for row, _ in rows], drawn)
+    drawn.legend(loc="outside lower center", ncols=ncols, frameon=False)
     return drawn
 
 
@@ -301,7 +317,7 @@ def mistakes(section: Section, theme: Theme) -> Figure | None:
     for axes, index, picture in zip(drawn.axes, p.mistakes, p.pictures, strict=False):
         axes.imshow(picture, interpolation="nearest")
         certain = np.exp(np.float64(p.log_probabilities[index].max()))
-        true, said = p.vocab[p.labels[index]], p.vocab[p.predicted[index]]
+        true, said = (shortened(p.vocab[each[index]], 14) for each in (p.labels, p.predicted))
         axes.set_title(f"{said}, {100 * certain:.0f} %\nis {true}", fontsize=8)
     return drawn
 
@@ -329,7 +345,7 @@ def reliability(section: Section, theme: Theme) -> Figure | None:
         ece, nll = (np.mean([getattr(c, key) for c in found]) for key in ("ece", "nll"))
         label = f"{row.label}: ECE {100 * ece:.1f} points, NLL {nll:.3f}"
         x, y = 100 * first.confidence[enough], 100 * first.accuracy[enough]
-        axes.plot(x, y, color=colour, lw=1.4, label=label)
+        axes.plot(x, y, color=colour, lw=1.4, marker="o", ms=3, label=label)
         axes.scatter(x, y, s=12 + 250 * first.share[enough], color=colour, alpha=0.55, lw=0)
         lowest = min([lowest, *x, *y])
     axes.set_xlabel("confidence, %")
@@ -373,8 +389,10 @@ def parameters(section: Section, theme: Theme) -> Figure | None:
         reach.append(y)
         spots.append((x, y, f"{name} (published)", theme.faint))
     axes.set_xscale("log")
-    xs = np.array([s[0] for s in spots])
-    axes.set_xlim(xs.min() / 1.6, xs.max() * max((xs.max() / xs.min()) ** 0.75, 6))  # with room for labels
+    left = min(x for x, *_ in spots) / 1.6
+    widths = [min(0.85 * LETTER * len(text) / 8 + 0.02, 0.7) for _, _, text, _ in spots]  # as shares of the axis
+    decades = [np.log10(1.12 * _beside(spots, x) / left) / (1 - w) for (x, *_), w in zip(spots, widths, strict=True)]
+    axes.set_xlim(left, left * 10 ** max(*decades, 1.0))  # so that the labels, too, find room
     margin = max(0.08 * (max(reach) - min(reach)), 0.1)
     axes.set_ylim(min(reach) - margin, max(reach) + margin)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
@@ -474,6 +492,7 @@ def plot_curves(rows: list[dict[str, float]], title: str, file: Path) -> None:
             values = [scale * row[f"{split}_{key}"] for row in rows]
             name = {"train": "training", "valid": "validation"}[split]
             axes.plot(epochs, values, label=name, color=colour, marker=marker)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("epoch")
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
