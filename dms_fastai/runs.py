@@ -180,7 +180,7 @@ def plan(
                 dls = load_data(data, size=built.data.size, valid=built.data.valid, device="cpu")
                 check_pretrained(source, dls.c)
                 check_classes(load_teacher(source, trust_pickle), vocabulary(dls))
-        elif teacher is not None and not several:
+        elif (teacher is not None or settings.get("teacher")) and not several:
             raise UserError(f"recipe {built.name!r} does not distil; leave --teacher out, or take kd")
         stages.append(Stage(built, root / built.name / f"seed{seed}", source))
     for recipe in (stage.recipe for stage in stages if not is_finished(stage.folder)):  # before any stage is trained

@@ -396,6 +396,18 @@ def test_folders_that_cannot_be_trained_on(tmp_path, what, words):
     assert "\n" not in error.value.message
 
 
+def test_all_files_that_are_no_pictures_are_named_at_once(tmp_path):
+    root = make_folder(tmp_path / "colours", each=8)
+    bad = sorted(str(file.relative_to(root / "train")) for file in (root / "train").glob("*/[0-6].png"))
+    for name in bad:
+        (root / "train" / name).write_text("no")
+    with pytest.raises(UserError) as error:
+        load_data(root)
+    assert f"{bad[0]} is not a picture" in error.value.message
+    named = ", ".join(bad[1:11])
+    assert error.value.message.endswith(f"; so it is with {len(bad) - 1} more in {root / 'train'}: {named}, ...")
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

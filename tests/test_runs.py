@@ -391,6 +391,7 @@ def make_bad_folders(folder):
         ("run kd --teacher kd", "needs a teacher itself"),
         ("run ablation --teacher cats.safetensors", "2 classes and the data have 10"),
         ("run se --teacher cats.safetensors", "does not distil"),
+        ("run se --set teacher=teacher", "does not distil"),
         ("run kd --device cuda", "no GPU"),
         ("run kd --device tpu", "auto, cpu or cuda"),
         ("run se --time-limit 9", "90s, 9m or 2h"),

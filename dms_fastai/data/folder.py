@@ -22,6 +22,7 @@ __all__ = ["cache_dir", "read_folder"]
 
 SPLIT_FOLDERS = {"train": ("train",), "test": ("test",), "val": ("valid", "val")}
 SHOW_PROGRESS_FROM = 2000
+NAMED = 10  # unreadable files in one message
 READING = b"2"  # to be counted up when pictures come to be read differently: what is kept is then read again
 
 
@@ -112,13 +113,29 @@ def _stamp(folder: Path, paths: list[Path]) -> str:
 
 def _decode(paths: list[Path], size: int, folder: Path) -> torch.Tensor:
     images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
+    errors: dict[str, UserError] = {}
     with ThreadPoolExecutor() as pool:
-        decoded = pool.map(lambda path: read_picture(path, size), paths)
+        decoded = pool.map(lambda path: _picture_or_error(path, size), paths)
         if len(paths) >= SHOW_PROGRESS_FROM:
             decoded = track(decoded, f"reading {folder}", total=len(paths), transient=True)
         for index, image in enumerate(decoded):
-            images[index] = image
+            if isinstance(image, UserError):
+                errors[str(paths[index].relative_to(folder))] = image
+            else:
+                images[index] = image
+    if errors:
+        _, *more = errors
+        named = ", ".join(more[:NAMED]) + (", ..." if len(more) > NAMED else "")
+        first = next(iter(errors.values())).message
+        raise UserError(first + (f"; so it is with {len(more)} more in {folder}: {named}" if more else ""))
     return images
+
+
+def _picture_or_error(path: Path, size: int) -> torch.Tensor | UserError:
+    try:
+        return read_picture(path, size)
+    except UserError as error:
+        return error
 
 
 def _load_cache(cache: Path, stamp: str) -> torch.Tensor | None:
