@@ -100,6 +100,20 @@ def test_what_was_best_is_what_is_kept(tmp_path):
     assert len(losses) == 2
 
 
+class CallOff(Callback):
+    order = -1
+
+    def before_fit(self):
+        raise CancelFitException
+
+
+def test_a_fit_that_is_called_off_changes_nothing():
+    learn = stock_learner(torch.nn.functional.cross_entropy, [EMA(0.9), CallOff()])
+    first = {k: v.clone() for k, v in learn.model.state_dict().items()}
+    learn.fit(1)
+    assert all(torch.equal(v, first[k]) for k, v in learn.model.state_dict().items())
+
+
 class Interrupt(Callback):
     def after_validate(self):
         raise KeyboardInterrupt

@@ -71,7 +71,8 @@ class EMA(Callback):
 
     def after_fit(self) -> None:
         self.put_back()
-        self.learn.model.load_state_dict(self.average.state_dict())
+        if self.average is not None:  # None where another callback has called the fit off before it began
+            self.learn.model.load_state_dict(self.average.state_dict())
         self.average = self.pairs = None
 
     def put_back(self) -> None:
