@@ -12,14 +12,14 @@ from fastcore.basics import chunked
 from torch import Tensor, nn
 from torch.onnx.errors import OnnxExporterError
 
-from .callbacks.distill import open_learner, weights_in, without_code
+from .callbacks.distill import open_learner, without_code
 from .data.augment import affine, normalize
 from .data.pictures import read_picture
 from .errors import UserError
 from .files import whole
 from .learner import DMSLearner
 from .models.fold import fold_batch_norms
-from .models.weights import WEIGHTS, ModelCard, load_weights, save_weights, shipped_weights
+from .models.weights import WEIGHTS, ModelCard, load_weights, save_weights, shipped_weights, weights_in
 
 __all__ = ["Classifier", "export_model", "export_run", "predict_files"]
 

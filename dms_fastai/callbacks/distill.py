@@ -20,7 +20,7 @@ from ..data.loader import statistics, vocabulary
 from ..errors import UserError, unknown
 from ..losses import DMSLoss
 from ..models.fold import fold_batch_norms
-from ..models.weights import WEIGHTS, load_weights
+from ..models.weights import WEIGHTS, load_weights, weights_in
 
 __all__ = ["Teacher", "TeacherDistill", "ensemble", "load_teacher"]
 
@@ -143,18 +143,6 @@ def without_code(source: Path, trust: bool) -> Path:
         return source
     beside = source.with_name(WEIGHTS)
     return beside if beside.is_file() else source
-
-
-def weights_in(folder: Path) -> Path:
-    """Where a run's folder has its weights.
-
-    Raises:
-        UserError: It holds runs, and is none.
-    """
-    inside = [run.parent.name for run in sorted(folder.glob(f"*/{WEIGHTS}"))]
-    if inside and not (folder / WEIGHTS).exists():
-        raise UserError(f"{folder} is no run, but holds some; give {folder / inside[0]}")
-    return folder / WEIGHTS
 
 
 def open_learner(file: Path, trust: bool) -> Learner:

@@ -14,7 +14,7 @@ from torch import nn
 from ..errors import UserError
 from ..files import whole
 
-__all__ = ["WEIGHTS", "ModelCard", "load_weights", "save_weights", "shipped_weights"]
+__all__ = ["WEIGHTS", "ModelCard", "load_weights", "save_weights", "shipped_weights", "weights_in"]
 
 KEY = "dms_fastai"
 WEIGHTS = "model.safetensors"  # in the folder of a run
@@ -80,3 +80,15 @@ def shipped_weights(name: str) -> Path | None:
     """The file with the weights that come with this package for a timm entry, "dmsresnet" say; None if it has none."""
     cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     return Path(cfg.file) if cfg is not None and cfg.file else None
+
+
+def weights_in(folder: Path) -> Path:
+    """Where a run's folder has its weights.
+
+    Raises:
+        UserError: It holds runs, and is none.
+    """
+    inside = [run.parent.name for run in sorted(folder.glob(f"*/{WEIGHTS}"))]
+    if inside and not (folder / WEIGHTS).exists():
+        raise UserError(f"{folder} is no run, but holds some; give {folder / inside[0]}")
+    return folder / WEIGHTS

@@ -231,8 +231,7 @@ def confusion(section: Section, theme: Theme) -> Figure | None:
     n = len(names)
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     diagonal = np.eye(n, dtype=bool)
-    side = 0.62 * n if n <= 16 else 10 + 0.05 * min(n, SOME_CLASSES)  # inches
-    side = max(side, 4)
+    side = max(0.62 * n, 4) if n <= 16 else 10 + 0.05 * min(n, SOME_CLASSES)  # inches
     drawn = figure(side + 1.2, side)
     axes = drawn.subplots()
     top = max(shares[~diagonal].max(), 1e-9)

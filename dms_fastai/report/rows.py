@@ -105,7 +105,7 @@ class Section:
         return [Difference(row, base, difference(row, base)) for row, base in pairs if base is not None]
 
     def _base(self, row: Row) -> Row | None:
-        """The nearest recipe that the row's extends and that was run on the same pictures for as many epochs.
+        """The nearest recipe that the row's extends, run with the same network on the same pictures for as many epochs.
 
         Where there are several rows of it, the one that differs least. A teacher is another network, and no step of the
         ablation.
