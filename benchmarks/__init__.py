@@ -1,1 +1,1 @@
-"""What the project claims about speed, measured: `python -m benchmarks.NAME`, one table and one small JSON each."""
+"""Measurements of the project's claims about speed: `python -m benchmarks.NAME`, one table and one small JSON each."""

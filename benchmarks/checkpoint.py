@@ -1,9 +1,9 @@
-"""What a checkpoint after every epoch costs: its seconds, as a share of a training epoch of 50,000 pictures.
+"""What a checkpoint after every epoch costs: its seconds, as a share of a training epoch of 50,000 images.
 
     python -m benchmarks.checkpoint [--arch dmsresnet] [--batch-size 128] [--folder .]
 
-Times whole checkpoints of a run in the middle of its training, written, flushed, read back and renamed, each beside the
-training steps before it.
+Times complete checkpoints in the middle of a training: written, flushed, read back and renamed. Each is timed in turn
+with the training steps before it.
 """
 
 import statistics
@@ -16,10 +16,10 @@ from fastai.callback.progress import ProgressCallback
 from fastcore.basics import noop
 from rich.console import Console
 
-from benchmarks.common import arguments, now, random_pictures, write
+from benchmarks.common import arguments, now, random_images, write
 from dms_fastai import dms_learner
-from dms_fastai.callbacks.checkpoint import Checkpoint
-from dms_fastai.callbacks.history import History
+from dms_fastai.runs.checkpoint import Checkpoint
+from dms_fastai.runs.history import History
 
 EPOCH = 50_000
 
@@ -39,7 +39,7 @@ class CheckpointEveryFewSteps(Callback):
         if not self.learn.training or done % self.steps:
             return
         began = now(self.device)
-        if done > self.steps:  # the first ones find their memory
+        if done > self.steps:  # the first ones allocate memory
             self.step_seconds.append((began - self.began) / self.steps)
             self.learn.checkpoint.save_step()
             self.checkpoint_seconds.append(now(self.device) - began)
@@ -58,14 +58,14 @@ def main() -> None:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    pictures = (args.rounds + 1) * args.steps * args.batch_size
-    learn = dms_learner(random_pictures(pictures, args.batch_size, 32, args.device), "se", arch=args.arch)
+    images = (args.rounds + 1) * args.steps * args.batch_size
+    learn = dms_learner(random_images(images, args.batch_size, 32, args.device), "se", arch=args.arch)
     learn.remove_cb(ProgressCallback)
     learn.logger = noop
     timing = CheckpointEveryFewSteps(args.device, args.rounds, args.steps)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         history = History(Path(folder) / "metrics.csv")
-        learn.fit_recipe(1, cbs=[history, Checkpoint(Path(folder)), timing])
+        learn.fit_recipe(1, cbs=[history, Checkpoint(Path(folder), history), timing])
         size = max(file.stat().st_size for file in Path(folder).glob("*.pt"))
     checkpoint, step = (statistics.median(v) for v in (timing.checkpoint_seconds, timing.step_seconds))
     epoch = EPOCH // args.batch_size * step

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from fastai.data.core import DataLoaders
@@ -17,36 +17,38 @@ from rich.console import Console
 from rich.table import Table
 
 from dms_fastai.data import BatchLoader, ImageSet
-from dms_fastai.runs import choose_device, processor
+from dms_fastai.runs.machine import choose_device, device_name
 
 ARTIFACTS = Path(__file__).parent.parent / "artifacts" / "benchmarks"
+Result = TypeVar("Result")
 
 
-def arguments(description: str, rounds: int | None = None) -> argparse.ArgumentParser:
-    """A parser with what every benchmark has."""
+def arguments(description: str, rounds: int | None = None, on_device: bool = True) -> argparse.ArgumentParser:
+    """A parser with the options of every benchmark; if it runs `on_device`, with those for threads and device, too."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     if rounds is not None:
-        parser.add_argument("--rounds", type=int, default=rounds, help="times each contender is timed, in turn")
-    parser.add_argument("--threads", type=int, default=None, help="CPU threads for torch")
-    parser.add_argument("--device", type=choose_device, default="auto", help="auto, cpu or cuda")
+        parser.add_argument("--rounds", type=int, default=rounds, help="how often each contender is timed, in turn")
+    if on_device:
+        parser.add_argument("--threads", type=int, default=None, help="CPU threads for torch")
+        parser.add_argument("--device", type=choose_device, default="auto", help="auto, cpu or cuda")
     parser.add_argument("--out", type=Path, default=ARTIFACTS, help="folder of the JSON")
     return parser
 
 
 class Stopwatch:
-    """Times the steps that follow the first few, in which workers start, kernels are chosen and memory is found."""
+    """Times steps, but not the first few, in which workers start, kernels are chosen and memory is allocated."""
 
     def __init__(self, device: torch.device, skip: int, steps: int):
         """
         Args:
-            device: What must have caught up before the clock is read.
+            device: The device to wait for before the clock is read.
             skip: Steps that are not timed, at least 1.
-            steps: Steps that are.
+            steps: Steps that are timed.
         """
         self.device, self.skip, self.steps, self.done = device, skip, steps, 0
 
     def lap(self) -> bool:
-        """Count a step; whether it was the last."""
+        """Count a step; gives whether it was the last."""
         self.done += 1
         if self.done == self.skip:
             self._began = now(self.device)
@@ -55,18 +57,18 @@ class Stopwatch:
         return self.done >= self.skip + self.steps
 
 
-def in_turn(contenders: dict[str, Callable[[], float]], rounds: int, rehearse: bool = True) -> dict[str, list[float]]:
-    """What each contender returns, its seconds: A B C, A B C, ... so that a machine's drift hits all alike.
+def in_turn(contenders: dict[str, Callable[[], Result]], rounds: int, rehearse: bool = True) -> dict[str, list[Result]]:
+    """Call contenders in turn, A B C, A B C, ..., so that a machine's drift hits all alike; gives what each returns.
 
     Args:
-        contenders: By name.
+        contenders: The contenders, by name.
         rounds: How often each is timed.
-        rehearse: Call each once before, for contenders without untimed steps of their own.
+        rehearse: Call each once before and drop the result, for contenders without untimed steps of their own.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    seconds: dict[str, list[Result]] = {name: [] for name in contenders}
     for turn in range(-1 if rehearse else 0, rounds):
         for name, call in contenders.items():
-            gc.collect()  # or the garbage of one is swept in the time of another
+            gc.collect()  # otherwise the garbage of one is collected in the time of another
             taken = call()
             if turn >= 0:
                 seconds[name].append(taken)
@@ -91,8 +93,8 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def random_pictures(n: int, batch_size: int, size: int, device: torch.device) -> DataLoaders:
-    """Loaders over `n` pictures of random pixels in ten classes, and a few to validate on."""
+def random_images(n: int, batch_size: int, size: int, device: torch.device) -> DataLoaders:
+    """Loaders over `n` images of random pixels in ten classes, and a few to validate on."""
     classes = [str(i) for i in range(10)]
     train, valid = (
         ImageSet(torch.randint(256, (count, 3, size, size), dtype=torch.uint8), torch.randint(10, (count,)), classes)
@@ -106,7 +108,7 @@ def random_pictures(n: int, batch_size: int, size: int, device: torch.device) ->
 def where(device: torch.device) -> dict[str, Any]:
     """Hardware, versions and date, for the JSON."""
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "versions": {package: metadata.version(package) for package in ("fastai", "timm", "torch", "torchvision")},
         "date": datetime.date.today().isoformat(),
@@ -151,7 +153,7 @@ def summary(
 
 
 def write(name: str, facts: dict[str, Any], device: torch.device, out: Path) -> None:
-    """NAME.json, or NAME-cuda.json from a GPU."""
+    """Write NAME.json, or NAME-cuda.json from a GPU."""
     out.mkdir(parents=True, exist_ok=True)
     file = out / f"{name}{'-cuda' if device.type == 'cuda' else ''}.json"
     file.write_text(json.dumps({"benchmark": name, **where(device), **facts}, indent=2) + "\n")

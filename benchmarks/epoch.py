@@ -1,10 +1,10 @@
-"""Seconds of a training epoch of 50,000 pictures, in a fastai Learner, by recipe and batch size.
+"""Seconds of a training epoch of 50,000 images, in a fastai Learner, by recipe and batch size.
 
-    python -m benchmarks.epoch [--recipes se kd] [--batch-sizes 128 512] [--pictures 50000] [--epochs 5]
+    python -m benchmarks.epoch [--recipes se kd] [--batch-sizes 128 512] [--images 50000] [--epochs 5]
 
 `dms_learner` as it comes, with random pixels and, for `kd`, a random teacher; on a GPU compiled from the first step.
-The first epochs are not counted: kernels are chosen and compiled in them. Where fewer pictures are trained on, the
-seconds are those of 50,000 at the same rate.
+The first epochs are not counted: kernels are chosen and compiled in them. With fewer images, the seconds are scaled up
+to 50,000.
 """
 
 import statistics
@@ -17,7 +17,7 @@ from fastcore.basics import noop
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import arguments, now, random_pictures, write
+from benchmarks.common import arguments, now, random_images, write
 from dms_fastai import dms_learner
 
 EPOCH = 50_000
@@ -46,13 +46,13 @@ def main() -> None:
     parser.add_argument("--arch", default="dmsresnet")
     parser.add_argument("--teacher", default="dmsresnet50")
     parser.add_argument("--size", type=int, default=32)
-    parser.add_argument("--pictures", type=int, default=None, help="50,000 on a GPU, 1,024 on a CPU")
+    parser.add_argument("--images", type=int, default=None, help="50,000 on a GPU, 1,024 on a CPU")
     parser.add_argument("--epochs", type=int, default=None, help="counted epochs; 5 on a GPU, 2 on a CPU")
     args = parser.parse_args()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     on_gpu = args.device.type == "cuda"
-    pictures, epochs = args.pictures or (EPOCH if on_gpu else 1024), args.epochs or (5 if on_gpu else 2)
+    images, epochs = args.images or (EPOCH if on_gpu else 1024), args.epochs or (5 if on_gpu else 2)
     skipped = 2 if on_gpu else 1
 
     table = Table("recipe", "batch", "ms a step", "images/s", "seconds an epoch", title=args.arch, title_justify="left")
@@ -61,11 +61,11 @@ def main() -> None:
         for recipe in args.recipes:
             torch.manual_seed(0)
             learn = dms_learner(
-                random_pictures(pictures, batch_size, args.size, args.device),
+                random_images(images, batch_size, args.size, args.device),
                 recipe,
                 teacher=timm.create_model(args.teacher) if recipe == "kd" else None,
                 arch=args.arch,
-                settings={"compile": "always"},
+                settings={"compile.steps": 0},
             )
             learn.remove_cb(ProgressCallback)
             learn.logger = noop
@@ -79,7 +79,7 @@ def main() -> None:
             rows.append(row)
             table.add_row(recipe, *(f"{row[key]:,}" for key in list(row)[1:-1]))
     Console().print(table)
-    facts = {"arch": args.arch, "teacher": args.teacher, "size": args.size, "pictures": pictures}
+    facts = {"arch": args.arch, "teacher": args.teacher, "size": args.size, "images": images}
     write("epoch", {**facts, "skipped_epochs": skipped, "n": epochs, "rows": rows}, args.device, args.out)
 
 

@@ -1,12 +1,12 @@
-"""Is accuracy paid for speed? The same recipe in bf16 and in float32, seed by seed.
+"""Does the speed of bf16 cost accuracy? The same recipe in bf16 and in float32, seed by seed.
 
-    python -m benchmarks.precision [--data digits] [--recipe se] [--arch NAME] [--pictures N] [--epochs N] [--seeds 5]
+    python -m benchmarks.precision [--data digits] [--recipe se] [--arch NAME] [--images N] [--epochs N] [--seeds 5]
 
-Accuracy after the last epoch on all test pictures, and seconds of the fit. Where the processor has no bf16 both are the
-same.
+Accuracy after the last epoch on all test images, and seconds of the fit. If the hardware has no bf16, both are float32.
 """
 
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,11 +17,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import arguments, now, write
-from dms_fastai import dms_learner, load_data, load_recipe
-from dms_fastai.callbacks.precision import has_bf16
-from dms_fastai.data import source_name
+from dms_fastai import Recipe, dms_learner, load_recipe
+from dms_fastai.callbacks.bf16 import has_bf16
+from dms_fastai.names import source_name
 
-PRECISIONS = {"bf16": "auto", "float32": "float32"}
+PRECISIONS = {"bf16": True, "float32": False}
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="se")
     parser.add_argument("--teacher", default=None, help="for recipes that distil: a run's folder or a file")
     parser.add_argument("--arch", default=None)
-    parser.add_argument("--pictures", type=int, default=None, help="train on so many, drawn once; all otherwise")
+    parser.add_argument("--images", type=int, default=None, help="how many training images, drawn once; all by default")
     parser.add_argument("--epochs", type=int, default=None)
     parser.add_argument("--seeds", type=int, default=5)
     args = parser.parse_args()
@@ -44,9 +44,9 @@ def main() -> None:
     accuracy: dict[str, list[float]] = {name: [] for name in PRECISIONS}
     seconds: dict[str, list[float]] = {name: [] for name in PRECISIONS}
     for seed in range(args.seeds):
-        for column, precision in PRECISIONS.items():
-            recipe = load_recipe(args.recipe, source_name(args.data), args.arch, {**settings, "precision": precision})
-            dls = loaders(args.data, recipe, args.pictures, args.device)
+        for column, bf16 in PRECISIONS.items():
+            recipe = load_recipe(args.recipe, source_name(args.data), args.arch, {**settings, "bf16": bf16})
+            dls = loaders(args.data, recipe, args.images, args.device)
             torch.manual_seed(seed)
             learn = dms_learner(dls, recipe, teacher=args.teacher)
             learn.remove_cb(ProgressCallback)
@@ -56,7 +56,7 @@ def main() -> None:
             seconds[column].append(now(args.device) - began)
             accuracy[column].append(100 * learn.recorder.values[-1][-1])
 
-    what = f"{recipe.title}, {recipe.model.name}, {recipe.schedule.epochs} epochs of {len(dls.train_ds):,} pictures"
+    what = f"{recipe.title}, {recipe.model.name}, {recipe.schedule.epochs} epochs of {len(dls.train_ds):,} images"
     name = dls.train_ds.name or Path(args.data).stem
     table = Table("seed", *PRECISIONS, "difference", title=f"{name}: {what}", title_justify="left")
     differences = [a - b for a, b in zip(*accuracy.values(), strict=True)]
@@ -73,8 +73,8 @@ def main() -> None:
         "recipe": recipe.name,
         "model": recipe.model.name,
         "epochs": recipe.schedule.epochs,
-        "training_pictures": len(dls.train_ds),
-        "test_pictures": len(dls.valid_ds),
+        "training_images": len(dls.train_ds),
+        "test_images": len(dls.valid_ds),
         "n": args.seeds,
         "accuracy": {name: [round(value, 2) for value in values] for name, values in accuracy.items()},
         "seconds": {name: [round(value, 1) for value in values] for name, values in seconds.items()},
@@ -82,15 +82,13 @@ def main() -> None:
     write(f"precision-{name}-{recipe.name}", facts, args.device, args.out)
 
 
-def loaders(data: str, recipe, pictures: int | None, device: torch.device) -> DataLoaders:
-    """The recipe's loaders, over a part of the training pictures where `pictures` says so."""
-    augment = recipe.augment
-    own = {"pad": augment.pad, "flip": augment.flip, "border": augment.border, "alternate": augment.alternate}
-    dls = load_data(data, recipe.data.batch_size, recipe.data.size, device=device, **own)
-    if pictures is None:
-        return dls
-    chosen = torch.randperm(len(dls.train_ds), generator=torch.Generator().manual_seed(0))[:pictures]
-    return DataLoaders(dls.train.new(dls.train_ds.subset(chosen)), dls.valid, device=device)
+def loaders(data: str, recipe: Recipe, images: int | None, device: torch.device) -> DataLoaders:
+    """The recipe's loaders, over a part of the training images where `images` says so."""
+    sets = recipe.data.build().open(data)
+    if images is not None:
+        chosen = torch.randperm(len(sets.train), generator=torch.Generator().manual_seed(0))[:images]
+        sets = replace(sets, train=sets.train.subset(chosen))
+    return sets.loaders(recipe.data.batch_size, recipe.augment.build(), device=device)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Other ways to train the same network on the same pictures, as their own users would write them."""
+"""Other ways to train the same network on the same images, as their own users would write them."""
 
 from functools import partial
 from pathlib import Path
@@ -67,7 +67,7 @@ def soft_loss(pred: Tensor, logits: Tensor) -> Tensor:
 
 
 def stock_learner(dls: Any, model: nn.Module, teacher: nn.Module | None, mixup: bool) -> Learner:
-    """A fastai Learner with what fastai brings."""
+    """A fastai Learner with fastai's own parts."""
     cbs = [*([MixUp(1.0)] if mixup else []), *([PlainKD(teacher)] if teacher is not None else [])]
     opt_func = partial(SGD, mom=MOMENTUM, wd=WEIGHT_DECAY)
     return Learner(dls, model, CrossEntropyLossFlat(), opt_func=opt_func, lr=LR, cbs=cbs, metrics=accuracy)
@@ -92,7 +92,7 @@ def stock_fastai(
 
 
 def torch_loader(folder: Path, batch_size: int, size: int) -> DataLoader:
-    """torchvision's transforms, picture by picture, in worker processes."""
+    """torchvision's transforms, image by image, in worker processes."""
     transform = transforms.Compose(
         [
             transforms.RandomCrop(size, size // 8),

@@ -1,13 +1,14 @@
-"""Training, end to end: pictures on disk to updated weights, images a second, ours and other ways.
+"""Images a second in training, end to end, from images on disk to updated weights: ours and other ways.
 
     python -m benchmarks.throughput [--recipe se|kd] [--batch-size 128] [--steps 1] [--rounds 3]
 
-Every way trains the same network on the same folder of pictures: `se` the network alone, `kd` with MixUp and a teacher.
+Every way trains the same network on the same folder of images: `se` the network alone, `kd` with MixUp and a teacher.
 "stock fastai": ImageDataLoaders.from_folder, float32, fastai's MixUp and a plain callback for the teacher. "authors":
 torchvision transforms, float32, Lookahead, clipped gradients. "timm": LogitDistillationTask and Mixup, as they come
-and in bf16 with channels last. "ours": `load_data` and `dms_learner` as they come. Steps before the clock starts find
-memory, start workers and compile. The floor is what the convolutions and linear layers alone must take, each the longer
-of its multiplications at the peak and its memory traffic at the bandwidth that are measured here.
+and in bf16 with channels last. "ours": `load_data` and `dms_learner` as they come. Steps before the clock starts
+allocate memory, start workers and compile. The floor is the time that the convolutions and linear layers alone need at
+least: for each, its multiplications at peak speed or its memory traffic at full bandwidth, whichever is longer. Peak
+and bandwidth are measured here.
 """
 
 import tempfile
@@ -27,7 +28,7 @@ from torch import nn
 from benchmarks.common import Stopwatch, arguments, in_turn, now, summary, write
 from benchmarks.rivals import LapCallback, authors_way, stock_fastai, timm_way
 from dms_fastai import dms_learner, load_data
-from dms_fastai.callbacks.precision import has_bf16
+from dms_fastai.callbacks.bf16 import has_bf16
 from dms_fastai.models.fold import fold_batch_norms
 
 CLASSES = 10
@@ -56,7 +57,7 @@ def main() -> None:
         ways |= {"timm": timm_way, "timm, bf16": partial(timm_way, bf16=True)}
     ways["ours"] = partial(ours, recipe=args.recipe)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = make_pictures(Path(temporary), args.batch_size * (skip + steps), args.size)
+        folder = make_images(Path(temporary), args.batch_size * (skip + steps), args.size)
         contenders = {name: contender(way, folder, teacher, args, skip, steps) for name, way in ways.items()}
         seconds = in_turn(contenders, args.rounds, rehearse=False)
     rates = {name: [args.batch_size * steps / s for s in values] for name, values in seconds.items()}
@@ -117,7 +118,7 @@ def ours(
     recipe: str,
 ) -> None:
     dls = load_data(folder, bs=batch_size, size=size, device=stopwatch.device)
-    settings = {"compile": "always"}  # as for a run's thousands of steps
+    settings = {"compile.steps": 0}  # as for a run's thousands of steps
     learn = dms_learner(dls, recipe, teacher=teacher, settings=settings)
     learn.model = model.to(memory_format=torch.channels_last)
     learn.remove_cb(ProgressCallback)
@@ -125,8 +126,8 @@ def ours(
     learn.fit_recipe(1, cbs=LapCallback(stopwatch))
 
 
-def make_pictures(folder: Path, n: int, size: int) -> Path:
-    """`n` random training pictures and a few for testing, as PNG files in a folder for each class."""
+def make_images(folder: Path, n: int, size: int) -> Path:
+    """`n` random training images and a few for testing, as PNG files in a folder for each class."""
     rng = np.random.default_rng(0)
     for split, count in (("train", n), ("test", CLASSES)):
         for index in range(count):

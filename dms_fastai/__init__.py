@@ -1,51 +1,54 @@
 """Tiny residual networks, distilled: a fastai training recipe for small image classifiers.
 
-Importing this package registers its architectures with timm.
+Importing this package registers its architectures with timm. Everything else is imported on first use, so that the
+command line answers at once.
 """
 
 import warnings
+from importlib import import_module
+from types import ModuleType
+from typing import Any
 
-with warnings.catch_warnings():
-    # fastai and timm script functions as they are imported; torch 2.15 warns of it those who can do nothing about it.
-    warnings.filterwarnings("ignore", message=r".*torch\.jit\.script", category=FutureWarning)
-    from . import models  # noqa: F401  (registers the architectures)
-    from .callbacks import (
-        EMA,
-        SAM,
-        CutMix,
-        Cutout,
-        MixUp,
-        MixUpOrCutMix,
-        TeacherDistill,
-        TrivialAugment,
-        ensemble,
-        load_teacher,
-    )
-    from .data import load_data
-    from .errors import UserError
-    from .export import export_model
-    from .learner import DMSLearner, dms_learner
-    from .losses import DMSLoss
-    from .recipes import Recipe, load_recipe
+from wrapt import when_imported
 
-__all__ = [
-    "EMA",
-    "SAM",
-    "CutMix",
-    "Cutout",
-    "DMSLearner",
-    "DMSLoss",
-    "MixUp",
-    "MixUpOrCutMix",
-    "Recipe",
-    "TeacherDistill",
-    "TrivialAugment",
-    "UserError",
-    "dms_learner",
-    "ensemble",
-    "export_model",
-    "load_data",
-    "load_recipe",
-    "load_teacher",
-]
+from .training.parts import PARTS
+
+_AT = {
+    **{part.at.split(":")[1]: part.at.split(":")[0] for part in PARTS if part.order is not None},
+    "DMSLearner": "learner",
+    "DMSLoss": "training.losses",
+    "Recipe": "recipes",
+    "Teacher": "trained",
+    "UserError": "errors",
+    "dms_learner": "learner",
+    "ensemble": "trained",
+    "export_model": "export",
+    "load_data": "data",
+    "load_recipe": "recipes",
+    "load_teacher": "trained",
+}
+
+__all__ = sorted(_AT)
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _AT:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(_room(_AT[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_AT]
+
+
+def _room(module: str) -> ModuleType:
+    with warnings.catch_warnings():
+        # fastai and timm script functions when they are imported; the user can do nothing about torch's warning.
+        warnings.filterwarnings("ignore", message=r".*torch\.jit\.script", category=FutureWarning)
+        return import_module(f".{module}", __name__)
+
+
+@when_imported("timm")
+def _register(timm: ModuleType) -> None:
+    _room("models")

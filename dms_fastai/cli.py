@@ -1,31 +1,52 @@
-"""The command line: parse, call, print."""
+"""The command line: parse, call, print.
+
+Imports that need torch are inside the commands, after the arguments have been checked: nobody should wait seconds for
+the report of a typing mistake.
+"""
 
 import sys
 import time
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
 from errno import ENOSPC
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-import timm
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from .callbacks.distill import without_code
+from .clock import seconds_of
 from .errors import UserError
-from .export import export_model, predict_files
-from .models.weights import shipped_weights
+from .names import DATA_SETS, DEVICES, architectures, check_device, entries
 from .recipes import ablation_of, added_by, flat, load_recipe, parse_setting, recipe_names
-from .report import Run, difference_lines, find_runs, read_run, sections, table, write_report
-from .runs import be_deterministic, check_folders, choose_device, is_finished, plan, run_stage
+from .runs.wanted import ABLATION, Wanted
+from .schema import choices_of
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+if TYPE_CHECKING:
+    from .run_folder import Run
+    from .runs.plan import Opened, Stage
+    from .runs.stage import Manner
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
 console = Console()
 
-INTERRUPTED = 130
-EXIT_CODES = {"SIGINT": INTERRUPTED, "SIGTERM": 143, "time limit": 75}
-TRUST = typer.Option("--trust-pickle", help="Load a .pkl, which runs the code in it: only from people you trust.")
+EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143, "time limit": 75}
+TRUST = typer.Option("--trust-pickle", help="Load a .pkl, which runs the code in it; only for files that you trust.")
+
+
+def beginning(words: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
+    """A function that completes a word in a shell: it gives those of `words` that begin with it."""
+    return lambda incomplete: [word for word in words() if word.startswith(incomplete)]
+
+
+recipe_words = beginning(lambda: [*recipe_names(), ABLATION])
+schedule_words = beginning(lambda: choices_of("training.schedules:SCHEDULES"))
+data_words, device_words, arch_words = (
+    beginning(lambda: DATA_SETS),
+    beginning(lambda: DEVICES),
+    beginning(architectures),
+)
 
 
 @app.callback()
@@ -35,61 +56,128 @@ def about() -> None:
 
 @app.command()
 def run(
-    recipe: Annotated[str, typer.Argument(help="baseline, se, mixup, kd, teacher, ablation, authors/..., or a .toml")],
-    data: Annotated[str, typer.Option(help="A data set's name, a folder or an .npz file.")] = "digits",
-    arch: Annotated[str | None, typer.Option(help="Any timm architecture, in place of the recipe's.")] = None,
-    teacher: Annotated[str | None, typer.Option(help="A recipe, a run's folder, a file, or timm:NAME.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="In place of the recipe's, for every stage.")] = None,
-    schedule: Annotated[str | None, typer.Option(help="cosine or one-cycle, for every stage.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the weights, the batches and the augmentation.")] = 0,
-    seeds: Annotated[str | None, typer.Option(help="Several, one after the other: 0,1,2.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="table.key=value, as often as needed.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    recipe: Annotated[
+        list[str],
+        typer.Argument(
+            help="baseline, se, mixup, kd, teacher, ablation, authors/..., or a .toml", autocompletion=recipe_words
+        ),
+    ],
+    data: Annotated[
+        str, typer.Option(help="A data set's name, a folder or an .npz file.", autocompletion=data_words)
+    ] = "digits",
+    arch: Annotated[
+        str | None, typer.Option(help="Any timm architecture, in place of the recipe's.", autocompletion=arch_words)
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="A recipe, a run's folder, a file, or timm:NAME.", autocompletion=recipe_words),
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs of every stage, in place of the recipe's.")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="cosine or one-cycle, for every stage.", autocompletion=schedule_words)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the weights, the batches and the augmentation.")] = 0,
+    seeds: Annotated[str | None, typer.Option(help="Several seeds, each trained: 0,1,2.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="table.key=value; may be repeated.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.", autocompletion=device_words)] = "auto",
     out: Annotated[Path | None, typer.Option(help="Folder of the runs, instead of artifacts/DATA.")] = None,
-    time_limit: Annotated[str | None, typer.Option(help="Stop cleanly in time: 90s, 9m, 2h.")] = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Throw away what these runs have so far.")] = False,
-    checkpoint_steps: Annotated[int | None, typer.Option(min=1, help="A checkpoint every so many steps, too.")] = None,
+    time_limit: Annotated[str | None, typer.Option(help="Stop cleanly after 90s, 9m or 2h.")] = None,
+    at_once: Annotated[int, typer.Option(min=1, help="How many stages to train side by side.")] = 1,
+    restart: Annotated[bool, typer.Option("--restart", help="Delete what these runs have, and begin again.")] = False,
+    checkpoint_steps: Annotated[int | None, typer.Option(min=1, help="Also checkpoint every so many steps.")] = None,
     trust_pickle: Annotated[bool, TRUST] = False,
-    deterministic: Annotated[bool, typer.Option("--deterministic", help="The same bits on a GPU; slower.")] = False,
-    profile: Annotated[bool, typer.Option("--profile", help="Print where a step's time goes; trace a few.")] = False,
+    deterministic: Annotated[bool, typer.Option("--deterministic", help="Repeatable on a GPU, but slower.")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Print where step time goes; trace a few steps.")] = False,
 ) -> None:
-    """Train a recipe, with the teacher it needs, and print what came of it. The same command goes on after a stop."""
-    deadline = None if time_limit is None else time.monotonic() + parse_duration(time_limit)
-    where = choose_device(device)
-    settings = dict(parse_setting(text) for text in set_ or [])
+    """Train recipes and the teachers that they need, and print the results. After a stop, the same command resumes."""
+    deadline = None if time_limit is None else time.monotonic() + seconds_of(time_limit)
+    wanted = Wanted(
+        recipes=tuple(recipe),
+        data=data,
+        seeds=(seed,) if seeds is None else parse_seeds(seeds),
+        out=out,
+        arch=arch,
+        teacher=teacher,
+        epochs=epochs,
+        schedule=schedule,
+        settings=dict(parse_setting(text) for text in set_ or []),
+        trust=trust_pickle,
+    )
+    check_device(device)
+    wanted.resolved()  # whatever is mistyped is refused before torch is imported
+
+    from .runs.guards import refuse_other_recipe
+    from .runs.machine import be_deterministic, choose_device
+    from .runs.plan import Opened, plan
+    from .runs.stage import Manner
+
+    manner = Manner(choose_device(device), deadline, restart, profile, checkpoint_steps)
     if deterministic:
         be_deterministic()
     if teacher is not None:
         _say_what_is_read(Path(teacher), trust_pickle)
-    every = parse_seeds(seeds) if seeds is not None else [seed]
-    planned = {s: plan(recipe, data, out, s, arch, teacher, epochs, schedule, settings, trust_pickle) for s in every}
+    opened = Opened(data, trust_pickle)
+    stages = plan(wanted, opened)
     if not restart:
-        for stages in planned.values():
-            check_folders(stages)
-    runs: dict[Path, Run] = {}
-    todo = [(s, stage) for s, stages in planned.items() for stage in stages]
-    for place, (number, stage) in enumerate(todo, start=1):
-        if len(every) > 1:
-            console.print(f"seed {number}", highlight=False)
-        if stage.teacher is not None and is_finished(stage.teacher) and Path(stage.teacher) not in runs:
-            runs[Path(stage.teacher)] = read_run(Path(stage.teacher))
-            console.print(
-                f"taught by the finished run in {stage.teacher}", soft_wrap=True, highlight=False, markup=False
-            )
-        result = run_stage(
-            stage, data, number, where, deadline, restart, console, profile, checkpoint_steps, trust_pickle
-        )
-        reason = result.facts.get("stopped_by")
-        if reason is not None and (not result.finished or place < len(todo)):
-            state = f"{result.facts['title']}, {result.state or 'finished'}"
-            again = "without --restart the same command" if restart else "the same command"
-            console.print(f"stopped ({reason}): {state}; {again} goes on from there", markup=False, soft_wrap=True)
-            raise typer.Exit(EXIT_CODES[reason])
-        runs[stage.folder] = result
-    _show(runs.values())
-    for stages in planned.values():
-        last = stages[-1].folder / "learner.pkl"
+        for stage in stages:  # before anything is trained
+            refuse_other_recipe(stage.recipe, stage.folder)
+    if at_once > 1:
+        flags = {"--restart": restart, "--trust-pickle": trust_pickle, "--deterministic": deterministic}
+        options = ["--data", data, "--device", device, *(flag for flag, given in flags.items() if given)]
+        options += [] if checkpoint_steps is None else ["--checkpoint-steps", str(checkpoint_steps)]
+        _train_at_once(stages, wanted.root, at_once, [*options, *(["--profile"] if profile else [])], manner)
+    else:
+        _train_in_turn(stages, opened, manner)
+    for seed in wanted.seeds:
+        last = [stage for stage in stages if stage.seed == seed][-1].folder.learner
         console.print(f"learner: {last}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _train_in_turn(stages: "list[Stage]", opened: "Opened", manner: "Manner") -> None:
+    from .run_folder import Run, RunFolder
+    from .runs.stage import run_stage
+
+    runs: dict[Path, Run] = {}
+    several = len({stage.seed for stage in stages}) > 1
+    for place, stage in enumerate(stages, start=1):
+        if several:
+            console.print(f"seed {stage.seed}", highlight=False)
+        teacher = None if stage.teacher is None else RunFolder(Path(stage.teacher))
+        if teacher is not None and teacher.finished and teacher.path not in runs:
+            runs[teacher.path] = Run.read(teacher.path)
+            console.print(
+                f"taught by the finished run in {teacher.path}", soft_wrap=True, highlight=False, markup=False
+            )
+        result = run_stage(stage, opened, manner, console)
+        reason = result.facts.stopped_by
+        if reason is not None and (not result.finished or place < len(stages)):
+            _stopped(reason, f"{result.facts.title}, {result.state or 'finished'}", manner.restart)
+        runs[stage.folder.path] = result
+    _show(runs.values())
+
+
+def _train_at_once(stages: "list[Stage]", root: Path, at_once: int, options: list[str], manner: "Manner") -> None:
+    import os
+
+    from .run_folder import Run
+    from .runs.at_once import Job, complain, train_at_once
+
+    jobs = [Job(stage, root) for stage in stages]
+    threads = None if manner.device.type != "cpu" else max((os.cpu_count() or 1) // at_once, 1)
+    reason = train_at_once(jobs, at_once, options, manner.deadline, console, threads, manner.restart)
+    _show(Run.read(job.stage.folder.path) for job in jobs if job.stage.folder.facts_file.is_file())
+    code = complain(jobs, EXIT_CODES.values(), console)
+    if code:
+        raise typer.Exit(code)
+    unfinished = [job.state() for job in jobs if not job.stage.folder.finished or (manner.restart and job.code is None)]
+    if unfinished:
+        _stopped(reason or "time limit", unfinished[0], manner.restart)
+
+
+def _stopped(reason: str, state: str, restart: bool) -> None:
+    again = "without --restart the same command" if restart else "the same command"
+    console.print(f"stopped ({reason}): {state}; {again} goes on from there", markup=False, soft_wrap=True)
+    raise typer.Exit(EXIT_CODES[reason])
 
 
 @app.command()
@@ -109,11 +197,8 @@ def models() -> None:
     """List this package's architectures with their parameters for 10 classes."""
     listing = Table("model", "parameters", "weights", "what it is")
     listing.columns[1].justify = "right"
-    for name in timm.list_models(module="dmsresnet"):
-        entry, weights = timm.model_entrypoint(name), shipped_weights(name)
-        parameters = sum(p.numel() for p in timm.create_model(name).parameters())
-        tag = weights.stem.partition(".")[2] if weights else "-"
-        listing.add_row(name, f"{parameters:,}", tag, (entry.__doc__ or "").split(". ")[0].rstrip("."))
+    for entry in entries():
+        listing.add_row(entry.name, entry.parameters, entry.weights or "-", entry.what)
     console.print(listing)
     console.print("Any other timm architecture works as well: dms-fastai run se --arch resnet18", highlight=False)
 
@@ -121,11 +206,13 @@ def models() -> None:
 @app.command()
 def predict(
     learner: Annotated[Path, typer.Argument(help="A learner.pkl, a model.safetensors, a run's folder, or dmsresnet.")],
-    images: Annotated[list[Path], typer.Argument(help="Pictures.")],
+    images: Annotated[list[Path], typer.Argument(help="Images.")],
     top: Annotated[int, typer.Option(min=1, help="How many classes to print.")] = 3,
     trust_pickle: Annotated[bool, TRUST] = False,
 ) -> None:
-    """Classify pictures: the likeliest classes of each, with their probabilities."""
+    """Classify images: the likeliest classes of each, with their probabilities."""
+    from .export import predict_files
+
     _say_what_is_read(learner, trust_pickle)
     vocab, probabilities = predict_files(learner, images, trust_pickle)
     for image, row in zip(images, probabilities, strict=True):
@@ -142,6 +229,8 @@ def export(
     trust_pickle: Annotated[bool, TRUST] = False,
 ) -> None:
     """Write a model for other runtimes: pixels go in, probabilities come out."""
+    from .export import export_model
+
     _say_what_is_read(learner, trust_pickle)
     written = export_model(learner, file, trust_pickle)
     console.print(f"{written}: {written.stat().st_size / 1e6:.1f} MB", soft_wrap=True, highlight=False, markup=False)
@@ -149,11 +238,17 @@ def export(
 
 @app.command()
 def report(
-    folders: Annotated[list[Path] | None, typer.Argument(help="Folders with runs; ./artifacts if none.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the page and its pictures.")] = Path("report"),
+    folders: Annotated[list[Path] | None, typer.Argument(help="Folders with runs; ./artifacts by default.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the page and its plots.")] = Path("report"),
 ) -> None:
-    """Tables and plots of all runs in folders, finished or not: in the terminal, and as a page to open."""
+    """Show all runs in the folders, finished or not: tables in the terminal, and a page with tables and plots."""
+    from .run_folder import find_runs
+
     runs, problems = find_runs(folders or [Path("artifacts")])
+
+    from .report.page import write_report
+    from .report.rows import sections
+
     _show(runs)
     for problem in problems:
         console.print(f"left out: {problem.what}", soft_wrap=True, highlight=False, markup=False)
@@ -161,8 +256,11 @@ def report(
     console.print(f"report: {page}", soft_wrap=True, highlight=False, markup=False)
 
 
-def _show(runs: Iterable[Run]) -> None:
-    """The tables of runs, and what each stage gained over the one before."""
+def _show(runs: "Iterable[Run]") -> None:
+    """Print the tables of runs, and what each stage gained over the one before."""
+    from .report.rows import sections
+    from .report.tables import difference_lines, table
+
     for section in sections(runs):
         console.print(table(section))
         for line in difference_lines(section.differences):
@@ -170,35 +268,22 @@ def _show(runs: Iterable[Run]) -> None:
 
 
 def _say_what_is_read(source: Path, trust_pickle: bool) -> None:
-    """A line where weights are read in place of the pickle that was named."""
+    """Print a line if weights are read in place of the pickle that was named."""
+    from .trained import without_code
+
     read = without_code(source, trust_pickle)
     if read != source:
         print(f"reading {read} in place of {source.name}, which could run code", file=sys.stderr)
 
 
-def parse_duration(text: str) -> float:
-    """Seconds of a duration such as 90s, 9m or 2h.
-
-    Raises:
-        UserError: It is no such thing, or not above 0.
-    """
-    try:
-        seconds = float(text[:-1]) * {"s": 1, "m": 60, "h": 3600}[text[-1]]
-    except (KeyError, ValueError, IndexError):
-        seconds = 0.0
-    if not seconds > 0:
-        raise UserError(f"time limit is {text!r}; write 90s, 9m or 2h")
-    return seconds
-
-
-def parse_seeds(text: str) -> list[int]:
+def parse_seeds(text: str) -> tuple[int, ...]:
     """The seeds in a text such as 0,1,2.
 
     Raises:
-        UserError: It is no such thing, or has a seed twice.
+        UserError: The text has another form, or a seed twice.
     """
     try:
-        seeds = [int(part) for part in text.split(",")]
+        seeds = tuple(int(part) for part in text.split(","))
     except ValueError:
         raise UserError(f"seeds is {text!r}; write 0,1,2") from None
     if len(set(seeds)) < len(seeds):
@@ -206,15 +291,17 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
-def main() -> None:
-    """The console script: one line and exit code 2 for what the user can mend."""
+def main() -> Any:
+    """Run the console script. An error that the user can fix gives one line and exit code 2."""
+    # fastai and timm script functions when they are imported; the user can do nothing about torch's warning.
+    warnings.filterwarnings("ignore", message=r".*torch\.jit\.script", category=FutureWarning)
     try:
         app()
     except UserError as error:
         print(f"dms-fastai: {error.message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+        sys.exit(EXIT_CODES["SIGINT"])
     except OSError as error:  # a folder that cannot be written, a full disk
         kept = "; what was finished is kept: make room, and the same command goes on" if error.errno == ENOSPC else ""
         print(f"dms-fastai: {error}{kept}", file=sys.stderr)

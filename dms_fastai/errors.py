@@ -1,4 +1,4 @@
-"""Errors that the user can mend: one line that says what was wrong, with which value, and what to do."""
+"""Errors that the user can fix: one line that says what was wrong, with which value, and what to do."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -9,15 +9,15 @@ MANY = 20  # names in a message
 
 
 class UserError(ValueError):
-    """Something the user can mend. The command line prints `message` alone and exits with code 2."""
+    """An error that the user can fix. The command line prints `message` alone and exits with code 2."""
 
     def __init__(self, message: str):
         super().__init__(message)
-        self.message = message  # fastai rewrites the arguments of what is raised inside a callback
+        self.message = message  # fastai changes the arguments of an exception that a callback raises
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
-    """The error for a name that does not exist; it names the nearest that does, or all where they are few."""
+    """The error for an unknown name. It suggests the nearest known name, or lists all if they are few."""
     known = sorted(known)
     near = get_close_matches(name, known, n=1, cutoff=0.5)
     if near:

@@ -1,4 +1,4 @@
-"""Files that are whole or not there at all."""
+"""Files that are complete or absent."""
 
 import contextlib
 import os
@@ -12,8 +12,8 @@ PARTIAL = ".partial"
 
 @contextlib.contextmanager
 def whole(file: Path) -> Iterator[Path]:
-    """A path beside `file` to write to. It is flushed to disk and takes the file's place once the block has ended well,
-    so that nobody ever reads half a file and a full disk leaves the old one as it was.
+    """A temporary path beside `file` to write to. When the block has succeeded, it is flushed to disk and replaces
+    `file`. Nobody ever reads half a file, and a full disk leaves the old one unchanged.
     """
     partial = file.with_name(f"{file.name}.{os.getpid()}{PARTIAL}")
     try:
@@ -29,7 +29,7 @@ def whole(file: Path) -> Iterator[Path]:
 
 
 def _flush_folder(folder: Path) -> None:
-    """A renamed file has its new name on disk only when its folder is there, too."""
+    """Flush a folder to disk: only then has a renamed file its new name there."""
     with contextlib.suppress(OSError):  # not every system lets a folder be opened
         opened = os.open(folder, os.O_RDONLY)
         try:

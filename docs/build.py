@@ -1,4 +1,4 @@
-"""Run the tutorial's cells as they stand in tutorial.md, draw its pictures, and write what the cells print below them.
+"""Run the tutorial's cells as they stand in tutorial.md, draw its images, and write what the cells print below them.
 
 python -m docs.build
 """
@@ -66,7 +66,7 @@ def cells(text: str) -> Iterator[Ran]:
 
 
 def build(out: Path) -> str:
-    """Draw the pictures into `out`, and give the tutorial with what its cells print."""
+    """Draw the images into `out`, and give the tutorial with what its cells print."""
     text, done, parts = TUTORIAL.read_text(), 0, []
     out.mkdir(parents=True, exist_ok=True)
     for number, ran in enumerate(cells(text), start=1):
@@ -84,4 +84,4 @@ def build(out: Path) -> str:
 
 
 if __name__ == "__main__":
-    TUTORIAL.write_text(build(HERE / "pictures"))
+    TUTORIAL.write_text(build(HERE / "images"))

@@ -1,7 +1,7 @@
-"""A picture of a command at work in a terminal of 80 columns: how it looks on the way, and how at its end.
+"""An image of a command at work in a terminal of 80 columns: how it looks on the way, and how at its end.
 
 pip install pyte
-python -m docs.terminal --when "epoch 30/40" docs/pictures/terminal.svg dms-fastai run kd --data digits
+python -m docs.terminal --when "epoch 30/40" docs/images/terminal.svg dms-fastai run kd --data digits
 """
 
 import argparse
@@ -63,7 +63,7 @@ def watch(command: list[str], when: str) -> tuple[list[Text], list[Text]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--when", required=True, help="text on the screen that the first picture is taken at")
+    parser.add_argument("--when", required=True, help="text on the screen that the first image is taken at")
     parser.add_argument("file", type=Path)
     parser.add_argument("command", nargs=argparse.REMAINDER)
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Cutout, CutMix and the switch, mirrored borders and alternating flips: what becomes of pictures and labels."""
+"""Cutout, CutMix and the switch, mirrored borders and alternating flips: what becomes of images and labels."""
 
 import random
 
@@ -10,7 +10,7 @@ from fastai.losses import CrossEntropyLossFlat
 from dms_fastai import CutMix, Cutout, DMSLoss, MixUp, MixUpOrCutMix, UserError, dms_learner, load_data
 from dms_fastai.callbacks.cutmix import cut
 from dms_fastai.callbacks.cutout import cutout
-from dms_fastai.data.augment import Crops
+from dms_fastai.data.augment import Cropper, Crops
 from tests.conftest import quiet
 from tests.test_mixup import Spy, stock_learner
 
@@ -22,9 +22,9 @@ def training(spy):
 # --- CutMix
 
 
-def test_a_rectangle_of_the_partner_lies_in_each_picture_and_lambda_is_the_rest():
+def test_a_rectangle_of_the_partner_lies_in_each_image_and_lambda_is_the_rest():
     spy = Spy()
-    stock_learner(DMSLoss(), [CutMix(), spy]).fit(8)  # every pixel of a picture is its class
+    stock_learner(DMSLoss(), [CutMix(), spy]).fit(8)  # every pixel of an image is its class
     kept = []
     for x, (y_a, y_b, lam) in training(spy):
         torch.testing.assert_close(x[:, 0].mean((1, 2)), lam * y_a + (1 - lam) * y_b)
@@ -69,7 +69,7 @@ def test_the_switch_gives_each_its_share_of_the_batches(share, fewest, most):
     found = 0
     for x, (y_a, y_b, lam) in training(spy):
         torch.testing.assert_close(x[:, 0].mean((1, 2)), lam * y_a + (1 - lam) * y_b)
-        found += not torch.equal(x, x[:, :, :1, :1].expand_as(x))  # MixUp leaves these pictures of one colour
+        found += not torch.equal(x, x[:, :, :1, :1].expand_as(x))  # MixUp leaves these images of one colour
     assert fewest <= found <= most
 
 
@@ -84,16 +84,16 @@ def test_a_stock_loss_is_asked_about_both_labels():
 # --- Cutout
 
 
-def test_each_picture_loses_a_square_of_its_own():
+def test_each_image_loses_a_square_of_its_own():
     torch.manual_seed(0)
     x = cutout(torch.ones(2000, 3, 16, 12), 0.5)
     gone = x[:, 0] == 0
     assert torch.equal(x, x[:, :1].expand_as(x))  # in every channel
     assert int(gone.sum((1, 2)).max()) == 6 * 6
-    for picture in gone[:50]:
-        rows, columns = picture.any(1).nonzero(), picture.any(0).nonzero()
-        assert int(picture.sum()) == (rows.max() - rows.min() + 1) * (columns.max() - columns.min() + 1)
-    assert len({tuple(picture.flatten().tolist()) for picture in gone[:50]}) > 30
+    for image in gone[:50]:
+        rows, columns = image.any(1).nonzero(), image.any(0).nonzero()
+        assert int(image.sum()) == (rows.max() - rows.min() + 1) * (columns.max() - columns.min() + 1)
+    assert len({tuple(image.flatten().tolist()) for image in gone[:50]}) > 30
     centre = gone[:, 6:10, 5:7].float().mean()
     assert centre == pytest.approx(36 / (16 * 12), abs=0.03)
 
@@ -125,24 +125,24 @@ def test_values_that_cannot_be(make):
 
 @pytest.mark.parametrize(("size", "padding"), [(8, 1), (8, 7), (5, 3)])
 def test_a_mirrored_border_is_numpys(size, padding):
-    pictures = torch.randint(256, (4, 3, size, size), dtype=torch.uint8)
-    crops = Crops(pictures, padding, border="mirror")
+    images = torch.randint(256, (4, 3, size, size), dtype=torch.uint8)
+    cropper = Cropper(images, Crops(pad=padding / size, flip=0.0, border="mirror"))
     width = [(0, 0), (0, 0), (padding, padding), (padding, padding)]
-    padded = np.pad(pictures.numpy(), width, mode="reflect")
+    padded = np.pad(images.numpy(), width, mode="reflect")
     for _ in range(20):
-        for number, crop in enumerate(crops.take(torch.arange(4)).numpy()):
+        for number, crop in enumerate(cropper.take(torch.arange(4)).numpy()):
             places = range(2 * padding + 1)
             assert any((padded[number, :, i : i + size, j : j + size] == crop).all() for i in places for j in places)
 
 
-def test_alternating_flips_show_each_picture_both_ways_in_two_epochs():
+def test_alternating_flips_show_each_image_both_ways_in_two_epochs():
     dls = load_data("digits", bs=719, pad=0, flip=0.5, alternate=True)
-    loader, images = dls.train, dls.train_ds.images  # 2 x 719 pictures
+    loader, images = dls.train, dls.train_ds.images  # 2 x 719 images
     unmirrored = []
     for _ in range(4):
         seen = torch.cat([loader.decode((x,))[0] for x, _ in loader]).mul(255).round().to(torch.uint8)
-        seen = {picture.numpy().tobytes() for picture in seen}
-        unmirrored.append({i for i, picture in enumerate(images) if picture.numpy().tobytes() in seen})
+        seen = {image.numpy().tobytes() for image in seen}
+        unmirrored.append({i for i, image in enumerate(images) if image.numpy().tobytes() in seen})
     assert unmirrored[0] == unmirrored[2]
     assert unmirrored[1] == unmirrored[3]
     assert unmirrored[0] | unmirrored[1] == set(range(len(images)))
@@ -151,7 +151,7 @@ def test_alternating_flips_show_each_picture_both_ways_in_two_epochs():
 
 
 @pytest.mark.parametrize("change", [lambda x: cutout(x, 0.25), lambda x: CutMix().pair(x, torch.arange(8))[0]])
-def test_pictures_stay_channels_last(change):
+def test_images_stay_channels_last(change):
     x = torch.randn(8, 3, 16, 16).to(memory_format=torch.channels_last)
     assert change(x).is_contiguous(memory_format=torch.channels_last)
 
@@ -166,5 +166,5 @@ def test_all_of_it_by_recipe():
     assert not hasattr(learn, "mix_up")
     learn.fit_recipe(1)
     assert quiet(dms_learner(dls, "se", settings={"cutmix.alpha": 0.5})).cut_mix.alpha == 0.5
-    with pytest.raises(UserError, match="beside CutMix"):
+    with pytest.raises(UserError, match=r"'mixup_or_cutmix\.per'"):
         dms_learner(dls, "mixup", settings={"mixup.per": "sample", "cutmix.alpha": 1.0})

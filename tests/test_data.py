@@ -11,8 +11,8 @@ from PIL import Image
 
 from dms_fastai import UserError, load_data
 from dms_fastai.data import folder as folder_module
-from dms_fastai.data.augment import Crops, affine, normalize
-from dms_fastai.data.pictures import read_picture, resize
+from dms_fastai.data.augment import Cropper, Crops, affine, normalize
+from dms_fastai.data.images import read_image, resize
 from dms_fastai.data.sources import load_splits, split_by_class
 
 COLOURS = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0)}
@@ -83,7 +83,7 @@ def test_classes_may_lie_deeper_and_other_files_are_passed_over(tmp_path):
 def test_a_folder_is_decoded_once_and_again_when_it_changes(tmp_path, monkeypatch):
     root, decoded = make_folder(tmp_path / "colours"), []
     monkeypatch.setenv("DMS_FASTAI_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(folder_module, "read_picture", lambda *a: decoded.append(a) or read_picture(*a))
+    monkeypatch.setattr(folder_module, "read_image", lambda *a: decoded.append(a) or read_image(*a))
 
     def count():
         decoded.clear()
@@ -119,7 +119,7 @@ def test_npz_with_and_without_names(tmp_path):
     assert load_splits(make_npz(tmp_path / "b.npz"))["train"].vocab == ["0", "1", "2"]
 
 
-def test_npz_of_grey_pictures_with_labels_in_a_column(tmp_path):
+def test_npz_of_grey_images_with_labels_in_a_column(tmp_path):
     """As MedMNIST has them."""
     grey = np.random.default_rng(0).integers(0, 256, (30, 28, 28), dtype=np.uint8)
     file = make_npz(tmp_path / "m.npz", train_images=grey, train_labels=(np.arange(30) % 3)[:, None])
@@ -128,7 +128,7 @@ def test_npz_of_grey_pictures_with_labels_in_a_column(tmp_path):
     assert torch.equal(images[:, 0], images[:, 2])
 
 
-def test_held_out_pictures_are_chosen_by_seed_and_class():
+def test_held_out_images_are_chosen_by_seed_and_class():
     labels = torch.arange(100) % 5
     held, rest = split_by_class(labels, 0.2, 7)
     assert sorted([*held.tolist(), *rest.tolist()]) == list(range(100))
@@ -141,12 +141,12 @@ def test_held_out_pictures_are_chosen_by_seed_and_class():
     assert dls.valid_ds.split_idx == 1
 
 
-# Pictures
+# Images
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16", "I", "F", "YCbCr", "HSV"])
-def test_pictures_of_any_mode(mode):
-    pixels = read_picture(Image.new("L", (30, 20), 200).convert("RGB").convert(mode) if mode not in ("I;16", "I", "F")
+def test_images_of_any_mode(mode):
+    pixels = read_image(Image.new("L", (30, 20), 200).convert("RGB").convert(mode) if mode not in ("I;16", "I", "F")
                           else Image.fromarray(np.full((20, 30), 51200, np.uint16)) if mode == "I;16"
                           else Image.new(mode, (30, 20), 51200 if mode == "I" else 200), 16)  # fmt: skip
     assert pixels.shape == (3, 16, 16)
@@ -159,37 +159,37 @@ def test_what_is_transparent_is_white(mode, tmp_path):
     icon = Image.new("RGBA", (16, 16), (0, 0, 0, 0))  # black on nothing, where nothing is black, too
     icon.paste((0, 0, 0, 255), (0, 0, 16, 8))
     icon.convert(mode).save(tmp_path / "icon.png")
-    pixels = read_picture(tmp_path / "icon.png")
+    pixels = read_image(tmp_path / "icon.png")
     assert pixels[:, :8].max() == 0
     assert pixels[:, 8:].min() == 255
 
 
 @pytest.mark.parametrize(("mode", "values"), [("I", (0, 51, 255)), ("F", (0.0, 0.2, 1.0)), ("F", (0.0, 51.0, 255.0))])
 def test_grey_of_many_bits_keeps_its_range(mode, values, tmp_path):
-    picture = Image.new(mode, (3, 3))
+    image = Image.new(mode, (3, 3))
     for x, value in enumerate(values):
-        picture.paste(value, (x, 0, x + 1, 3))
-    picture.save(tmp_path / "grey.tif")
-    assert read_picture(tmp_path / "grey.tif")[0, 0].tolist() == [0, 51, 255]
+        image.paste(value, (x, 0, x + 1, 3))
+    image.save(tmp_path / "grey.tif")
+    assert read_image(tmp_path / "grey.tif")[0, 0].tolist() == [0, 51, 255]
 
 
 def test_a_turned_photograph_is_set_upright(tmp_path):
-    picture = Image.new("RGB", (16, 16), "black")
-    picture.paste((255, 255, 255), (0, 0, 16, 8))
+    image = Image.new("RGB", (16, 16), "black")
+    image.paste((255, 255, 255), (0, 0, 16, 8))
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
-    picture.save(tmp_path / "turned.jpg", exif=exif)
-    assert read_picture(tmp_path / "turned.jpg")[0, 12, 8] > 200
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    assert read_image(tmp_path / "turned.jpg")[0, 12, 8] > 200
 
 
-def test_arrays_and_tensors_are_pictures_too():
+def test_arrays_and_tensors_are_images_too():
     array = np.random.default_rng(0).integers(0, 256, (12, 10, 3), dtype=np.uint8)
     expected = torch.from_numpy(array).permute(2, 0, 1)
-    assert torch.equal(read_picture(array), expected)
-    assert torch.equal(read_picture(expected), expected)
-    assert torch.equal(read_picture(array[..., 0])[2], expected[0])
+    assert torch.equal(read_image(array), expected)
+    assert torch.equal(read_image(expected), expected)
+    assert torch.equal(read_image(array[..., 0])[2], expected[0])
     with pytest.raises(UserError, match="float32"):
-        read_picture(array.astype(np.float32))
+        read_image(array.astype(np.float32))
 
 
 def test_resizing_keeps_the_middle():
@@ -200,13 +200,13 @@ def test_resizing_keeps_the_middle():
 
 
 def test_labels_must_be_known_and_complete(dls):
-    picture = dls.valid_ds.images[0]
-    for items, words in (([(picture, "x")], "'x'"), ([(picture, 10)], "10"), ([(picture, 1), picture], "2 pictures")):
+    image = dls.valid_ds.images[0]
+    for items, words in (([(image, "x")], "'x'"), ([(image, 10)], "10"), ([(image, 1), image], "2 images")):
         with pytest.raises(UserError, match=words):
             dls.test_dl(items)
 
 
-def test_a_digest_tells_pictures_and_labels_apart(dls):
+def test_a_digest_tells_images_and_labels_apart(dls):
     images = dls.valid_ds
     every = torch.arange(len(images))
     assert images.digest() == images.subset(every).digest()
@@ -217,13 +217,13 @@ def test_a_digest_tells_pictures_and_labels_apart(dls):
 
 
 @pytest.mark.parametrize("flip", [0.0, 1.0])
-def test_every_crop_is_one_of_the_padded_picture(flip):
+def test_every_crop_is_one_of_the_padded_image(flip):
     images = torch.randint(1, 256, (5, 3, 8, 10), dtype=torch.uint8)
     padded = np.pad(images.numpy(), ((0, 0), (0, 0), (2, 2), (2, 2)))
     if flip:
         padded = padded[..., ::-1]
     index = torch.randint(0, 5, (200,))
-    crops, places = Crops(images, 2, mirrored=True).take(index, flip), set()
+    crops, places = Cropper(images, Crops(pad=0.2, flip=flip)).take(index), set()
     assert crops.is_contiguous(memory_format=torch.channels_last)
     for crop, i in zip(crops.numpy(), index.tolist(), strict=True):
         found = [
@@ -239,16 +239,16 @@ def test_every_crop_is_one_of_the_padded_picture(flip):
 
 def test_flips_are_as_frequent_as_asked_for():
     images = torch.arange(8, dtype=torch.uint8).expand(10, 3, 8, 8)
-    crops = Crops(images, 0, mirrored=True)
-    flipped = crops.take(torch.zeros(4000, dtype=torch.long), 0.25)[:, 0, 0, 0] == 7
+    cropper = Cropper(images, Crops(pad=0.0, flip=0.25))
+    flipped = cropper.take(torch.zeros(4000, dtype=torch.long))[:, 0, 0, 0] == 7
     assert flipped.float().mean().item() == pytest.approx(0.25, abs=0.03)
 
 
-def test_without_border_and_mirror_a_crop_is_the_picture():
+def test_without_border_and_mirror_a_crop_is_the_image():
     images = torch.randint(0, 256, (5, 3, 9, 7), dtype=torch.uint8)
     index = torch.tensor([4, 0, 0, 3])
-    assert torch.equal(Crops(images).take(index), images[index])
-    assert len(Crops(images[:0]).take(index[:0])) == 0
+    assert torch.equal(Cropper(images).take(index), images[index])
+    assert len(Cropper(images[:0]).take(index[:0])) == 0
 
 
 def test_normalisation_in_float64():
@@ -263,8 +263,8 @@ def test_normalisation_in_float64():
 # The loader
 
 
-def test_batches_are_plain_tensors_that_hold_every_picture_once(dls):
-    loader = dls.train.new(drop_last=False, pad=0, flip=0)
+def test_batches_are_plain_tensors_that_hold_every_image_once(dls):
+    loader = dls.train.new(drop_last=False, crops=Crops(pad=0.0, flip=0.0))
     batches = list(loader)
     x = torch.cat([x for x, _ in batches])
     assert type(x) is torch.Tensor
@@ -314,7 +314,7 @@ def test_it_is_a_fastai_loader(dls):
     ("kwargs", "words"),
     [
         ({"data": "cifar1O"}, "did you mean 'cifar10'"),
-        ({"data": "digits", "bs": 0}, "batch size is 0"),
+        ({"data": "digits", "bs": 0}, "batch_size is 0"),
         ({"data": "digits", "size": 4}, "at least 8"),
         ({"data": "digits", "valid": 1.5}, "valid is 1.5"),
         ({"data": "digits", "flip": 2}, "flip is 2"),
@@ -359,8 +359,8 @@ def spoil(root, what):
     elif what == "empty class":
         for file in (root / "train" / "red").iterdir():
             file.unlink()
-    elif what == "no picture":
-        (root / "train" / "red" / "2.png").write_text("not a picture")
+    elif what == "no image":
+        (root / "train" / "red" / "2.png").write_text("not an image")
     elif what == "cut off":
         file = root / "test" / "red" / "1.png"
         file.write_bytes(file.read_bytes()[:40])
@@ -379,9 +379,9 @@ def spoil(root, what):
         ("no train", "no folder 'train'"),
         ("one class", "only the class 'red'"),
         ("empty", "no class folders"),
-        ("empty class", "red holds no pictures"),
-        ("no picture", "2.png is not a picture"),
-        ("cut off", "1.png is not a picture"),
+        ("empty class", "red holds no images"),
+        ("no image", "2.png is not an image"),
+        ("cut off", "1.png is not an image"),
         ("strange class", "'purple'"),
         ("no test", "valid=0.1"),
         ("empty test", "valid=0.1"),
@@ -396,14 +396,14 @@ def test_folders_that_cannot_be_trained_on(tmp_path, what, words):
     assert "\n" not in error.value.message
 
 
-def test_all_files_that_are_no_pictures_are_named_at_once(tmp_path):
+def test_all_files_that_are_no_images_are_named_at_once(tmp_path):
     root = make_folder(tmp_path / "colours", each=8)
     bad = sorted(str(file.relative_to(root / "train")) for file in (root / "train").glob("*/[0-6].png"))
     for name in bad:
         (root / "train" / name).write_text("no")
     with pytest.raises(UserError) as error:
         load_data(root)
-    assert f"{bad[0]} is not a picture" in error.value.message
+    assert f"{bad[0]} is not an image" in error.value.message
     named = ", ".join(bad[1:11])
     assert error.value.message.endswith(f"; so it is with {len(bad) - 1} more in {root / 'train'}: {named}, ...")
 

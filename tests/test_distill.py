@@ -17,11 +17,11 @@ from PIL import Image
 from torch import nn
 from torchvision.models import resnet18
 
-from dms_fastai import DMSLoss, MixUp, TeacherDistill, UserError, dms_learner, ensemble, load_teacher
-from dms_fastai.callbacks import Teacher
+from dms_fastai import DMSLoss, MixUp, Teacher, TeacherDistill, UserError, dms_learner, ensemble, load_teacher
 from dms_fastai.export import export_run
 from dms_fastai.models.fold import fold_batch_norms
 from dms_fastai.models.weights import ModelCard, save_weights
+from dms_fastai.run_folder import RunFolder
 from tests.conftest import quiet
 
 
@@ -41,7 +41,7 @@ class Witness(nn.Module):
         return nn.functional.one_hot(torch.full((len(x),), 3), len(self.bias)) * 8.0 + self.bias
 
 
-class Pictures(Callback):
+class Images(Callback):
     """Keep what the student is shown."""
 
     order = 40
@@ -60,11 +60,11 @@ def stock(dls, cbs, loss_func=None, lr=0.01):
     return quiet(Learner(dls, model, loss_func or DMSLoss(), opt_func=SGD, lr=lr, cbs=cbs))
 
 
-def test_the_teacher_sees_the_mixed_pictures_without_gradients_in_evaluation_mode(dls):
-    witness, pictures = Witness(), Pictures()
-    stock(dls, [TeacherDistill(witness), MixUp(), pictures]).fit(1)
-    assert len(witness.seen) == len(pictures.seen) == len(dls.train)  # and not in validation
-    for (x, training, grad), shown in zip(witness.seen, pictures.seen, strict=True):
+def test_the_teacher_sees_the_mixed_images_without_gradients_in_evaluation_mode(dls):
+    witness, images = Witness(), Images()
+    stock(dls, [TeacherDistill(witness), MixUp(), images]).fit(1)
+    assert len(witness.seen) == len(images.seen) == len(dls.train)  # and not in validation
+    for (x, training, grad), shown in zip(witness.seen, images.seen, strict=True):
         assert torch.equal(x, shown)
         assert not training
         assert not grad
@@ -110,15 +110,15 @@ def test_the_lender_of_a_teacher_keeps_it_as_it_is(dls, teacher):
 
 @pytest.mark.parametrize("mean", [(0.0, 0.0, 0.0), (0.485, 0.456, 0.406)])
 def test_a_teacher_gets_its_own_normalisation(dls, mean):
-    witness, pictures, std = Witness(), Pictures(), (1.0, 0.5, 0.25)
-    stock(dls, [TeacherDistill(Teacher(witness, mean, std)), pictures]).fit(1)
+    witness, images, std = Witness(), Images(), (1.0, 0.5, 0.25)
+    stock(dls, [TeacherDistill(Teacher(witness, mean, std)), images]).fit(1)
 
     def pixels(x, m, s):
         m, s = (torch.tensor(v).view(1, 3, 1, 1) for v in (m, s))
         return x * s + m
 
     theirs = pixels(witness.seen[0][0], mean, std)
-    torch.testing.assert_close(theirs, pixels(pictures.seen[0], dls.train.mean, dls.train.std))
+    torch.testing.assert_close(theirs, pixels(images.seen[0], dls.train.mean, dls.train.std))
     assert 0 <= theirs.min() + 1e-5
     assert theirs.max() <= 1 + 1e-5
 
@@ -134,7 +134,7 @@ def test_every_kind_of_teacher_is_the_same_teacher(teacher, tmp_path):
     expected = predictions_of(teacher, x)
     folder = tmp_path / "run"
     folder.mkdir()
-    export_run(teacher, folder)
+    export_run(teacher, RunFolder(folder))
     for source in (teacher.model, folder, folder / "model.safetensors", folder / "learner.pkl", str(folder)):
         torch.testing.assert_close(predictions_of(source, x), expected)
     for source in (teacher, folder, folder / "learner.pkl"):
@@ -221,7 +221,7 @@ def native_dls(tmp_path_factory):
 
 
 def test_in_a_stock_learner_with_stock_data(native_dls):
-    """fastai's own loaders, normalisation and loss; the teacher's pictures are the student's, renormalised."""
+    """fastai's own loaders, normalisation and loss; the teacher's images are the student's, renormalised."""
     witness = Witness(4)
     cbs = [MixUp(0.4), TeacherDistill(Teacher(witness, (0.0,) * 3, (1.0,) * 3), alpha=0.5, T=4.0)]
     model = timm.create_model("test_dmsresnet", num_classes=4)
@@ -234,7 +234,7 @@ def test_in_a_stock_learner_with_stock_data(native_dls):
 
 
 class Constant(nn.Module):
-    """Says the same of every picture, moved by the picture's first pixel."""
+    """Says the same of every image, moved by the image's first pixel."""
 
     def __init__(self, logits):
         super().__init__()
@@ -255,7 +255,7 @@ def test_an_ensemble_is_the_mean_of_logits_or_of_probabilities():
     assert (found.mean, found.vocab) == ((0.5,) * 3, ["x", "y", "z"])
 
 
-def test_every_member_of_an_ensemble_gets_pictures_in_its_own_normalisation():
+def test_every_member_of_an_ensemble_gets_images_in_its_own_normalisation():
     first = Teacher(Constant([0.0, 0.0]), (0.5,) * 3, (0.25,) * 3)
     second = Teacher(Constant([0.0, 0.0]), (0.1,) * 3, (0.5,) * 3)
     pixel = 0.8
@@ -292,7 +292,7 @@ def test_teachers_that_make_no_ensemble(sources, of, words):
 
 
 def test_in_bf16_the_teacher_says_what_autocast_would_and_keeps_its_own_weights(dls, teacher, monkeypatch):
-    monkeypatch.setattr("dms_fastai.callbacks.precision.has_bf16", lambda device: True)
+    monkeypatch.setattr("dms_fastai.callbacks.bf16.has_bf16", lambda device: True)
 
     class Compare(Callback):
         order, run_valid = 50, False  # behind the teacher, with what it has said

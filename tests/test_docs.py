@@ -7,13 +7,17 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dms_fastai.report import find_runs, sections, write_report
+from dms_fastai.recipes import all_keys
+from dms_fastai.report.page import write_report
+from dms_fastai.report.rows import sections
+from dms_fastai.run_folder import find_runs
 from docs.build import CELL, TUTORIAL, cells
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results"
 RUNS = ROOT / "artifacts" / "cifar10-cpu"
 README = (ROOT / "README.md").read_text()
+DETAILS = (ROOT / "docs" / "results.md").read_text()
 
 
 def test_the_tutorial_runs_to_a_student_that_has_left():
@@ -26,14 +30,14 @@ def test_the_tutorial_runs_to_a_student_that_has_left():
     assert min(shares) > 90
     assert names["name"] in names["dls"].vocab
     drawn = [number for number, cell in enumerate(ran, start=1) if cell.figures]
-    shown = {int(number) for number in re.findall(r"\(pictures/tutorial-(\d+)[-\d]*\.png\)", text)}
+    shown = {int(number) for number in re.findall(r"\(images/tutorial-(\d+)[-\d]*\.png\)", text)}
     assert shown == set(drawn)
     printed = [number for number, cell in enumerate(ran, start=1) if cell.printed]
     assert len(printed) == text.count("```text")
 
 
 @pytest.mark.parametrize("file", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda f: f.name)
-def test_links_and_pictures_are_there(file):
+def test_links_and_images_are_there(file):
     for target in re.findall(r"\]\(([^)#]+)", file.read_text()):
         assert target.startswith("https://") or (file.parent / target).exists(), target
 
@@ -61,8 +65,13 @@ def test_the_readme_quotes_the_report(report):
     table = text[text.index("| stage") : text.index("\n\n", text.index("| stage"))]
     assert table in README
     assert "(docs/results/cifar10-ablation.png)" in README
-    assert "dms-fastai report artifacts/cifar10-cpu --out docs/results" in README
+    assert "dms-fastai report artifacts/cifar10-cpu --out docs/results" in DETAILS
     differences = [line for line in text.splitlines() if " points, 3 shared seeds" in line]
     assert len(differences) == 5
     for line in differences:
-        assert re.search(r"[+-]\d+\.\d\d \([^)]*\)", line).group() in README
+        assert re.search(r"[+-]\d+\.\d\d \([^)]*\)", line).group() in DETAILS
+
+
+def test_every_key_of_a_recipe_is_explained():
+    text = (ROOT / "docs" / "recipes.md").read_text()
+    assert [key for key in all_keys() if not re.search(rf"`\[?{re.escape(key)}\b", text)] == []

@@ -5,8 +5,8 @@ import torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 
-from dms_fastai import EMA, UserError, dms_learner, load_data, runs
-from dms_fastai.callbacks import checkpoint
+from dms_fastai import EMA, UserError, dms_learner, load_data
+from dms_fastai.runs import checkpoint, stage
 from tests.conftest import quiet
 from tests.test_mixup import stock_learner
 from tests.test_runs import dms, same_run, weights  # noqa: F401  (dms is a fixture)
@@ -150,7 +150,7 @@ def test_a_run_that_was_cut_before_it_was_exported_exports_its_average(dms, tmp_
     args = ("run", "se", "--epochs", 2, "--set", "ema.decay=0.9", "--set", "data.batch_size=256", "--device", "cpu")
     assert dms(*args, "--out", "whole")[0] == 0
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "export_run", lambda *_: (_ for _ in ()).throw(OSError("the disk is full")))
+        patch.setattr(stage, "export_run", lambda *_: (_ for _ in ()).throw(OSError("the disk is full")))
         assert dms(*args, "--out", "pieces")[0] == 2
     assert dms(*args, "--out", "pieces")[0] == 0
     same_run(*(tmp_path / name / "se" / "seed0" for name in ("whole", "pieces")))

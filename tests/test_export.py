@@ -15,6 +15,7 @@ from PIL import Image
 
 from dms_fastai import UserError, export, load_data
 from dms_fastai.export import export_model, export_run, predict_files
+from dms_fastai.run_folder import RunFolder
 from tests.test_runs import dms  # noqa: F401  (a fixture)
 
 
@@ -22,15 +23,15 @@ from tests.test_runs import dms  # noqa: F401  (a fixture)
 def folder(teacher, tmp_path_factory):
     """A trained Learner's run."""
     folder = tmp_path_factory.mktemp("run")
-    export_run(teacher, folder)
+    export_run(teacher, RunFolder(folder))
     return folder
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """Three files, called as what they show, and the same pictures as other runtimes have them: uint8, (3, 3, 8, 8)."""
+def examples(tmp_path_factory):
+    """Three files, called as what they show, and the same images as other runtimes have them: uint8, (3, 3, 8, 8)."""
     digits = load_data("digits").valid_ds
-    images, folder = digits.images[[0, 100, 200]].numpy(), tmp_path_factory.mktemp("pictures")
+    images, folder = digits.images[[0, 100, 200]].numpy(), tmp_path_factory.mktemp("images")
     files = [folder / f"{digits.vocab[digits.labels[i]]}.png" for i in (0, 100, 200)]
     for file, image in zip(files, images, strict=True):
         Image.fromarray(image.transpose(1, 2, 0)).save(file)
@@ -42,8 +43,8 @@ def run_onnx(file, images):
     return session.run(["probabilities"], {"pixels": images})[0], session
 
 
-def test_onnx_gives_predictions_from_pixels(folder, pictures, tmp_path):
-    files, images = pictures
+def test_onnx_gives_predictions_from_pixels(folder, examples, tmp_path):
+    files, images = examples
     written = export_model(folder, tmp_path / "new" / "kd.onnx")
     onnx.checker.check_model(onnx.load(written), full_check=True)
     probabilities, session = run_onnx(written, images)
@@ -52,14 +53,14 @@ def test_onnx_gives_predictions_from_pixels(folder, pictures, tmp_path):
     assert [vocab[i] for i in probabilities.argmax(1)] == [file.stem for file in files]
     assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == vocab
     assert (session.get_inputs()[0].shape, session.get_outputs()[0].shape) == (["batch", 3, 8, 8], ["batch", 10])
-    alone, _ = run_onnx(written, images[1:2])  # any number of pictures
+    alone, _ = run_onnx(written, images[1:2])  # any number of images
     np.testing.assert_allclose(alone, probabilities[1:2], atol=1e-5)
     assert not [node.op_type for node in onnx.load(written).graph.node if "Norm" in node.op_type]  # folded away
     assert [path.name for path in written.parent.iterdir()] == ["kd.onnx"]
 
 
-def test_pt2_runs_where_this_package_is_not(folder, pictures, tmp_path):
-    files, images = pictures
+def test_pt2_runs_where_this_package_is_not(folder, examples, tmp_path):
+    files, images = examples
     written = export_model(folder, tmp_path / "kd.pt2")
     np.save(tmp_path / "images.npy", images)
     code = (
@@ -78,8 +79,8 @@ def test_pt2_runs_where_this_package_is_not(folder, pictures, tmp_path):
     np.testing.assert_allclose(out, expected, atol=1e-5)
 
 
-def test_a_learner_leaves_as_it_is(teacher, folder, pictures, tmp_path):
-    _, images = pictures
+def test_a_learner_leaves_as_it_is(teacher, folder, examples, tmp_path):
+    _, images = examples
     before = {name: value.clone() for name, value in teacher.model.state_dict().items()}
     modes = [module.training for module in teacher.model.modules()]
     from_learner, _ = run_onnx(export_model(teacher, tmp_path / "a.onnx"), images)
@@ -98,8 +99,8 @@ def test_the_file_keeps_no_path_of_this_machine(folder, tmp_path, suffix):
     assert b"site-packages" not in content
 
 
-def test_many_pictures_are_predicted_a_few_at_a_time(folder, pictures, monkeypatch):
-    files = [*pictures[0], *pictures[0]]
+def test_many_images_are_predicted_a_few_at_a_time(folder, examples, monkeypatch):
+    files = [*examples[0], *examples[0]]
     together = predict_files(folder, files)[1]
     monkeypatch.setattr(export, "BATCH", 4)
     torch.testing.assert_close(predict_files(folder, iter(files))[1], together)
@@ -108,7 +109,7 @@ def test_many_pictures_are_predicted_a_few_at_a_time(folder, pictures, monkeypat
 def test_what_cannot_be_written_is_said(folder, dls, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"the formats are \.onnx and \.pt2"):
         export_model(folder, tmp_path / "kd.tflite")
-    with pytest.raises(UserError, match="does not say what pictures"):
+    with pytest.raises(UserError, match="does not say what images"):
         export_model(Learner(dls, timm.create_model("test_dmsresnet")), tmp_path / "kd.onnx")
     with pytest.raises(UserError, match="no model at"):
         export_model(tmp_path / "nowhere", tmp_path / "kd.onnx")

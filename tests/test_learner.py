@@ -25,8 +25,8 @@ from fastai.vision.data import ImageDataLoaders
 from PIL import Image
 
 from dms_fastai import DMSLoss, TeacherDistill, UserError, dms_learner, load_data, load_recipe
-from dms_fastai.callbacks.precision import Precision
-from dms_fastai.schedule import cosine_annealing
+from dms_fastai.callbacks.bf16 import BF16
+from dms_fastai.training.schedules import cosine_annealing
 from tests.conftest import quiet
 
 
@@ -42,13 +42,14 @@ def student(teacher):
 def test_it_is_a_learner_that_learns(student):
     assert isinstance(student, Learner)
     assert student.recorder.metric_names == [
-        "epoch", "train_loss", "train_accuracy", "valid_loss", "valid_accuracy", "time",
+        "epoch", "train_loss", "train_cross_entropy", "train_distillation", "train_accuracy",
+        "valid_loss", "valid_accuracy", "time",
     ]  # fmt: skip
-    assert student.recorder.values[-1][3] > 0.8
+    assert student.recorder.values[-1][5] > 0.8
 
 
 def test_real_digits_are_learnt_by_teacher_and_student():
-    """The recipes' own settings, a third of their epochs: both must be good at real pictures, not only improve."""
+    """The recipes' own settings, a third of their epochs: both must be good at real images, not only improve."""
     dls = load_data("digits", bs=64)
     torch.manual_seed(0)
     good = quiet(dms_learner(dls, "mixup"))
@@ -95,7 +96,7 @@ def test_tta_averages_augmented_predictions(student):
     assert torch.equal(student.get_preds()[0], plain)  # augmentation is off again
 
 
-def test_pictures_can_be_shown(student):
+def test_images_can_be_shown(student):
     student.dls.show_batch(max_n=9)
     assert len(plt.gcf().axes) == 9
     assert plt.gcf().axes[0].get_title() in student.dls.vocab
@@ -108,7 +109,7 @@ def test_pictures_can_be_shown(student):
     plt.close("all")
 
 
-def test_mixed_pictures_are_shown_with_both_labels_and_their_shares(student):
+def test_mixed_images_are_shown_with_both_labels_and_their_shares(student):
     random = torch.get_rng_state()
     student.mix_up.show_batch(max_n=4)
     grid = [axes for axes in plt.gcf().axes if axes.get_title()]
@@ -188,16 +189,16 @@ def test_fastais_own_dataloaders_will_do(dls, tmp_path):
 
 
 @pytest.fixture
-def picture(dls, tmp_path):
-    """A file with the first digit of the test pictures, its label, and the picture itself."""
+def digit(dls, tmp_path):
+    """A file with the first digit of the test images, its label, and the image itself."""
     pixels, label = dls.valid_ds[0]
     image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
     image.save(tmp_path / "digit.png")
     return tmp_path / "digit.png", int(label), image
 
 
-def test_predict_on_a_file_a_picture_and_an_array(student, picture):
-    file, label, image = picture
+def test_predict_on_a_file_an_image_and_an_array(student, digit):
+    file, label, image = digit
     probability, targets = student.get_preds()
     for item in (file, str(file), image, np.array(image)):
         category, index, probabilities = student.predict(item)
@@ -206,15 +207,15 @@ def test_predict_on_a_file_a_picture_and_an_array(student, picture):
     assert targets[0] == label
 
 
-def test_test_dl_with_and_without_labels(student, picture):
-    file, label, _ = picture
+def test_test_dl_with_and_without_labels(student, digit):
+    file, label, _ = digit
     assert student.get_preds(dl=student.dls.test_dl([file] * 3))[0].shape == (3, 10)
     labelled = student.dls.test_dl([(file, label), (file, str(label))])
     assert student.get_preds(dl=labelled)[1].tolist() == [label, label]
 
 
-def test_test_dl_labels_files_by_their_folders(student, picture, tmp_path):
-    _, label, image = picture
+def test_test_dl_labels_files_by_their_folders(student, digit, tmp_path):
+    _, label, image = digit
     (tmp_path / "7").mkdir()
     image.save(tmp_path / "7" / "x.png")
     loader = student.dls.test_dl([tmp_path / "7" / "x.png", (str(tmp_path / "7" / "x.png"), label)], with_labels=True)
@@ -224,8 +225,8 @@ def test_test_dl_labels_files_by_their_folders(student, picture, tmp_path):
         student.dls.test_dl([tmp_path / "seven" / "x.png"], with_labels=True)
 
 
-def test_an_exported_learner_predicts_the_same_in_another_process(student, picture, tmp_path):
-    file, _, _ = picture
+def test_an_exported_learner_predicts_the_same_in_another_process(student, digit, tmp_path):
+    file, _, _ = digit
     student.export(tmp_path / "kd.pkl")
     expected = student.predict(file)
     code = (
@@ -335,7 +336,7 @@ def test_gradients_are_clipped_by_value(dls):
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError, CancelFitException])
 def test_autocast_never_outlives_a_batch(dls, stop, monkeypatch):
-    monkeypatch.setattr("dms_fastai.callbacks.precision.has_bf16", lambda device: True)
+    monkeypatch.setattr("dms_fastai.callbacks.bf16.has_bf16", lambda device: True)
 
     class Stop(Callback):
         order = 20
@@ -350,12 +351,12 @@ def test_autocast_never_outlives_a_batch(dls, stop, monkeypatch):
         with pytest.raises(stop):
             learn.fit(1)
     assert not torch.is_autocast_enabled("cpu")
-    assert learn.precision.autocast is None
+    assert learn.bf16.autocast is None
 
 
 @pytest.mark.parametrize("there", [True, False])
 def test_the_model_runs_in_bf16_where_the_processor_has_it(dls, monkeypatch, there):
-    monkeypatch.setattr("dms_fastai.callbacks.precision.has_bf16", lambda device: there)
+    monkeypatch.setattr("dms_fastai.callbacks.bf16.has_bf16", lambda device: there)
     seen = []
 
     class See(Callback):
@@ -366,7 +367,7 @@ def test_the_model_runs_in_bf16_where_the_processor_has_it(dls, monkeypatch, the
     assert set(seen) == {torch.bfloat16 if there else torch.float32}
     seen.clear()
     learn = dms_learner(dls, "se", cbs=See())
-    learn.remove_cb(Precision)
+    learn.remove_cb(BF16)
     quiet(learn).fit(1)
     assert set(seen) == {torch.float32}
 
@@ -426,8 +427,8 @@ def test_any_timm_architecture_and_any_recipe_object(dls):
         ({"recipe": "sse"}, "did you mean 'se'"),
         ({"recipe": "se", "arch": "dmsresnet99"}, "unknown model"),
         ({"recipe": "se", "settings": {"model.args": {"width": 3}}}, "cannot be built"),
-        ({"recipe": "se", "arch": "vit_tiny_patch16_224"}, "does not take pictures of 8x8 pixels (Input height"),
-        ({"recipe": "se", "arch": "vgg11"}, "does not take pictures of 8x8 pixels"),
+        ({"recipe": "se", "arch": "vit_tiny_patch16_224"}, "does not take images of 8x8 pixels (Input height"),
+        ({"recipe": "se", "arch": "vgg11"}, "does not take images of 8x8 pixels"),
         ({"recipe": load_recipe("se"), "arch": "dmsresnet"}, "recipes by name"),
     ],
 )

@@ -7,7 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dms_fastai import DMSLoss, UserError
-from dms_fastai.losses import (
+from dms_fastai.training.losses import (
+    DKD,
+    KL,
     cross_entropy,
     dist_divergence,
     dkd_divergence,
@@ -144,7 +146,7 @@ def test_gradient_of_equation_ii_is_the_textbooks(b):
 
 @given(batches(), st.sampled_from(["batchmean", "mean"]))
 def test_the_learners_loss_chooses_by_what_the_batch_carries(b, kl):
-    loss = DMSLoss(b["alpha"], b["T"], kl, tensor(b["weight"]), b["smoothing"])
+    loss = DMSLoss(b["alpha"], b["T"], KL(kl), weight=tensor(b["weight"]), label_smoothing=b["smoothing"])
     hard, soft = (tensor(b["weight"]), b["smoothing"]), (b["alpha"], b["T"], kl)
     z_s, z_t, y_a, y_b = (tensor(b[key]) for key in ("z_s", "z_t", "y_a", "y_b"))
     assert loss(z_s, y_a) == cross_entropy(z_s, y_a, *hard)
@@ -190,7 +192,7 @@ def test_activation_and_decodes():
 @pytest.mark.parametrize(
     ("setting", "words"),
     [({"alpha": 1.1}, "alpha is 1.1"), ({"alpha": -0.1}, "alpha"), ({"alpha": float("nan")}, "alpha"),
-     ({"T": 0}, "T is 0"), ({"T": -1}, "temperature"), ({"kl": "sum"}, "'sum'"), ({"label_smoothing": 2}, "2")],
+     ({"T": 0}, "T is 0"), ({"T": -1}, "above 0"), ({"label_smoothing": 2}, "2")],
 )  # fmt: skip
 def test_values_out_of_range_are_refused(setting, words):
     with pytest.raises(UserError, match=words):
@@ -236,7 +238,7 @@ def test_the_one_loss_with_every_divergence(divergence, mixed):
     torch.manual_seed(0)
     pred = (40 * torch.randn(6, 4)).requires_grad_()
     teacher, y_a, y_b, lam = 40 * torch.randn(6, 4), torch.arange(6) % 4, torch.arange(6).flip(0) % 4, torch.tensor(0.3)
-    loss = DMSLoss(0.7, 2.0, divergence=divergence, beta=5.0)
+    loss = DMSLoss(0.7, 2.0, divergence=DKD(beta=5.0) if divergence == "dkd" else divergence)
     value = loss(pred, y_a, y_b, lam, teacher) if mixed else loss(pred, y_a, teacher_logits=teacher)
     hard = mixup_loss(pred, y_a, y_b, lam) if mixed else cross_entropy(pred, y_a)
     if divergence == "dkd":
@@ -246,10 +248,14 @@ def test_the_one_loss_with_every_divergence(divergence, mixed):
     else:
         soft = kd_divergence(pred, teacher, 2.0) if divergence == "kl" else dist_divergence(pred, teacher, 2.0)
     torch.testing.assert_close(value, 0.7 * soft + 0.3 * hard)
+    torch.testing.assert_close(loss.parts, {"cross_entropy": hard.detach(), "distillation": soft.detach()})
     value.backward()
     assert pred.grad.isfinite().all()
 
 
 def test_an_unknown_divergence():
-    with pytest.raises(UserError, match="'kl', 'dkd' or 'dist'"):
+    with pytest.raises(UserError, match="unknown divergence 'js': known: dist, dkd, kl"):
         DMSLoss(divergence="js")
+    for make in (lambda: KL("sum"), lambda: DKD(-1.0)):
+        with pytest.raises(UserError):
+            make()

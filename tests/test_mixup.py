@@ -35,7 +35,7 @@ class Spy(Callback):
 
 
 def stock_learner(loss_func, cbs, n=20, bs=8, drop_last=False, metrics=None):
-    """A stock fastai Learner over pictures whose every pixel is their class: 0 to 9."""
+    """A stock fastai Learner over images whose every pixel is their class: 0 to 9."""
     y = torch.arange(n) % 10
     x = y.float().view(-1, 1, 1, 1).expand(-1, 3, 8, 8).contiguous()
     train = DataLoader(TensorDataset(x, y), bs, shuffle=True, drop_last=drop_last)
@@ -44,7 +44,7 @@ def stock_learner(loss_func, cbs, n=20, bs=8, drop_last=False, metrics=None):
     return quiet(Learner(dls, model, loss_func, opt_func=SGD, lr=0.01, cbs=cbs, metrics=metrics))
 
 
-def test_pictures_and_labels_are_mixed_by_the_same_pairs_and_lambda():
+def test_images_and_labels_are_mixed_by_the_same_pairs_and_lambda():
     spy = Spy()
     stock_learner(DMSLoss(), [MixUp(), spy]).fit(3)
     training = [(x, yb) for is_training, x, yb in spy.seen if is_training]
@@ -56,7 +56,7 @@ def test_pictures_and_labels_are_mixed_by_the_same_pairs_and_lambda():
     assert len({float(yb[2]) for _, yb in training}) == 9
 
 
-def test_validation_sees_plain_pictures_and_labels():
+def test_validation_sees_plain_images_and_labels():
     spy = Spy()
     stock_learner(DMSLoss(), [MixUp(), spy]).fit(1)
     for x, yb in [(x, yb) for is_training, x, yb in spy.seen if not is_training]:

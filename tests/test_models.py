@@ -257,7 +257,7 @@ def test_timms_own_distillation_takes_them():
     assert student.conv1.weight.grad.abs().sum() > 0
 
 
-def test_stochastic_depth_leaves_out_whole_residuals_of_single_pictures_and_more_of_them_later():
+def test_stochastic_depth_leaves_out_whole_residuals_of_single_images_and_more_of_them_later():
     model = timm.create_model("test_dmsresnet", drop_path_rate=0.5, depths=(2, 2, 2))
     blocks = [block for stage in model.stages for block in stage]
     rates = [getattr(block.drop_path, "drop_prob", 0.0) for block in blocks]

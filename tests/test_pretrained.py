@@ -85,20 +85,20 @@ def test_the_card_says_what_was_measured(name, facts):
     card = (PRETRAINED / f"{name}.md").read_text()
     assert f"**{100 * facts['test_accuracy']:.2f} %**" in card
     assert f"{facts['epochs']} epochs" in card
-    mean = sum(facts["class_accuracy"].values()) / 10  # the test set has as many pictures of each class
+    mean = sum(facts["class_accuracy"].values()) / 10  # the test set has as many images of each class
     assert mean == pytest.approx(facts["test_accuracy"], abs=1e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_claimed_accuracy_is_found_again(name, facts):
-    """On the test pictures whose bytes have the smallest hashes; rounding may tip one at the border of two classes."""
+    """On the test images whose bytes have the smallest hashes; rounding may tip one at the border of two classes."""
     if cifar10() is None:
         pytest.skip("CIFAR-10 is not at hand: neither in fastai's data folder nor where CIFAR10 says")
     test = load_data(cifar10(), device="cpu").valid_ds
-    hashes = [hashlib.blake2b(picture.numpy().tobytes(), digest_size=8).hexdigest() for picture in test.images]
+    hashes = [hashlib.blake2b(image.numpy().tobytes(), digest_size=8).hexdigest() for image in test.images]
     sample = sorted(range(len(test)), key=hashes.__getitem__)[: facts["sample"]]
     if hashes[sample[-1]] != facts["sample_last_hash"]:
-        pytest.skip(f"{cifar10()} has other test pictures than CIFAR-10")
+        pytest.skip(f"{cifar10()} has other test images than CIFAR-10")
     model = timm.create_model(name, pretrained=True).eval()
     mean, std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
     right = 0

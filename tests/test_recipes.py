@@ -28,15 +28,15 @@ def test_every_stage_trains_as_the_paper_says():
         assert recipe.lookahead is None
     assert load_recipe("teacher").model.name == "dmsresnet50"
     distill = load_recipe("kd").distill
-    assert (distill.alpha, distill.T, distill.kl) == (0.95, 6.0, "batchmean")
+    assert (distill.alpha, distill.T, distill.divergence.reduction) == (0.95, 6.0, "batchmean")
 
 
 def test_the_authors_recipes_train_as_their_notebooks_did():
     student, teacher = load_recipe("authors/kd"), load_recipe("authors/teacher")
     for recipe in (student, teacher):
-        assert (recipe.lookahead.k, recipe.lookahead.alpha, recipe.optimizer.clip_value) == (5, 0.5, 0.1)
+        assert (recipe.lookahead.k, recipe.lookahead.alpha, recipe.clip.value) == (5, 0.5, 0.1)
         assert recipe.schedule.step == "epoch"
-    assert (student.distill.alpha, student.distill.T, student.distill.kl) == (1.0, 6.0, "mean")
+    assert (student.distill.alpha, student.distill.T, student.distill.divergence.reduction) == (1.0, 6.0, "mean")
     assert (student.mixup.alpha, student.model.drop_rate, student.teacher) == (1.0, 0.1, "authors/teacher")
     assert (teacher.mixup.alpha, teacher.model.drop_rate, teacher.model.name) == (0.9, 0.0, "dmsresnet50")
 

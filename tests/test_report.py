@@ -15,12 +15,15 @@ import torch
 from PIL import Image
 
 from dms_fastai import dms_learner, load_data
-from dms_fastai.report import find_runs, read_run, sections
 from dms_fastai.report.plots import DARK, LIGHT, PLOTS, apart, by_epoch, class_accuracies, confusion_matrix
-from dms_fastai.report.predictions import read_predictions, write_predictions
-from dms_fastai.report.statistics import binomial, calibrate, over_seeds, paired_pictures
+from dms_fastai.report.rows import sections
+from dms_fastai.report.statistics import binomial, calibrate, over_seeds, paired_images
 from dms_fastai.report.tables import notes
-from dms_fastai.runs import plan, run_stage
+from dms_fastai.run_folder import Run, find_runs
+from dms_fastai.runs.plan import Opened, plan
+from dms_fastai.runs.predictions import read_predictions, write_predictions
+from dms_fastai.runs.stage import run_stage
+from dms_fastai.runs.wanted import Wanted
 from tests.conftest import quiet
 from tests.test_runs import dms  # noqa: F401  (a fixture)
 
@@ -32,9 +35,9 @@ def trained(tmp_path_factory):
     """Two stages of two seeds each, and one stage of a single seed, on digits."""
     out = tmp_path_factory.mktemp("runs")
     for recipe, seeds in (("baseline", (0, 1)), ("se", (0, 1)), ("mixup", (1,))):
-        for seed in seeds:
-            for stage in plan(recipe, "digits", out, seed, epochs=2, settings={"data.batch_size": 256}):
-                assert run_stage(stage, "digits", seed).finished
+        wanted = Wanted((recipe,), seeds=seeds, out=out, epochs=2, settings={"data.batch_size": 256})
+        opened = Opened("digits")
+        assert all(run_stage(stage, opened).finished for stage in plan(wanted, opened))
     return out
 
 
@@ -45,7 +48,7 @@ def runs(trained, tmp_path):
 
 
 def last(folder):
-    return read_run(folder).facts["last"]["valid_accuracy"]
+    return Run.read(folder).facts.last.valid_accuracy
 
 
 # --- arithmetic
@@ -69,10 +72,10 @@ def test_the_interval_of_one_seed_is_wilsons():
     assert binomial(1.0, 50).high == pytest.approx(1.0)
 
 
-def test_the_difference_on_the_same_pictures_counts_those_where_they_disagree():
+def test_the_difference_on_the_same_images_counts_those_where_they_disagree():
     right, before = np.zeros(100, bool), np.zeros(100, bool)
     right[:20], before[10:16] = True, True  # 14 only now, none only before
-    estimate = paired_pictures(right, before)
+    estimate = paired_images(right, before)
     error = math.sqrt((14 - 14**2 / 100) / 100**2)
     assert estimate.mean == pytest.approx(0.14)
     assert estimate.high - estimate.mean == pytest.approx(1.959964 * error, rel=1e-6)
@@ -101,12 +104,12 @@ def test_labels_keep_their_distance_and_stay_near():
 
 def test_predictions_are_those_that_validation_counted(trained):
     for folder in sorted(trained.glob("*/seed*")):
-        p = read_predictions(folder)
+        p = read_predictions(folder / "predictions.npz")
         assert p.right.mean() == pytest.approx(last(folder), abs=1e-6)
         wrong = np.flatnonzero(~p.right)
         assert set(p.mistakes) <= set(wrong)
         assert len(p.mistakes) == min(24, len(wrong))
-        assert p.pictures.shape == (len(p.mistakes), 8, 8, 3)
+        assert p.images.shape == (len(p.mistakes), 8, 8, 3)
         sure = p.log_probabilities[p.mistakes].max(1)
         assert (np.diff(sure) <= 1e-2).all()
         assert np.trace(confusion_matrix([p])) == p.right.sum()
@@ -116,17 +119,17 @@ def test_probabilities_too_small_for_the_file_stay_finite(trained, tmp_path):
     learn = quiet(dms_learner(load_data("digits"), "se"))
     with torch.no_grad():
         learn.model.fc.weight.mul_(1e9)
-    write_predictions(learn, tmp_path)
+    write_predictions(learn, tmp_path / "predictions.npz")
     assert np.isfinite(np.load(tmp_path / "predictions.npz")["log_probabilities"]).all()
 
 
 def test_a_finished_run_without_predictions_gets_them_by_the_same_command(dms, runs):  # noqa: F811
     folder = runs / "se" / "seed1"
-    before = read_predictions(folder)
+    before = read_predictions(folder / "predictions.npz")
     (folder / "predictions.npz").unlink()
     again = ("--epochs", 2, "--set", "data.batch_size=256", "--out", runs, "--seed", 1, "--device", "cpu")
     assert dms("run", "se", *again)[0] == 0
-    after = read_predictions(folder)
+    after = read_predictions(folder / "predictions.npz")
     assert (after.predicted == before.predicted).all()
     assert np.allclose(after.log_probabilities, before.log_probabilities, atol=0.05)
 
@@ -139,11 +142,11 @@ def test_rows_are_recipes_and_differences_are_of_shared_seeds(trained):
         ("+ SE + MixUp", [1]),
     ]
     seeds = [[last(trained / recipe / f"seed{s}") for s in (0, 1)] for recipe in ("baseline", "se")]
-    gain, over_pictures = (d.estimate for d in section.differences)
+    gain, over_images = (d.estimate for d in section.differences)
     assert gain.mean == pytest.approx(np.mean(seeds[1]) - np.mean(seeds[0]))
     assert (gain.n, gain.over) == (2, "seeds")
-    assert over_pictures.mean == pytest.approx(last(trained / "mixup" / "seed1") - seeds[1][1], abs=1e-6)
-    assert (over_pictures.n, over_pictures.over) == (1, "pictures")
+    assert over_images.mean == pytest.approx(last(trained / "mixup" / "seed1") - seeds[1][1], abs=1e-6)
+    assert (over_images.n, over_images.over) == (1, "images")
 
 
 def test_a_recipe_written_before_a_key_was_thought_of_is_the_same_recipe(runs):
@@ -188,7 +191,7 @@ def test_what_is_no_seed_of_a_recipe_is_a_row_of_its_own(runs):
     rows = {row.label: row.seeds for row in section.rows if row.title == "+ SE"}
     assert rows == {f"+ SE ({runs}/se/seed0_before)": [0], f"+ SE ({runs}/se/seed0)": [0, 1]}
     shutil.rmtree(runs / "se" / "seed0_before")
-    rewrite(runs / "se" / "seed1", data_digest=["other", "pictures"])
+    rewrite(runs / "se" / "seed1", data_digest=["other", "images"])
     (section,) = sections(find_runs([runs])[0])
     assert [row.seeds for row in section.rows if row.title == "+ SE"] == [[0], [1]]
     assert [d.estimate and d.estimate.n for d in section.differences] == [1, 1]  # + SE to ResNet, and so is MixUp
@@ -203,7 +206,7 @@ def test_a_stage_is_compared_with_that_of_its_own_network(runs):
             text = (folder / "recipe.toml").read_text()
             (folder / "recipe.toml").write_text(re.sub('name = "test_dmsresnet.*"', 'name = "resnet18"', text))
     (section,) = sections(find_runs([runs])[0])
-    pairs = {(d.row.first["model"], d.base.first["model"]) for d in section.differences if d.row.title == "+ SE"}
+    pairs = {(d.row.first.model, d.base.first.model) for d in section.differences if d.row.title == "+ SE"}
     assert pairs == {("test_dmsresnet", "test_dmsresnet_plain"), ("wide", "wide_plain")}
 
 
@@ -235,7 +238,7 @@ def test_the_band_is_the_standard_deviation_of_the_table(runs):
     assert by_epoch(section.rows[2], "valid_accuracy")[2].tolist() == [0, 0]
 
 
-def test_a_class_without_pictures_is_not_the_hardest(runs):
+def test_a_class_without_images_is_not_the_hardest(runs):
     (section,) = sections(find_runs([runs])[0])
     p = section.rows[1].predictions[0][0]
     kept = p.labels != 3
@@ -257,14 +260,14 @@ def test_every_file_of_the_report_opens_and_says_what_the_runs_say(dms, runs, tm
     for file in (page, text):
         assert f"{mean:.2f} ± {sd:.2f}" in file.read_text()
     assert not re.search(r"""(src|href|url)\s*=?\s*["'(]+(?!data:)""", page.read_text())
-    pictures = {file.stem.removeprefix("digits-"): file for file in (tmp_path / "report").glob("*.png")}
-    assert pictures.keys() == {plot.name for plot in PLOTS}
-    for name, file in pictures.items():
-        with Image.open(file) as picture:
-            assert min(picture.size) > 300
-            assert len(picture.convert("RGB").getcolors(1_000_000)) > 20
+    images = {file.stem.removeprefix("digits-"): file for file in (tmp_path / "report").glob("*.png")}
+    assert images.keys() == {plot.name for plot in PLOTS}
+    for name, file in images.items():
+        with Image.open(file) as image:
+            assert min(image.size) > 300
+            assert len(image.convert("RGB").getcolors(1_000_000)) > 20
             if name == "ablation":
-                assert json.loads(picture.info["Description"])["+ SE"][0] == pytest.approx(np.mean(both), abs=1e-6)
+                assert json.loads(image.info["Description"])["+ SE"][0] == pytest.approx(np.mean(both), abs=1e-6)
         assert f"({file.name})" in text.read_text()
 
 
@@ -278,8 +281,8 @@ def test_a_browser_without_a_network_shows_the_plots_in_both_themes(dms, runs, t
     page = tmp_path / "report" / "index.html"
     command = [CHROMIUM, *flags, f"--user-data-dir={tmp_path / 'user'}", f"--screenshot={shot}", page.as_uri()]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
-    with Image.open(shot) as picture:
-        colours = {colour: count for count, colour in picture.convert("RGB").getcolors(10_000_000)}
+    with Image.open(shot) as image:
+        colours = {colour: count for count, colour in image.convert("RGB").getcolors(10_000_000)}
     bright = theme is LIGHT
     assert (sum(max(colours, key=colours.get)) > 3 * 128) == bright
     dots = tuple(int(theme.colours[1][i : i + 2], 16) for i in (1, 3, 5))
@@ -353,9 +356,9 @@ def test_names_that_mean_something_elsewhere_are_only_names(dms, tmp_path):  # n
     assert (code, err) == (0, "")
     page = (tmp_path / "report" / "index.html").read_text()
     assert "<h2>&lt;i&gt;[bold]$x, seed 0</h2>" in page
-    pictures = list((tmp_path / "report").glob("*.png"))
-    assert len(pictures) == len(PLOTS)
-    assert all(f"({picture.name})" in (tmp_path / "report" / "report.md").read_text() for picture in pictures)
+    images = list((tmp_path / "report").glob("*.png"))
+    assert len(images) == len(PLOTS)
+    assert all(f"({image.name})" in (tmp_path / "report" / "report.md").read_text() for image in images)
 
 
 def test_rows_of_one_title_are_told_apart(dms, runs):  # noqa: F811

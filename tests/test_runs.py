@@ -19,10 +19,10 @@ from fastai.learner import Learner
 from PIL import Image
 from safetensors import safe_open
 
-from dms_fastai import cli, load_data, load_recipe, runs
-from dms_fastai.callbacks import checkpoint
+from dms_fastai import cli, load_data, load_recipe
 from dms_fastai.models.weights import ModelCard, load_weights, save_weights
 from dms_fastai.recipes import recipe_names
+from dms_fastai.runs import checkpoint, stage
 
 FILES = {
     "curves.png",
@@ -112,11 +112,11 @@ def test_kd_from_nothing_to_a_prediction(dms, tmp_path):
     assert "schedule.epochs 2 -> 3" in err
     assert dms("report")[1].count("Teacher") == 1
 
-    picture = tmp_path / "ünï 漢.png"
-    Image.fromarray(load_data("digits").valid_ds.images[0].permute(1, 2, 0).numpy()).save(picture)
-    answers = {dms("predict", student / name, picture)[1] for name in ("model.safetensors", "", "learner.pkl")}
+    image = tmp_path / "ünï 漢.png"
+    Image.fromarray(load_data("digits").valid_ds.images[0].permute(1, 2, 0).numpy()).save(image)
+    answers = {dms("predict", student / name, image)[1] for name in ("model.safetensors", "", "learner.pkl")}
     for answer in answers:
-        assert answer.startswith(str(picture))
+        assert answer.startswith(str(image))
         assert answer.count("%") == 3
     assert len({answer.split(": ")[1].split(" ")[0] for answer in answers}) == 1
 
@@ -215,11 +215,11 @@ def test_a_run_says_after_every_epoch_how_far_it_is(dms, tmp_path, monkeypatch):
 
 
 def test_a_stage_frees_what_the_one_before_held(dms, monkeypatch):
-    alive, train = [], runs._train
+    alive, train = [], stage._Training.run
     monkeypatch.setattr(
-        runs,
-        "_train",
-        lambda *args: (alive.append(sum(isinstance(o, Learner) for o in gc.get_objects())), train(*args))[1],
+        stage._Training,
+        "run",
+        lambda self: (alive.append(sum(isinstance(o, Learner) for o in gc.get_objects())), train(self))[1],
     )
     gc.collect()
     assert dms("run", "se", "--epochs", 1, "--set", "data.batch_size=256", "--seeds", "0,1,2", "--out", "x")[0] == 0
@@ -263,7 +263,7 @@ def test_every_folder_is_checked_before_anything_is_trained(dms, tmp_path):
 
 def test_a_finished_run_teaches(dms, tmp_path):
     assert dms("run", "mixup", "--epochs", 1, "--out", "x")[0] == 0
-    code, _, err = dms("predict", "x/mixup", "picture.png")
+    code, _, err = dms("predict", "x/mixup", "image.png")
     assert code == 2
     assert "x/mixup is no run, but holds some; give x/mixup/seed0" in err
     code, _, err = dms("run", "kd", "--teacher", "x/mixup")
@@ -277,32 +277,32 @@ def test_a_finished_run_teaches(dms, tmp_path):
 
 def test_inside_a_runs_folder_it_is_a_dot(dms, tmp_path, monkeypatch):
     assert dms("run", "mixup", "--epochs", 1, "--out", "x")[0] == 0
-    Image.new("RGB", (8, 8)).save(tmp_path / "picture.png")
-    expected = dms("predict", "x/mixup/seed0", "picture.png")[1]
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
+    expected = dms("predict", "x/mixup/seed0", "image.png")[1]
     monkeypatch.chdir(tmp_path / "x" / "mixup" / "seed0")
-    code, out, _ = dms("predict", ".", "../../../picture.png")
+    code, out, _ = dms("predict", ".", "../../../image.png")
     assert (code, out.partition(": ")[2]) == (0, expected.partition(": ")[2])
     assert dms("run", "kd", "--epochs", 1, "--out", "k", "--teacher", ".,")[0] == 0
 
 
-def test_a_teacher_of_other_pictures_is_not_taken_for_the_recipes(dms, tmp_path):
-    def pictures(shade):
+def test_a_teacher_of_other_images_is_not_taken_for_the_recipes(dms, tmp_path):
+    def images(shade):
         for split, name in itertools.product(("train", "test"), ("a", "b")):
             folder = tmp_path / "shades" / split / name
             folder.mkdir(parents=True, exist_ok=True)
             for number in range(8):
                 Image.new("L", (8, 8), shade + number + 100 * (name == "b")).save(folder / f"{number}.png")
 
-    pictures(10)
+    images(10)
     small = ("--data", "shades", "--epochs", 1, "--set", "data.size=8", "--out", "x")
     assert dms("run", "cpu/teacher", "--arch", "test_dmsresnet", *small)[0] == 0
-    pictures(20)
+    images(20)
     code, _, err = dms("run", "cpu/kd", *small)
     assert code == 2
-    assert "x/cpu/teacher/seed0 holds a run on other pictures; give --out another folder, or remove it" in err
+    assert "x/cpu/teacher/seed0 holds a run on other images; give --out another folder, or remove it" in err
 
 
-def test_other_pictures_and_another_teacher_are_refused_in_the_same_folder(dms, tmp_path):
+def test_other_images_and_another_teacher_are_refused_in_the_same_folder(dms, tmp_path):
     for name, kept in (("p", 64), ("q", 48)):
         (tmp_path / name).mkdir()
         digits = load_data("digits")
@@ -315,7 +315,7 @@ def test_other_pictures_and_another_teacher_are_refused_in_the_same_folder(dms, 
     assert dms("run", "mixup", "--data", "p/d.npz", *args)[0] == 0
     code, _, err = dms("run", "mixup", "--data", "q/d.npz", *args)
     assert code == 2
-    assert "other pictures" in err
+    assert "other images" in err
     assert dms("run", "se", "--data", "p/d.npz", *args)[0] == 0
     assert dms("run", "kd", "--data", "p/d.npz", *args, "--teacher", "x/se/seed0")[0] == 0
     code, _, err = dms("run", "kd", "--data", "p/d.npz", *args, "--teacher", "x/mixup/seed0")
@@ -323,7 +323,7 @@ def test_other_pictures_and_another_teacher_are_refused_in_the_same_folder(dms, 
     assert "another teacher" in err
 
 
-def test_a_teacher_is_shown_the_same_pictures(dms, tmp_path):
+def test_a_teacher_is_shown_the_same_images(dms, tmp_path):
     args = ("run", "kd", "--epochs", 1, "--out", "x", "--set", "data.size=16", "--set", "data.valid=0.2")
     assert dms(*args)[0] == 0
     teacher = load_recipe(tmp_path / "x" / "teacher" / "seed0" / "recipe.toml")
@@ -337,7 +337,7 @@ def test_a_teacher_is_shown_the_same_pictures(dms, tmp_path):
 def test_a_held_out_share_is_not_called_the_test_set(dms):
     code, out, _ = dms("run", "se", "--epochs", 1, "--set", "data.valid=0.1")
     assert code == 0
-    assert "chosen on the validation pictures" in out
+    assert "chosen on the validation images" in out
 
 
 def test_the_lists(dms):
@@ -361,7 +361,7 @@ def make_bad_folders(folder):
         (folder / path).mkdir(parents=True)
         if "/c" in path or "/d" in path:
             Image.new("RGB", (8, 8)).save(folder / path / "0.png")
-    (folder / "bad" / "train" / "dog" / "1.png").write_text("no picture")
+    (folder / "bad" / "train" / "dog" / "1.png").write_text("no image")
 
 
 @pytest.mark.parametrize(
@@ -370,7 +370,7 @@ def make_bad_folders(folder):
         ("run kdd", "unknown recipe 'kdd': did you mean 'kd'?"),
         ("run ablatoin", "did you mean 'ablation'?"),
         ("run kd --arch dmsresnt", "did you mean 'dmsresnet'?"),
-        ("run kd --arch vit_tiny_patch16_224", "does not take pictures of 8x8"),
+        ("run kd --arch vit_tiny_patch16_224", "does not take images of 8x8"),
         ("run kd --set model.args.widths=[1]", "do not have the same length"),
         ("run kd --set name=../x", "without '..'"),
         ("run kd --data digit", "did you mean 'digits'?"),
@@ -381,13 +381,12 @@ def make_bad_folders(folder):
         ("run kd --set distill.alpha=1.5", "between 0 and 1"),
         ("run kd --set distill.T=0", "above 0"),
         ("run se --set distill.alpha=0.5", "without a teacher"),
-        ("run ablation --set lookahead.k=5", "no stage of the ablation"),
         ("run kd --teacher cats.safetensors", "2 classes and the data have 10"),
         ("run kd --teacher nowhere", "no teacher at nowhere"),
         ("run kd --teacher gone.toml", "recipe 'kd' names the teacher 'gone.toml', and there is no such file"),
         ("run kd --teacher timm:resnet18", "know 1000 classes and the data have 10; train it"),
         ("run kd --set lr=0.1", "did you mean 'optimizer.lr'?"),
-        ("predict cats.safetensors bad", "bad is a folder; give the pictures in it"),
+        ("predict cats.safetensors bad", "bad is a folder; give the images in it"),
         ("run kd --teacher kd", "needs a teacher itself"),
         ("run ablation --teacher cats.safetensors", "2 classes and the data have 10"),
         ("run se --teacher cats.safetensors", "does not distil"),
@@ -399,12 +398,12 @@ def make_bad_folders(folder):
         ("run se --epochs 1 --out cats.safetensors", "Not a directory"),
         ("run se --data empty", "no class folders"),
         ("run se --data one", "only the class 'cat'"),
-        ("run se --data bad", "1.png is not a picture"),
+        ("run se --data bad", "1.png is not an image"),
         ("run gone.toml", "no such recipe file"),
         ("predict gone.pkl x.png", "no such Learner"),
         ("predict gone x.png", "no model at gone"),
-        ("predict cats.safetensors x.png", "no such picture: x.png"),
-        ("predict cats.safetensors cats.safetensors", "cats.safetensors is not a picture"),
+        ("predict cats.safetensors x.png", "no such image: x.png"),
+        ("predict cats.safetensors cats.safetensors", "cats.safetensors is not an image"),
         ("report", "no such folder: artifacts"),
         ("report .", "no runs in ."),
     ],
@@ -423,7 +422,7 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(dms, tmp_path, args, wor
 
 
 def test_the_package_is_a_command_too(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["dms_fastai", "predict", "nowhere", "picture.png"])
+    monkeypatch.setattr(sys, "argv", ["dms_fastai", "predict", "nowhere", "image.png"])
     with pytest.raises(SystemExit) as stopped:
         runpy.run_module("dms_fastai", run_name="__main__")
     assert stopped.value.code == 2

@@ -1,4 +1,4 @@
-"""TrivialAugment, operation by operation against torchvision's, picture by picture."""
+"""TrivialAugment, operation by operation against torchvision's, image by image."""
 
 import math
 
@@ -17,7 +17,7 @@ NEAREST = InterpolationMode.NEAREST
 
 
 def torchvisions(x, name, strength, sign):
-    """One picture, uint8, as torchvision's TrivialAugmentWide would have it at this strength."""
+    """One image, uint8, as torchvision's TrivialAugmentWide would have it at this strength."""
     shear = math.degrees(math.atan(sign * 0.99 * strength))
     still = {"angle": 0.0, "scale": 1.0, "interpolation": NEAREST}
     return {
@@ -38,8 +38,8 @@ def torchvisions(x, name, strength, sign):
     }[name]()
 
 
-def smooth_pictures(n, height=32, width=32):
-    """Colourful, and even enough for one pixel more or less not to be another picture."""
+def smooth_images(n, height=32, width=32):
+    """Colourful, and even enough for one pixel more or less not to be another image."""
     torch.manual_seed(0)
     coarse = torch.randint(20, 220, (n, 3, 4, 4)).float()
     return torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear").round().to(torch.uint8)
@@ -49,11 +49,11 @@ def smooth_pictures(n, height=32, width=32):
 @pytest.mark.parametrize("size", [(32, 32), (24, 40)])
 def test_each_operation_is_torchvisions(name, size):
     cases = [(s / 30, sign) for s in (0, 1, 7, 16, 30) for sign in (-1, 1)]
-    x = smooth_pictures(len(cases), *size)
+    x = smooth_images(len(cases), *size)
     strength, sign = torch.tensor(cases).T
     ours = apply(x.float(), torch.full((len(cases),), OPERATIONS.index(name)), strength, sign).int()
-    for picture, mine, (s, way) in zip(x, ours, cases, strict=True):
-        theirs = torchvisions(picture, name, s, way).int()
+    for image, mine, (s, way) in zip(x, ours, cases, strict=True):
+        theirs = torchvisions(image, name, s, way).int()
         off = (mine - theirs).abs()
         if name in ("shear_x", "shear_y", "rotate"):  # a pixel on the line between two may fall to either
             assert (off > 2).float().mean() < 0.03, (name, s, way)
@@ -61,18 +61,18 @@ def test_each_operation_is_torchvisions(name, size):
             assert off.max() <= 1, (name, s, way)
 
 
-def test_every_picture_draws_for_itself():
+def test_every_image_draws_for_itself():
     torch.manual_seed(0)
-    x = smooth_pictures(1).expand(400, -1, -1, -1).float()
+    x = smooth_images(1).expand(400, -1, -1, -1).float()
     out = trivial_augment(x)
     assert out.dtype == torch.uint8
-    kinds = {picture.numpy().tobytes() for picture in out}
+    kinds = {image.numpy().tobytes() for image in out}
     assert 150 < len(kinds) < 390
     unchanged = (out == x).flatten(1).all(1).float().mean()
-    assert 1 / 14 < unchanged < 4 / 14  # the identity, strengths of none, and what a picture has already
+    assert 1 / 14 < unchanged < 4 / 14  # the identity, strengths of none, and what an image has already
 
 
-def test_only_training_pictures_are_changed_and_stay_normalised(dls):
+def test_only_training_images_are_changed_and_stay_normalised(dls):
     class Seen(Callback):
         order = 40
 

@@ -3,21 +3,28 @@
 import torch
 from fastai.callback.core import Callback
 
-from ..errors import UserError
+from ..settings import Positive, checked
+from ..training.parts import order_of
 
 __all__ = ["ClipGradValue"]
 
 
+@checked
 class ClipGradValue(Callback):
-    """Clip every gradient's every element to +-`clip_value`, as the authors' code does."""
+    """Clip every element of every gradient to +-`value`, as the authors' code does."""
 
-    order = 11
+    order = order_of("clip")
 
-    def __init__(self, clip_value: float = 0.1):
+    def __init__(self, value: Positive = 0.1):
+        """
+        Args:
+            value: Largest absolute value that an element keeps.
+
+        Raises:
+            UserError: A value out of range.
+        """
         super().__init__()
-        if not clip_value > 0:
-            raise UserError(f"clip_value is {clip_value}; it must be above 0")
-        self.clip_value = clip_value
+        self.value = value
 
     def before_step(self) -> None:
-        torch.nn.utils.clip_grad_value_(self.learn.model.parameters(), self.clip_value)
+        torch.nn.utils.clip_grad_value_(self.learn.model.parameters(), self.value)

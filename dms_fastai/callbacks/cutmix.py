@@ -5,27 +5,28 @@ import random
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..settings import Positive, Share, checked
 from .mixup import MixUp
 
 __all__ = ["CutMix", "MixUpOrCutMix", "cut"]
 
 
+@checked
 class CutMix(MixUp):
-    """Put a rectangle of a partner from its batch into each picture, and train on both labels by their areas.
+    """Put a rectangle of a partner from its batch into each image, and train on both labels by their areas.
 
-    Yun et al., 2019. The rectangle has the picture's shape, 1 - lambda of its area and one place for the whole batch,
-    and is cut off at the border; lambda is then the share that the first picture really keeps. All else is as in
-    `MixUp`.
+    Yun et al., 2019. The rectangle has the image's proportions, 1 - lambda of its area, and the same place in the whole
+    batch. Where it reaches over the border it is cut off, and lambda becomes the share that the first image really
+    keeps. All else is as in `MixUp`.
     """
 
-    def __init__(self, alpha: float = 1.0):
+    def __init__(self, alpha: Positive = 1.0):
         """
         Args:
             alpha: Lambda is drawn from Beta(alpha, alpha); 1 is uniform.
 
         Raises:
-            UserError: `alpha` is not above 0.
+            UserError: A value out of range.
         """
         super().__init__(alpha)
 
@@ -35,22 +36,21 @@ class CutMix(MixUp):
         return torch.where(inside, x[shuffle], x), y[shuffle], lam
 
 
+@checked
 class MixUpOrCutMix(MixUp):
-    """For each batch by chance MixUp or CutMix, as timm's recipes switch between them."""
+    """Apply MixUp or CutMix, drawn for each batch, as timm's recipes do."""
 
-    def __init__(self, alpha: float = 1.0, cutmix_alpha: float = 1.0, share: float = 0.5):
+    def __init__(self, alpha: Positive = 1.0, cutmix_alpha: Positive = 1.0, share: Share = 0.5):
         """
         Args:
-            alpha: Of MixUp.
-            cutmix_alpha: Of CutMix.
-            share: Of the batches that CutMix has, 0...1.
+            alpha: alpha of MixUp.
+            cutmix_alpha: alpha of CutMix.
+            share: Share of the batches that get CutMix, 0...1.
 
         Raises:
-            UserError: An alpha not above 0, or a share outside 0...1.
+            UserError: A value out of range.
         """
         super().__init__(alpha)
-        if not 0 <= share <= 1:
-            raise UserError(f"CutMix's share of the batches is {share}; it must be between 0 and 1")
         self.cutmix, self.share = CutMix(cutmix_alpha), share
 
     def pair(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,14 +58,14 @@ class MixUpOrCutMix(MixUp):
 
 
 def cut(height: int, width: int, lam: Tensor) -> tuple[Tensor, Tensor]:
-    """Where a rectangle of 1 - lam of the area lies, its centre drawn uniformly.
+    """Draw a rectangle of 1 - lam of the area, with a uniformly drawn centre.
 
     Args:
-        height, width: Of the pictures, in pixels.
-        lam: Share of the first picture, without dimensions.
+        height, width: Size of the images, in pixels.
+        lam: Share of the first image, a scalar tensor.
 
     Returns:
-        A mask, shape (H, W), and the share of the pixels outside it, without dimensions; both on `lam`'s device.
+        A mask of the rectangle, shape (H, W), and the share of the pixels outside it, a scalar; both on `lam`'s device.
     """
     device, side = lam.device, (1 - lam).sqrt()
     inside = []

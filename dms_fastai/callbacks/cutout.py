@@ -1,34 +1,34 @@
-"""Cutout: a square of nothing in every training picture."""
+"""Cutout: a blank square in every training image."""
 
 import torch
 from fastai.callback.core import Callback
 from torch import Tensor
 
-from ..errors import UserError
+from ..settings import PositiveShare, checked
+from ..training.parts import order_of
 
 __all__ = ["Cutout", "cutout"]
 
 
+@checked
 class Cutout(Callback):
-    """Blank a square of each training picture, before anything is mixed (DeVries and Taylor, 2017).
+    """Blank a square of each training image, before anything is mixed (DeVries and Taylor, 2017).
 
-    The square's centre is drawn uniformly from the picture's pixels, so that it may reach over the border; it gets the
-    value 0, which for normalised pictures is the training pictures' mean.
+    The square's centre is drawn uniformly from the image's pixels, so that the square may reach over the border. It is
+    filled with 0, which is the mean of normalised images.
     """
 
-    order, run_valid = -1, False  # before MixUp (0)
+    order, run_valid = order_of("cutout"), False
 
-    def __init__(self, size: float = 0.25):
+    def __init__(self, size: PositiveShare = 0.25):
         """
         Args:
-            size: Side of the square as a share of the picture's; 0.25 is 8 of 32 pixels.
+            size: Side of the square as a share of the image's; 0.25 is 8 of 32 pixels.
 
         Raises:
-            UserError: `size` outside 0...1.
+            UserError: A value out of range.
         """
         super().__init__()
-        if not 0 < size <= 1:
-            raise UserError(f"Cutout's size is {size}; it must be above 0 and at most 1 of the picture's side")
         self.size = size
 
     def before_batch(self) -> None:
@@ -36,7 +36,7 @@ class Cutout(Callback):
 
 
 def cutout(x: Tensor, size: float) -> Tensor:
-    """Pictures (B, C, H, W), each with a square of `size` times the shorter side set to 0."""
+    """Images (B, C, H, W), each with a square of `size` times the shorter side set to 0."""
     height, width = x.shape[-2:]
     side = max(round(size * min(height, width)), 1)
     inside = []

@@ -7,44 +7,42 @@ import torch
 from fastai.callback.core import Callback
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..settings import Count, Fraction, checked
+from ..training.parts import order_of
 
 __all__ = ["EMA"]
 
 
+@checked
 class EMA(Callback):
     """Average the weights over the steps, validate with the average, and leave it in the model when the fit has ended.
 
-    Batch norms' statistics are averaged as the weights are that they belong to. The average stays in the Learner
-    from validation to the end of the epoch: `SaveModelCallback` and the like save what has been validated.
+    The statistics of batch norms are averaged like the weights. The average stays in the Learner from validation to the
+    end of the epoch, so that `SaveModelCallback` and the like save what has been validated.
     """
 
-    order, run_valid = 8, True
+    order, run_valid = order_of("ema"), True
     average: nn.Module | None = None
     raw: nn.Module | None = None
     saved: dict[str, Any] | None = None
     _stateattrs = ("average", "raw", "saved", "pairs")
 
-    def __init__(self, decay: float = 0.999, every: int = 1):
+    def __init__(self, decay: Fraction = 0.999, every: Count = 1):
         """
         Args:
-            decay: Share of the average that a step leaves; in step n at most (1 + n) / (10 + n), so that the first
+            decay: Share of the average that each step keeps; in step n at most (1 + n) / (10 + n), so that the first
                 weights are soon forgotten.
-            every: Average only every so many steps, by decay to the power of `every`: as good, and less work.
+            every: Average only every so many steps, with decay to the power of `every`: as good, and less work.
 
         Raises:
-            UserError: `decay` outside 0...1, or `every` below 1.
+            UserError: A value out of range.
         """
         super().__init__()
-        if not 0 < decay < 1:
-            raise UserError(f"EMA's decay is {decay}; it must be between 0 and 1")
-        if every < 1:
-            raise UserError(f"EMA's every is {every}; it must be at least 1")
         self.decay, self.every, self.steps = decay, every, 0
         self.pairs: tuple[list[Tensor], list[Tensor]] | None = None
 
     def before_fit(self) -> None:
-        self.put_back()  # where an exception ended the fit before
+        self.put_back()  # if an exception ended the last fit
         model = self.learn.model
         self.average, self.steps = copy.deepcopy(model).eval().requires_grad_(False), 0
         if self.saved is not None:
@@ -71,19 +69,19 @@ class EMA(Callback):
 
     def after_fit(self) -> None:
         self.put_back()
-        if self.average is not None:  # None where another callback has called the fit off before it began
+        if self.average is not None:  # None if another callback cancelled the fit before it began
             self.learn.model.load_state_dict(self.average.state_dict())
         self.average = self.pairs = None
 
     def put_back(self) -> None:
-        """Have the Learner train the weights that the optimiser knows."""
+        """Put the weights that the optimiser trains back into the Learner."""
         if self.raw is not None:
             self.learn.model, self.raw = self.raw, None
 
     def state(self) -> dict[str, Any]:
-        """What `restore` needs to go on with the average."""
+        """What `restore` needs to resume the average."""
         return {"average": self.average.state_dict(), "steps": self.steps}
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Have the next fit go on with an average that was saved."""
+        """Have the next fit resume with a saved average."""
         self.saved = saved

@@ -1,6 +1,7 @@
 """MixUp with paired labels."""
 
 import math
+from typing import Literal
 
 import torch
 from fastai.callback.core import Callback
@@ -10,37 +11,36 @@ from torch import Tensor
 from torch.distributions import Beta
 
 from ..errors import UserError
-from ..losses import DMSLoss
+from ..settings import Positive, checked
+from ..training.losses import DMSLoss
+from ..training.parts import order_of
 
 __all__ = ["MixUp"]
 
 
+@checked
 class MixUp(Callback):
-    """Mix each picture with a partner from its batch and train on both labels (Zhang et al., 2018; equation (i)).
+    """Mix each image with a partner from its batch and train on both labels (Zhang et al., 2018; equation (i)).
 
-    With a `DMSLoss` the pair travels in the targets, `yb = (y_a, y_b, lam)`, until the loss has seen it. Any other loss
-    that averages over the batch is asked twice instead: `lam * loss(pred, y_a) + (1 - lam) * loss(pred, y_b)`.
-    Metrics see `y_a`, so that training accuracy is the paper's. Lambda is drawn on the device: nothing waits for it.
+    With a `DMSLoss`, both labels and lambda are in the targets, `yb = (y_a, y_b, lam)`, until the loss is computed. Any
+    other loss must average over the batch. It is called twice: `lam * loss(pred, y_a) + (1 - lam) * loss(pred, y_b)`.
+    Metrics get `y_a`, as in the paper's training accuracy. Lambda is drawn on the device: nothing waits for it.
     """
 
-    order, run_valid = 0, False
+    order, run_valid = order_of("mixup"), False
     beta: Beta | None = None
     _stateattrs = ("beta", "partner")
 
-    def __init__(self, alpha: float = 1.0, per: str = "batch"):
+    def __init__(self, alpha: Positive = 1.0, per: Literal["batch", "sample"] = "batch"):
         """
         Args:
             alpha: Lambda is drawn from Beta(alpha, alpha); 1 is uniform.
-            per: "batch" draws one lambda for a batch, as the paper does; "sample" one for each picture.
+            per: "batch" draws one lambda for a batch, as the paper does; "sample" one for each image.
 
         Raises:
-            UserError: `alpha` not above 0, or an unknown `per`.
+            UserError: A value out of range.
         """
         super().__init__()
-        if not alpha > 0:
-            raise UserError(f"MixUp's alpha is {alpha}; it must be above 0")
-        if per not in ("batch", "sample"):
-            raise UserError(f"MixUp's per is {per!r}; it must be 'batch' or 'sample'")
         self.alpha, self.per = alpha, per
 
     def before_train(self) -> None:
@@ -49,10 +49,10 @@ class MixUp(Callback):
             names = " and ".join(type(cb).__name__ for cb in mixers)
             raise UserError(f"{names} would mix the same batch; keep one, or take MixUpOrCutMix")
         if self.per == "sample" and not isinstance(self.learn.loss_func, DMSLoss):
-            raise UserError("MixUp(per='sample') needs loss_func=DMSLoss(): other losses average before lambda can act")
+            raise UserError("MixUp(per='sample') needs loss_func=DMSLoss(): other losses average over the batch first")
 
     def before_batch(self) -> None:
-        """Mix the pictures; shapes as they were."""
+        """Mix the images; their shape stays the same."""
         x, y = self.learn.xb[0], self.learn.yb[0]
         mixed, *self.partner = self.pair(x, y)
         self.learn.xb = (mixed, *self.learn.xb[1:])
@@ -60,7 +60,7 @@ class MixUp(Callback):
             self.learn.yb = (y, *self.partner)
 
     def after_loss(self) -> None:
-        """Put the single target back for whoever comes next; ask a foreign loss about the partner."""
+        """Put the single target back for later callbacks; with another loss, add the loss of the partners' labels."""
         if isinstance(self.learn.loss_func, DMSLoss):
             self.learn.yb = self.learn.yb[:1]
             return
@@ -74,24 +74,24 @@ class MixUp(Callback):
             self.learn.yb = self.learn.yb[:1]
 
     def pair(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A batch mixed with itself in another order, the partners' labels, and lambda, the share of the first."""
+        """The batch mixed with a shuffled copy of itself, the partners' labels, and lambda, the first image's share."""
         lam = self.draw(len(x), x.device)
         shuffle = torch.randperm(len(x), device=x.device)
         return mix(x, x[shuffle], lam), y[shuffle], lam
 
     def show_batch(self, max_n: int = 9) -> None:
-        """Show pictures of a training batch as the model sees them, with both classes of each and their shares."""
+        """Show images of a training batch as the model sees them, with both classes of each and their shares."""
         loader, vocab = self.learn.dls.train, self.learn.dls.vocab
         x, y_a = loader.one_batch()
         x, y_b, lam = self.pair(x, y_a)
-        pictures, _ = loader.decode((x[:max_n], y_a[:max_n]))
-        shares, side = lam.cpu().expand(len(x)).tolist(), math.ceil(math.sqrt(len(pictures)))
-        grid = get_grid(len(pictures), figsize=(3 * side, 3.5 * side))  # titles of two lines
-        for picture, a, b, share, axes in zip(pictures, y_a.tolist(), y_b.tolist(), shares, grid, strict=False):
-            show_image(picture, ctx=axes, title=f"{share:.2f} {vocab[a]}\n{1 - share:.2f} {vocab[b]}")
+        images, _ = loader.decode((x[:max_n], y_a[:max_n]))
+        shares, side = lam.cpu().expand(len(x)).tolist(), math.ceil(math.sqrt(len(images)))
+        grid = get_grid(len(images), figsize=(3 * side, 3.5 * side))  # titles of two lines
+        for image, a, b, share, axes in zip(images, y_a.tolist(), y_b.tolist(), shares, grid, strict=False):
+            show_image(image, ctx=axes, title=f"{share:.2f} {vocab[a]}\n{1 - share:.2f} {vocab[b]}")
 
     def draw(self, n: int, device: torch.device) -> Tensor:
-        """Lambda in float32, without dimensions or of shape (n,), on `device`."""
+        """Draw lambda in float32 on `device`: a scalar, or of shape (n,)."""
         if self.beta is None or self.beta.concentration1.device != device:
             a = torch.full((), self.alpha, device=device)
             self.beta = Beta(a, a, validate_args=False)
@@ -99,6 +99,6 @@ class MixUp(Callback):
 
 
 def mix(x_a: Tensor, x_b: Tensor, lam: Tensor) -> Tensor:
-    """lam * x_a + (1 - lam) * x_b for pictures (B, C, H, W) and lam of shape () or (B,)."""
+    """lam * x_a + (1 - lam) * x_b for images (B, C, H, W) and lam of shape () or (B,)."""
     share = lam.to(x_a.dtype).view(-1, 1, 1, 1) if lam.ndim else lam.to(x_a.dtype)
     return torch.lerp(x_b, x_a, share)

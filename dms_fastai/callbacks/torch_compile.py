@@ -10,12 +10,12 @@ from fastai.callback.training import GradientAccumulation
 from torch import nn
 from torch.utils._triton import has_triton
 
-from ..losses import DMSLoss
+from ..settings import Steps, checked
+from ..training.losses import DMSLoss
+from ..training.parts import order_of
 from .distill import TeacherDistill
 
 __all__ = ["TorchCompile", "can_compile"]
-
-WORTH_IT = 5_000  # compiling costs a minute or two, and a compiled step saves milliseconds
 
 
 def can_compile(device: torch.device) -> bool:
@@ -27,35 +27,37 @@ def can_compile(device: torch.device) -> bool:
     return device.type == "cuda" and has_triton() and any(map(shutil.which, compilers))
 
 
+@checked
 class TorchCompile(Callback):
-    """Compile student, teacher and loss, with CUDA graphs, where training on a GPU is long enough to pay for it.
+    """Compile student, teacher and loss, with CUDA graphs, if training on a GPU is long enough to be worth it.
 
-    In place, and for the training batches alone: weights keep their names, and validation, prediction and export, with
-    their batches of any size, meet the modules as they were.
+    They are compiled in place, for the training batches alone. Weights keep their names. Validation, prediction and
+    export, whose batches may have any size, use the modules as they were.
     """
 
-    order = 6  # after TeacherDistill has made its network
+    order = order_of("compile")
     compiled: tuple[tuple[nn.Module, Any], ...] | None = None
     _stateattrs = ("compiled",)
 
-    def __init__(self, steps: int = WORTH_IT):
+    def __init__(self, steps: Steps = 5_000):
         """
         Args:
-            steps: Compile where the fit has at least so many training steps, and `can_compile` says so.
+            steps: Compile if the fit has at least so many training steps, and if `can_compile`. Compiling takes a
+                minute or two, and a compiled step saves milliseconds.
         """
         super().__init__()
         self.steps = steps
 
     def before_train(self) -> None:
         if self.compiled is None:
-            # Gradients that live on from step to step must not lie where the next one writes.
+            # Without CUDA graphs where gradients are accumulated: the next step would write over them.
             graphs = not any(isinstance(cb, GradientAccumulation) for cb in self.learn.cbs)
             self.compiled = tuple((module, compiled_call(module, graphs)) for module in self.worth_compiling())
         self.switch(on=True)
 
     def worth_compiling(self) -> list[nn.Module]:
         learn = self.learn
-        steps = learn.n_epoch * len(learn.dls.train)  # of the whole fit: one that is resumed goes on as it began
+        steps = learn.n_epoch * len(learn.dls.train)  # of the whole fit, so that a resumed one decides alike
         if steps < self.steps or not can_compile(next(learn.model.parameters()).device):
             return []
         teachers = [cb.network for cb in learn.cbs if isinstance(cb, TeacherDistill)]
@@ -73,15 +75,15 @@ class TorchCompile(Callback):
 
     def switch(self, on: bool) -> None:
         for module, call in self.compiled or ():
-            module._compiled_call_impl = call if on else None  # torch has no word for undoing compile()
+            module._compiled_call_impl = call if on else None  # torch has no method to undo compile()
 
     def release(self) -> None:
-        """Leave the modules as they were. A Learner calls this when a fit ends by an exception that is no event."""
+        """Leave the modules as they were. A Learner calls this if an exception ends a fit without an event."""
         self.switch(on=False)
         self.compiled = None
 
 
 def compiled_call(module: nn.Module, graphs: bool) -> Any:
-    """What calls the compiled module in place of the module; `reduce-overhead` is torch's name for CUDA graphs."""
+    """The call of the compiled module, in place of the module's; `reduce-overhead` is torch's name for CUDA graphs."""
     module.compile(dynamic=False, mode="reduce-overhead" if graphs else "default")
     return module._compiled_call_impl

@@ -1,4 +1,4 @@
-"""TrivialAugment: one operation of random strength for each picture, for whole batches on their device."""
+"""TrivialAugment: one operation of random strength for each image, for whole batches on their device."""
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +8,7 @@ from torchvision.transforms.v2 import functional as TV
 
 from ..data.augment import affine, normalize
 from ..data.loader import statistics
+from ..training.parts import order_of
 
 __all__ = ["OPERATIONS", "TrivialAugment", "apply", "trivial_augment"]
 
@@ -18,23 +19,23 @@ OPERATIONS = (
 )
 IDENTITY, SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y, ROTATE = range(6)
 BRIGHTNESS, COLOR, CONTRAST, SHARPNESS, POSTERIZE, SOLARIZE, AUTOCONTRAST, EQUALIZE = range(6, 14)
-BINS = 31  # strengths, from none to the whole
+BINS = 31  # strengths, from none to full
 SHEAR, TRANSLATION, ROTATION, CHANGE, BITS = 0.99, 32.0, 135.0, 0.99, 6.0  # the wide space, translation in pixels
 
 
 class TrivialAugment(Callback):
-    """Change each training picture by one of 14 operations, drawn with its strength (Mueller and Hutter, 2021).
+    """Change each training image by one of 14 operations, drawn with its strength (Mueller and Hutter, 2021).
 
-    The operations and their ranges are those of the paper's wide space. All pictures of a batch go through the same few
-    kernels, whatever each has drawn: nothing is done picture by picture, and nothing waits for the device.
+    The operations and their ranges are those of the paper's wide space. All images of a batch go through the same few
+    kernels, whatever each has drawn: nothing is done image by image, and nothing waits for the device.
     """
 
-    order, run_valid = -2, False  # on whole pictures, before Cutout (-1) and MixUp (0)
+    order, run_valid = order_of("trivial_augment"), False
     scaling: tuple[Tensor, Tensor] | None = None
     _stateattrs = ("scaling",)
 
     def before_fit(self) -> None:
-        self.scaling = None  # the DataLoaders may be others
+        self.scaling = None  # the DataLoaders may have changed
 
     def before_batch(self) -> None:
         x, *rest = self.learn.xb
@@ -46,7 +47,7 @@ class TrivialAugment(Callback):
 
 
 def trivial_augment(x: Tensor) -> Tensor:
-    """Pictures of whole numbers 0...255, shape (B, 3, H, W), each after an operation of its own."""
+    """Apply to each image an operation drawn for it: whole numbers 0...255, shape (B, 3, H, W)."""
     n, device = len(x), x.device
     operation = torch.randint(len(OPERATIONS), (n,), device=device)
     strength = torch.randint(BINS, (n,), device=device) / (BINS - 1)
@@ -55,13 +56,13 @@ def trivial_augment(x: Tensor) -> Tensor:
 
 
 def apply(x: Tensor, operation: Tensor, strength: Tensor, sign: Tensor) -> Tensor:
-    """Each picture after the operation given for it.
+    """Apply to each image the operation given for it.
 
     Args:
         x: Whole numbers 0...255, shape (B, 3, H, W).
         operation: Index into `OPERATIONS`, shape (B,).
         strength: 0...1, shape (B,).
-        sign: -1 or 1, shape (B,): which way operations go that have two.
+        sign: -1 or 1, shape (B,): the direction of operations that have two.
     """
     signed = sign * strength
 
@@ -85,7 +86,7 @@ def apply(x: Tensor, operation: Tensor, strength: Tensor, sign: Tensor) -> Tenso
 
 
 def _move(x: Tensor, operation: Tensor, signed: Tensor) -> Tensor:
-    """Sheared about the upper left corner, shifted, or turned about the centre; black where there was nothing."""
+    """Shear images about the upper left corner, shift them, or turn them about the centre; fill with black."""
     height, width = x.shape[-2:]
     zero = torch.zeros_like(signed)
     shear_x, shear_y, right, down, angle = (
@@ -100,7 +101,7 @@ def _move(x: Tensor, operation: Tensor, signed: Tensor) -> Tensor:
     )
     cos, sin = torch.cos(torch.deg2rad(angle)), torch.sin(torch.deg2rad(angle))
     # Where each pixel comes from, in pixels from the centre: a matrix and a shift. Only one operation is not idle.
-    # What it is in units of half a side is the same matrix, but for the ratio of the sides.
+    # In units of half a side, as affine_grid takes them, the matrix also has the ratio of the sides.
     across = [cos, (shear_x - sin) * height / width, shear_x * height / width - right.trunc() * 2 / width]
     along = [(shear_y + sin) * width / height, cos, shear_y * width / height - down.trunc() * 2 / height]
     theta = torch.stack([torch.stack(row, 1) for row in (across, along)], 1)
@@ -109,7 +110,7 @@ def _move(x: Tensor, operation: Tensor, signed: Tensor) -> Tensor:
 
 
 def _base(x: Tensor, operation: Tensor) -> Tensor:
-    """What a picture is blended with: black, its grey self, the mean of that, or its blurred self."""
+    """What an image is blended with: black, the image in grey, the mean of that, or the blurred image."""
     grey = (0.2989 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]).floor()
     # The kernel is 1 1 1 / 1 5 1 / 1 1 1, over 13: nine of a mean of nine, and four of the middle.
     inside = ((9 * F.avg_pool2d(x, 3, stride=1) + 4 * x[..., 1:-1, 1:-1]) / 13).round()

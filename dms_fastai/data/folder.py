@@ -1,4 +1,4 @@
-"""Folders of pictures, `train/CLASS/*.png` and the like: decoded once, then kept beside the user's other caches."""
+"""Folders of images, `train/CLASS/*.png` and the like: decoded once, then cached beside the user's other caches."""
 
 import contextlib
 import hashlib
@@ -15,52 +15,52 @@ from safetensors.torch import save_file
 
 from ..errors import UserError
 from ..files import whole
+from .images import read_image
 from .imageset import ImageSet
-from .pictures import read_picture
 
 __all__ = ["cache_dir", "read_folder"]
 
 SPLIT_FOLDERS = {"train": ("train",), "test": ("test",), "val": ("valid", "val")}
 SHOW_PROGRESS_FROM = 2000
 NAMED = 10  # unreadable files in one message
-READING = b"2"  # to be counted up when pictures come to be read differently: what is kept is then read again
+READING = b"2"  # to be counted up when images are read in another way, so that older caches are not used
 
 
 def cache_dir() -> Path:
-    """Where decoded folders are kept: DMS_FASTAI_CACHE, or dms_fastai in XDG_CACHE_HOME or ~/.cache."""
+    """Where decoded folders are cached: DMS_FASTAI_CACHE, or dms_fastai in XDG_CACHE_HOME or ~/.cache."""
     own = os.environ.get("DMS_FASTAI_CACHE")
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "dms_fastai"
 
 
 def read_folder(folder: Path, size: int) -> dict[str, ImageSet]:
-    """The splits of a picture folder; a picture's class is the name of the folder that it lies in.
+    """The splits of an image folder; an image's class is the name of the folder that it lies in.
 
-    Decoded pictures are cached; any file added, removed, resized or touched makes the cache stale.
+    Decoded images are cached; any file added, removed, resized or touched makes the cache stale.
 
     Args:
-        folder: With train/CLASS/ and, optionally, test/CLASS/ and valid/CLASS/ or val/CLASS/.
-        size: Height and width that every picture is cut and resized to.
+        folder: A folder with train/CLASS/ and, optionally, test/CLASS/ and valid/CLASS/ or val/CLASS/.
+        size: Height and width that every image is cropped and resized to.
 
     Raises:
-        UserError: No train folder, an empty or a single class, classes that differ between splits, or a file that
-            cannot be read as a picture.
+        UserError: There is no train folder, a class is empty or the only one, a split has a class that train has not,
+            or a file cannot be read as an image.
     """
     found = {split: _first_dir(folder, names) for split, names in SPLIT_FOLDERS.items()}
     if found["train"] is None:
         raise UserError(f"{folder} has no folder 'train'; the layout is train/CLASS/*.png and test/CLASS/*.png")
-    files = {split: _list_pictures(path) for split, path in found.items() if path is not None}
+    files = {split: _list_images(path) for split, path in found.items() if path is not None}
     files = {split: classes for split, classes in files.items() if classes or split == "train"}
     vocab = sorted(files["train"])
     if len(vocab) < 2:
         have = f"only the class {vocab[0]!r}" if vocab else "no class folders"
-        raise UserError(f"{found['train']} has {have}; a classifier needs at least 2 folders of pictures")
+        raise UserError(f"{found['train']} has {have}; a classifier needs at least 2 folders of images")
     for split, classes in files.items():
         strange = sorted(set(classes) - set(vocab))
         if strange:
-            raise UserError(f"{found[split]} has a class {strange[0]!r} that {found['train']} has not")
+            raise UserError(f"{found[split]} has a class {strange[0]!r} that {found['train']} does not have")
         empty = sorted(name for name, paths in classes.items() if not paths)
         if empty:
-            raise UserError(f"{found[split] / empty[0]} holds no pictures; fill it or remove it")
+            raise UserError(f"{found[split] / empty[0]} holds no images; fill it or remove it")
     return {split: _read_split(found[split], classes, vocab, size) for split, classes in files.items()}
 
 
@@ -68,8 +68,8 @@ def _first_dir(folder: Path, names: tuple[str, ...]) -> Path | None:
     return next((folder / name for name in names if (folder / name).is_dir()), None)
 
 
-def _list_pictures(split: Path) -> dict[str, list[Path]]:
-    """The picture files of each class, sorted. Classes may lie in folders of folders; hidden files are passed over."""
+def _list_images(split: Path) -> dict[str, list[Path]]:
+    """The image files of each class, sorted. Class folders may lie in other folders; hidden files are skipped."""
     suffixes = Image.registered_extensions()
     classes: dict[str, list[Path]] = {}
     seen: set[str] = set()
@@ -80,9 +80,9 @@ def _list_pictures(split: Path) -> dict[str, list[Path]]:
             continue
         seen.add(os.path.realpath(here))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        pictures = [here / n for n in sorted(names) if Path(n).suffix.lower() in suffixes and not n.startswith(".")]
-        if here != split and (pictures or not folders):
-            classes.setdefault(here.name, []).extend(pictures)
+        images = [here / n for n in sorted(names) if Path(n).suffix.lower() in suffixes and not n.startswith(".")]
+        if here != split and (images or not folders):
+            classes.setdefault(here.name, []).extend(images)
     return classes
 
 
@@ -115,7 +115,7 @@ def _decode(paths: list[Path], size: int, folder: Path) -> torch.Tensor:
     images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
     errors: dict[str, UserError] = {}
     with ThreadPoolExecutor() as pool:
-        decoded = pool.map(lambda path: _picture_or_error(path, size), paths)
+        decoded = pool.map(lambda path: _image_or_error(path, size), paths)
         if len(paths) >= SHOW_PROGRESS_FROM:
             decoded = track(decoded, f"reading {folder}", total=len(paths), transient=True)
         for index, image in enumerate(decoded):
@@ -131,9 +131,9 @@ def _decode(paths: list[Path], size: int, folder: Path) -> torch.Tensor:
     return images
 
 
-def _picture_or_error(path: Path, size: int) -> torch.Tensor | UserError:
+def _image_or_error(path: Path, size: int) -> torch.Tensor | UserError:
     try:
-        return read_picture(path, size)
+        return read_image(path, size)
     except UserError as error:
         return error
 
@@ -147,7 +147,7 @@ def _load_cache(cache: Path, stamp: str) -> torch.Tensor | None:
 
 
 def _save_cache(cache: Path, images: torch.Tensor, stamp: str) -> None:
-    """Keep decoded pictures. A cache that cannot be kept is no error."""
+    """Cache decoded images. A cache that cannot be written is no error."""
     with contextlib.suppress(OSError, SafetensorError):
         cache.parent.mkdir(parents=True, exist_ok=True)
         with whole(cache) as partial:

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,22 +11,22 @@ from fastai.losses import CrossEntropyLossFlat
 from torch import Tensor
 
 from ..errors import UserError
-from .augment import Border, Crops
-from .pictures import read_picture
+from .augment import NO_CROPS, Cropper, Crops
+from .images import read_image
 
 __all__ = ["ImageSet"]
 
 
 class ImageSet:
-    """Pictures, labels and class names; what fastai expects of a dataset that its DataLoaders hold.
+    """Images, labels and class names, with what fastai's DataLoaders expect of a dataset.
 
     Attributes:
         images: uint8, shape (N, 3, size, size).
-        labels: int64, shape (N,), or None for pictures without labels.
+        labels: int64, shape (N,), or None for images without labels.
         vocab: Class names, as fastai keeps them; a label is an index into it.
-        name: The data set's name, "" where it has none; recipes may have settings of its own for it.
-        split: Which split of it: "train", "test", "val" or "held out" of train; "" where it is none of them.
-        split_idx: 0 for pictures that are augmented (training), 1 for those that are not.
+        name: The data set's name, "" if it has none; recipes may have settings for this name.
+        split: Which split of it: "train", "test", "val" or "held out" of train; "" if it is none of them.
+        split_idx: 0 for images that are augmented (training), 1 for those that are not.
     """
 
     n_inp = 1
@@ -50,7 +49,7 @@ class ImageSet:
         return (self[index] for index in range(len(self)))
 
     def __repr__(self) -> str:
-        return f"ImageSet({self.name!r}, {len(self)} pictures of {self.size}x{self.size}, {self.c} classes)"
+        return f"ImageSet({self.name!r}, {len(self)} images of {self.size}x{self.size}, {self.c} classes)"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_resident": {}}
@@ -66,17 +65,17 @@ class ImageSet:
 
     @property
     def loss_func(self) -> CrossEntropyLossFlat:
-        """The loss that a stock Learner takes where it is given none."""
+        """The loss that a stock Learner uses if it is given none."""
         return CrossEntropyLossFlat()
 
     @property
     def items(self) -> "ImageSet":
-        """What `test_dl` takes back: fastai's Interpretation picks items and builds a loader from them."""
+        """The items for `test_dl`: fastai's Interpretation picks some and builds a loader from them."""
         return self
 
     @contextmanager
     def set_split_idx(self, index: int):
-        """Augment (0) or do not (1) for a while: fastai's `tta` calls this."""
+        """Augment (0) or do not (1) until the block ends; fastai's `tta` calls this."""
         before, self.split_idx = self.split_idx, index
         try:
             yield self
@@ -87,16 +86,9 @@ class ImageSet:
         """The labels on `device`, where they stay: copied at the first call."""
         return None if self.labels is None else self._keep(("labels", device), lambda: self.labels.to(device))
 
-    def crops_on(self, device: torch.device, padding: int, mirrored: bool, border: Border = "black") -> Crops:
-        """`Crops` of the pictures on `device`, where they stay: made at the first call."""
-        make = partial(Crops, padding=padding, mirrored=mirrored, border=border)
-        return self._keep(("crops", device, padding, mirrored, border), lambda: make(self.images.to(device)))
-
-    def coins_on(self, device: torch.device) -> Tensor:
-        """A bool for each picture, drawn once and for all, shape (N,), on `device`."""
-        generator = torch.Generator().manual_seed(0)
-        draw = partial(torch.randint, 2, (len(self),), generator=generator, dtype=torch.bool)
-        return self._keep(("coins", device), lambda: draw().to(device))
+    def cropper_on(self, device: torch.device, crops: Crops = NO_CROPS) -> Cropper:
+        """A `Cropper` of the images on `device`, where they stay: made at the first call."""
+        return self._keep((crops, device), lambda: Cropper(self.images.to(device), crops))
 
     def _keep(self, key: tuple, make: Callable[[], Any]) -> Any:
         if key not in self._resident:
@@ -104,7 +96,7 @@ class ImageSet:
         return self._resident[key]
 
     def new_empty(self) -> "ImageSet":
-        """No pictures, the same size and classes: what an exported Learner takes along."""
+        """A set with the same size and classes but no images, for an exported Learner."""
         labels = None if self.labels is None else self.labels.new_empty(0)
         return ImageSet(self.images.new_empty(0, *self.images.shape[1:]), labels, self.vocab, self.name, self.split_idx)
 
@@ -112,7 +104,7 @@ class ImageSet:
         return ImageSet(self.images[index], self.labels[index], self.vocab, self.name, self.split_idx)
 
     def digest(self) -> str:
-        """A short hash of all pictures and labels: what tells one data set from another of the same name."""
+        """A short hash of all images and labels: what tells one data set from another of the same name."""
         state = hashlib.blake2b(digest_size=8)
         for tensor in (self.images, self.labels):
             state.update(b"" if tensor is None else tensor.contiguous().numpy())
@@ -125,16 +117,16 @@ class ImageSet:
         return label
 
     def from_items(self, items: Iterable[Any]) -> "ImageSet":
-        """A set of other pictures, read to this set's size: paths, PIL pictures, arrays, or (picture, label) pairs.
+        """A set of other images, read to this set's size: paths, PIL images, arrays, or (image, label) pairs.
 
         Labels may be indices or class names.
         """
         images, labels = [], []
         for item in items:
-            picture, *label = item if isinstance(item, tuple) else (item,)
-            images.append(read_picture(picture, self.size))
+            image, *label = item if isinstance(item, tuple) else (item,)
+            images.append(read_image(image, self.size))
             labels += [self._label(value) for value in label]
         if labels and len(labels) < len(images):
-            raise UserError(f"{len(images)} pictures come with {len(labels)} labels; give each a label, or none")
+            raise UserError(f"{len(images)} images come with {len(labels)} labels; give each a label, or none")
         stacked = torch.stack(images) if images else self.images.new_empty(0, *self.images.shape[1:])
         return ImageSet(stacked, torch.tensor(labels) if labels else None, self.vocab, self.name)

@@ -1,11 +1,11 @@
-"""One loader for every source: pictures stay on the device as uint8, and a batch is made there in one go."""
+"""One loader for every source: images stay on the device as uint8, and a batch is made there in one go."""
 
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import fastai.vision.learner  # noqa: F401  (teaches show_batch, show_results and plot_top_losses to draw pictures)
+import fastai.vision.learner  # noqa: F401  (teaches show_batch, show_results and plot_top_losses to draw images)
 import torch
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.load import DataLoader
@@ -15,10 +15,10 @@ from fastcore.foundation import L
 from torch import Tensor
 
 from ..models.dmsresnet import MEAN, STD
-from .augment import Border, affine, normalize
+from .augment import Crops, affine, normalize
 from .imageset import ImageSet
 
-__all__ = ["BatchLoader", "PictureLoaders", "statistics", "vocabulary"]
+__all__ = ["BatchLoader", "ImageLoaders", "statistics", "vocabulary"]
 
 
 class BatchLoader(TfmdDL):
@@ -34,42 +34,36 @@ class BatchLoader(TfmdDL):
         bs: int = 128,
         shuffle: bool = False,
         drop_last: bool = False,
-        pad: float = 0.125,
-        flip: float = 0.5,
-        border: Border = "black",
-        alternate: bool = False,
+        crops: Crops | None = None,
         mean: tuple[float, ...] = MEAN,
         std: tuple[float, ...] = STD,
         **kwargs: Any,
     ):
         """
         Args:
-            dataset: Pictures and labels.
-            bs: Pictures in a batch.
+            dataset: Images and labels.
+            bs: Images in a batch.
             shuffle: Draw a new order every epoch, from torch's random state.
-            drop_last: Leave out a last batch of fewer than `bs` pictures.
-            pad: Border put around a picture before a crop of its size is taken, as a share of the size: 4 of 32.
-            flip: Probability of mirroring a picture left to right.
-            border: What the border shows: "black", or the picture's own pixels in "mirror" order.
-            alternate: Where there is any mirroring, mirror each picture in every other pass, half of them in each.
-            mean, std: Of the pixels, 0...1, one a channel; what the pictures are normalised with.
+            drop_last: Leave out a last batch of fewer than `bs` images.
+            crops: How training images are cropped and flipped; None: as the paper does.
+            mean, std: What pixels (0...1) are normalised with, a value for each channel.
         """
         kwargs["num_workers"] = 0  # nothing is left to do for workers
         super().__init__(dataset, bs=bs, shuffle=shuffle, drop_last=drop_last, **kwargs)
-        self.pad, self.flip, self.mean, self.std = pad, flip, tuple(mean), tuple(std)
-        self.border, self.alternate, self.passes = border, alternate, 0
+        self.crops, self.mean, self.std = crops or Crops(), tuple(mean), tuple(std)
+        self.passes = 0
         self._affine_on: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self.first_batch, self._then = 0, None
 
     def resume_at(self, batch: int, then: Callable[[], None]) -> None:
-        """Begin the next pass with its batch number `batch`, from 0; `then` is called when the order has been drawn."""
+        """Begin the next pass at batch `batch`, counted from 0; `then` is called once the order has been drawn."""
         self.first_batch, self._then = batch, then
 
     def new(self, dataset: Any = None, cls: type | None = None, **kwargs: Any) -> "BatchLoader":
-        """This loader over another set, or over pictures that `ImageSet.from_items` can read."""
+        """This loader over another set, or over images that `ImageSet.from_items` can read."""
         if dataset is not None and not isinstance(dataset, ImageSet):
             dataset = self.dataset.from_items(dataset)
-        own = {key: getattr(self, key) for key in ("pad", "flip", "border", "alternate", "mean", "std")}
+        own = {key: getattr(self, key) for key in ("crops", "mean", "std")}
         # TfmdDL.new would draw a batch here to learn its types; they are known.
         return DataLoader.new(self, dataset, cls, **{"do_setup": False, **own, **kwargs})
 
@@ -89,20 +83,16 @@ class BatchLoader(TfmdDL):
         yield from map(self.load_batch, batches)
 
     def load_batch(self, index: Tensor) -> tuple[Tensor, ...]:
-        """The pictures at `index`, shape (B,), augmented where this set is, normalised, with their labels."""
+        """The images at `index`, shape (B,), augmented where this set is, normalised, with their labels."""
         device, images = self._where(), self.dataset
         labels = images.labels_on(device)
-        if images.split_idx == 0:
-            crops = images.crops_on(device, round(self.pad * images.size), self.flip > 0, self.border)
-            odd = self.passes % 2 == 1
-            x = crops.take(index, images.coins_on(device)[index] ^ odd if self.alternate else self.flip)
-        else:
-            x = images.crops_on(device, 0, False).take(index)
+        cropper = images.cropper_on(device, self.crops) if images.split_idx == 0 else images.cropper_on(device)
+        x = cropper.take(index, self.passes)
         x = normalize(x, *self._affine(device))
         return (x,) if labels is None else (x, labels[index])
 
     def decode(self, b: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The batch as fastai shows it: pictures 0...1 and categories, on the CPU."""
+        """The batch as fastai shows it: images 0...1 and categories, on the CPU."""
         x, *y = (t.detach().cpu() for t in b)
         mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (self.mean, self.std))
         return TensorImage((x * std + mean).clamp(0, 1)), *(TensorCategory(t) for t in y)
@@ -122,17 +112,17 @@ class BatchLoader(TfmdDL):
         return torch.device("cpu") if self.device is None else self.device
 
 
-class PictureLoaders(DataLoaders):
+class ImageLoaders(DataLoaders):
     """fastai's DataLoaders, over `BatchLoader`s."""
 
     def test_dl(
         self, test_items: Any, rm_type_tfms: Any = None, with_labels: bool = False, **kwargs: Any
     ) -> BatchLoader:
-        """A loader over other pictures, whatever `ImageSet.from_items` takes.
+        """A loader over other images, whatever `ImageSet.from_items` takes.
 
         Args:
-            test_items: The pictures.
-            rm_type_tfms: fastai's, and of no use here.
+            test_items: The images.
+            rm_type_tfms: fastai's argument, ignored here.
             with_labels: Label files by the folder that they are in, unless they come with a label.
             kwargs: As in `BatchLoader`.
         """

@@ -1,4 +1,4 @@
-"""Where pictures come from: digits, named data sets, folders and .npz files, each as splits in memory."""
+"""Where images come from: digits, named data sets, folders and .npz files, each as splits in memory."""
 
 import zipfile
 import zlib
@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastai.data.external import URLs, fastai_path, untar_data
-from sklearn.datasets import load_digits
 
-from ..errors import UserError, unknown
+from ..errors import UserError
+from ..names import source_name
 from .folder import read_folder
+from .images import resize, to_rgb
 from .imageset import ImageSet
-from .pictures import resize, to_rgb
 
-__all__ = ["NAMED", "load_splits", "source_name"]
+__all__ = ["NAMED", "load_splits", "split_by_class"]
 
 Splits = dict[str, ImageSet]
 URL = {"cifar10": URLs.CIFAR, "cifar100": URLs.CIFAR_100, "imagenette": URLs.IMAGENETTE_160}
@@ -24,33 +24,15 @@ DIGITS_TEST_SHARE = 0.2
 DIGITS_SEED = 0
 
 
-def source_name(data: str | Path) -> str:
-    """The name that a data set goes by: its own, or that of its folder or file.
-
-    Raises:
-        UserError: Neither a known name, nor a folder, nor an .npz file; names the nearest known name.
-    """
-    if str(data) in NAMED:
-        return str(data)
-    path = Path(data)
-    if path.is_dir():
-        return path.resolve().name
-    if path.is_file():
-        if path.suffix != ".npz":
-            raise UserError(f"{path} is neither a folder nor an .npz file; known data sets: {', '.join(NAMED)}")
-        return path.stem
-    raise unknown("data set, folder or .npz file", str(data), NAMED)
-
-
 def load_splits(data: str | Path, size: int | None = None) -> Splits:
     """Read a data set: "train" and, where there are any, "test" and "val".
 
     Args:
         data: A name in `NAMED`, a folder with train/CLASS/ and test/, valid/ or val/CLASS/, or an .npz file.
-        size: Height and width in pixels. None: the pictures' own size where they have one, else 32.
+        size: Height and width in pixels. None: the data set's own size if it has one, else 32.
 
     Raises:
-        UserError: No such data, or data that cannot be trained on; says which and why.
+        UserError: Data that are missing or cannot be trained on; says which and why.
     """
     name = source_name(data)
     if str(data) in NAMED:
@@ -66,6 +48,8 @@ def load_splits(data: str | Path, size: int | None = None) -> Splits:
 
 def _digits(name: str, size: int) -> Splits:
     """The 1,797 digits that scikit-learn ships, 8x8 with 17 grey levels; every class is split alike."""
+    from sklearn.datasets import load_digits  # a second and a half of imports, for this alone
+
     bunch = load_digits()
     pixels = torch.from_numpy((bunch.images * (255 / 16)).round().astype(np.uint8))
     labels = torch.from_numpy(bunch.target).long()
@@ -81,7 +65,7 @@ def _fastai(name: str, size: int) -> Splits:
     if not folder.is_dir():
         try:
             folder = untar_data(url)
-        except Exception as error:  # the downloader lets through whatever its libraries raise
+        except Exception as error:  # the downloader may raise whatever its libraries raise
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(
                 f"{name} could not be downloaded ({reason}); put train/CLASS/*.png and test/CLASS/*.png into {folder}, "
@@ -99,7 +83,7 @@ NAMED: dict[str, Callable[[str, int], Splits]] = {
 
 
 def split_by_class(labels: torch.Tensor, share: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices of `share` of every class, drawn by `seed` alone, and of the rest; both in ascending order."""
+    """Indices of a `share` of every class, drawn by `seed` alone, and of the rest; both in ascending order."""
     generator = torch.Generator().manual_seed(seed)
     taken = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
@@ -141,7 +125,7 @@ def _read_npz(file: Path, size: int | None) -> Splits:
         except (UserError, TypeError) as error:
             raise UserError(f"{where}_images: {error}") from None
         if len(pixels) != len(y) or not len(y):
-            raise UserError(f"{where} has {len(pixels)} images and {len(y)} labels; give as many of both, at least 1")
+            raise UserError(f"{where} has {len(pixels)} images and {len(y)} labels; give equally many, at least 1")
         result[split] = ImageSet(resize(pixels, size or min(pixels.shape[-2:])), y, vocab)
     return result
 
@@ -153,5 +137,5 @@ def _npz_labels(file: Path, arrays: dict[str, np.ndarray], split: str) -> torch.
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
-        raise UserError(f"{file}: {split}_labels is {labels.dtype} {labels.shape}; give whole numbers, one a picture")
+        raise UserError(f"{file}: {split}_labels is {labels.dtype} {labels.shape}; give whole numbers, one an image")
     return torch.from_numpy(labels.astype(np.int64))

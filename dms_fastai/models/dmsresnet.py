@@ -2,8 +2,8 @@
 
 Paper: Singh, Khatri, Xu, *Tiny Residual Networks*, 2024, https://doi.org/10.20944/preprints202407.1953.v1
 
-The student is a residual network for small pictures: a 3x3 stem without pooling, then three stages of 4, 4 and 3
-basic blocks with 64, 128 and 256 channels and strides 1, 2, 2. The paper's picture puts squeeze-and-excitation into
+The student is a residual network for small images: a 3x3 stem without pooling, then three stages of 4, 4 and 3
+basic blocks with 64, 128 and 256 channels and strides 1, 2, 2. The paper's figure puts squeeze-and-excitation into
 every block (`dmsresnet_seblocks`); what its authors ran has one, after the stem (`dmsresnet`).
 """
 
@@ -27,7 +27,7 @@ __all__ = ["DMSResNet"]
 
 SE_REDUCTION = 16
 
-# The statistics of CIFAR-10's training pictures, as the authors' code has them.
+# The statistics of CIFAR-10's training images, as the authors' code has them.
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2023, 0.1994, 0.2010)
 
@@ -36,7 +36,7 @@ PRETRAINED = Path(__file__).parent / "pretrained"
 
 
 def conv_bn(in_chs: int, out_chs: int, kernel_size: int, stride: int = 1, **dd: Any) -> list[nn.Module]:
-    """A convolution without bias that keeps the picture's size at stride 1, and its batch norm."""
+    """A convolution without bias that keeps the image's size at stride 1, and its batch norm."""
     conv = nn.Conv2d(in_chs, out_chs, kernel_size, stride, padding=kernel_size // 2, bias=False, **dd)
     return [conv, nn.BatchNorm2d(out_chs, **dd)]
 
@@ -50,8 +50,8 @@ class ResidualBlock(nn.Module):
     """What both block types share: `dropout(relu(residual(x) + shortcut(x)))`.
 
     The residual is a block type's convolutions, and squeeze-and-excitation where it is wanted. The shortcut is the
-    identity, or a 1x1 convolution with batch norm where the shape changes. With stochastic depth the residual is left
-    out of a training picture's sum with probability `drop_path`.
+    identity, or a 1x1 convolution with batch norm where the shape changes. With stochastic depth, a training image
+    skips the residual with probability `drop_path`.
     """
 
     expansion = 1
@@ -79,7 +79,7 @@ class ResidualBlock(nn.Module):
 
     @staticmethod
     def convolutions(in_chs: int, planes: int, stride: int, **dd: Any) -> list[nn.Module]:
-        """From `in_chs` channels to `expansion` times `planes`, with batch norms, and activations between them."""
+        """Convolutions from `in_chs` to `expansion * planes` channels, with batch norms, and activations between."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ class Bottleneck(ResidualBlock):
 
 
 class DMSResNet(nn.Module):
-    """A residual network for small pictures, any size from 8x8 up."""
+    """A residual network for small images, any size from 8x8 up."""
 
     def __init__(
         self,
@@ -141,8 +141,8 @@ class DMSResNet(nn.Module):
             in_chans: Number of input channels.
             global_pool: Type of the pooling before the classifier; "" leaves it out.
             drop_rate: Dropout probability, after every block and before the classifier (paper, section 3.1).
-            drop_path_rate: Probability that the last block's residual is left out; in the first block 0, and linear
-                between (stochastic depth, Huang et al., 2016).
+            drop_path_rate: Probability that a training image skips the last block's residual. It rises linearly from 0
+                in the first block (stochastic depth, Huang et al., 2016).
 
         Raises:
             ValueError: `depths` and `widths` differ in length.
@@ -219,10 +219,10 @@ class DMSResNet(nn.Module):
         """The feature maps after the stem and after each stage.
 
         Args:
-            x: Pictures, shape (B, C, H, W).
+            x: Images, shape (B, C, H, W).
             indices: The last n if a number, all if None, else those listed; 0 is the stem.
             norm: No effect here; part of the common signature.
-            stop_early: Leave out the stages that nobody asked for.
+            stop_early: Skip the stages after the last of `indices`.
             output_fmt: "NCHW", the only layout there is.
             intermediates_only: Return the list alone.
 
@@ -249,7 +249,7 @@ class DMSResNet(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the stages behind the last of `indices`, and the head; returns the indices that were kept."""
+        """Drop the stages after the last of `indices`, and the head; returns the indices that were kept."""
         take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
         self.stages = self.stages[:max_index]
         if prune_head:
@@ -267,7 +267,7 @@ class DMSResNet(nn.Module):
         return x if pre_logits else self.fc(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits, shape (B, num_classes), of normalised pictures, shape (B, C, H, W)."""
+        """Logits, shape (B, num_classes), of normalised images, shape (B, C, H, W)."""
         return self.forward_head(self.forward_features(x))
 
 
@@ -327,19 +327,19 @@ def dmsresnet_plain(pretrained: bool = False, **kwargs: Any) -> DMSResNet:
 
 @register_model
 def dmsresnet_seblocks(pretrained: bool = False, **kwargs: Any) -> DMSResNet:
-    """The student as the paper's picture has it: squeeze-and-excitation in every block. 4,733,610 parameters."""
+    """The student as the paper's figure has it: squeeze-and-excitation in every block. 4,733,610 parameters."""
     return _create_dmsresnet("dmsresnet_seblocks", pretrained, **dict(dict(se="blocks"), **kwargs))
 
 
 @register_model
 def dmsresnet_lite(pretrained: bool = False, **kwargs: Any) -> DMSResNet:
-    """The student with a last stage of 240 channels, inside the 4,367,742 parameters that the paper states."""
+    """The student with a last stage of 240 channels, below the paper's 4.37 million. 4,319,758 parameters."""
     return _create_dmsresnet("dmsresnet_lite", pretrained, **dict(dict(widths=(64, 128, 240)), **kwargs))
 
 
 @register_model
 def dmsresnet50(pretrained: bool = False, **kwargs: Any) -> DMSResNet:
-    """The teacher: a ResNet-50 for small pictures, one squeeze-and-excitation after the stem. 23,521,422 parameters."""
+    """The teacher: a ResNet-50 for small images, one squeeze-and-excitation after the stem. 23,521,422 parameters."""
     args = dict(block=Bottleneck, depths=(3, 4, 6, 3), widths=(64, 128, 256, 512))
     return _create_dmsresnet("dmsresnet50", pretrained, num_stages=4, **dict(args, **kwargs))
 
@@ -356,11 +356,11 @@ TEST_ARGS = dict(depths=(1, 1, 1), widths=(16, 32, 48))
 
 @register_model
 def test_dmsresnet(pretrained: bool = False, **kwargs: Any) -> DMSResNet:
-    """A very small member of the family, for tests and quick runs on a CPU."""
+    """A very small member of the family, for tests and quick runs on a CPU. 56,587 parameters."""
     return _create_dmsresnet("test_dmsresnet", pretrained, **dict(TEST_ARGS, **kwargs))
 
 
 @register_model
 def test_dmsresnet_plain(pretrained: bool = False, **kwargs: Any) -> DMSResNet:
-    """`test_dmsresnet` without squeeze-and-excitation."""
+    """`test_dmsresnet` without squeeze-and-excitation. 56,538 parameters."""
     return _create_dmsresnet("test_dmsresnet_plain", pretrained, **dict(TEST_ARGS, se=None, **kwargs))

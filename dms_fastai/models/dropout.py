@@ -1,4 +1,4 @@
-"""Dropout whose mask does not take a CPU longer than the convolutions before it."""
+"""Dropout with a mask that a CPU draws fast."""
 
 import torch
 import torch.fx
@@ -12,10 +12,10 @@ LEVELS = 2**16  # an element is dropped or kept by 16 random bits
 
 @torch.fx.wrap  # a leaf of a traced graph: its branches depend on the tensor
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """`torch.nn.functional.dropout`, where four elements share a draw of 64 random bits on a CPU.
+    """`torch.nn.functional.dropout`, but on a CPU four elements share a draw of 64 random bits.
 
-    torch draws there for each element, one after the other, which took a sixth of a training step. `p` is met to 1 in
-    65,536.
+    On a CPU, torch draws for each element, one after the other, which took a sixth of a training step. `p` is exact to
+    1 in 65,536.
     """
     if not training or p in (0.0, 1.0) or x.device.type != "cpu":
         return F.dropout(x, p, training)

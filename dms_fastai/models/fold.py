@@ -9,9 +9,9 @@ __all__ = ["fold_batch_norms"]
 
 
 def fold_batch_norms(model: nn.Module) -> nn.Module:
-    """A frozen copy in evaluation mode whose batch norms are part of the convolutions before them, where they can be.
+    """A frozen copy in evaluation mode, with batch norms folded into the convolutions before them where possible.
 
-    It computes what `model.eval()` does, up to rounding, with a pass over memory less for each of them.
+    It computes what `model.eval()` does, up to rounding, and saves a pass over memory for each batch norm.
     """
     model = copy.deepcopy(model).eval().requires_grad_(False)
     if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):

@@ -1,4 +1,4 @@
-"""Weights on disk: safetensors files that say by themselves what model they are and what it was trained on."""
+"""Weights on disk: safetensors files that also describe the model and the images that it expects."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -14,22 +14,21 @@ from torch import nn
 from ..errors import UserError
 from ..files import whole
 
-__all__ = ["WEIGHTS", "ModelCard", "load_weights", "save_weights", "shipped_weights", "weights_in"]
+__all__ = ["ModelCard", "load_weights", "save_weights", "shipped_weights"]
 
 KEY = "dms_fastai"
-WEIGHTS = "model.safetensors"  # in the folder of a run
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What it takes to build a model again and to feed it pictures.
+    """What it takes to build a model again and to feed it images.
 
     Attributes:
         arch: Name of the timm entry.
         args: Further arguments that it was built with.
         vocab: Names of the classes, in the order of the logits.
-        mean, std: What pixels (0...1) are normalised with, one a channel.
-        size: Height and width of the training pictures.
+        mean, std: What pixels (0...1) are normalised with, a value for each channel.
+        size: Height and width of the training images.
     """
 
     arch: str
@@ -68,7 +67,7 @@ def load_weights(file: Path) -> tuple[nn.Module, ModelCard]:
             {name: value.to(torch.float32) if value.is_floating_point() else value for name, value in state.items()}
         )
     except FileNotFoundError:
-        raise UserError(f"no such file: {file}; a run has one once it is finished") from None
+        raise UserError(f"no such file: {file}; a run writes its weights when it finishes") from None
     except KeyError:
         raise UserError(f"{file} does not say what model it holds; it was not written by dms_fastai") from None
     except (OSError, SafetensorError, ValueError, TypeError, RuntimeError) as error:
@@ -77,18 +76,6 @@ def load_weights(file: Path) -> tuple[nn.Module, ModelCard]:
 
 
 def shipped_weights(name: str) -> Path | None:
-    """The file with the weights that come with this package for a timm entry, "dmsresnet" say; None if it has none."""
+    """The weights that come with this package for a timm entry, such as "dmsresnet": their file; None if none do."""
     cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     return Path(cfg.file) if cfg is not None and cfg.file else None
-
-
-def weights_in(folder: Path) -> Path:
-    """Where a run's folder has its weights.
-
-    Raises:
-        UserError: It holds runs, and is none.
-    """
-    inside = [run.parent.name for run in sorted(folder.glob(f"*/{WEIGHTS}"))]
-    if inside and not (folder / WEIGHTS).exists():
-        raise UserError(f"{folder} is no run, but holds some; give {folder / inside[0]}")
-    return folder / WEIGHTS

@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 
 from ..files import whole
-from .folders import Problem
+from ..run_folder import Problem
 from .plots import DARK, LIGHT, PLOTS, Plot, draw
 from .rows import Row, Section
 from .tables import COLUMNS, cells, difference_lines, heading, markdown, notes
@@ -79,7 +79,7 @@ def _table(section: Section) -> str:
 
 def _cells(row: Row) -> Iterator[str]:
     stage, mean, *rest = map(escape, cells(row))
-    yield f"<td>{stage}<br><small>{escape(row.first['model'])}</small></td>"
+    yield f"<td>{stage}<br><small>{escape(row.first.model)}</small></td>"
     yield f"<td><b>{mean}</b></td>"
     yield from (f"<td>{cell}</td>" for cell in rest)
 
@@ -87,8 +87,8 @@ def _cells(row: Row) -> Iterator[str]:
 def _figure(plot: Plot, light: bytes, dark: bytes) -> str:
     caption, (bright, night) = escape(plot.caption), map(_inline, (light, dark))
     source = f'<source media="(prefers-color-scheme: dark)" srcset="{night}">'
-    picture = f'<picture>{source}<img alt="{caption}" src="{bright}"></picture>'
-    return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"
+    image = f'<picture>{source}<img alt="{caption}" src="{bright}"></picture>'
+    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
 
 
 def _inline(png: bytes) -> str:

@@ -1,11 +1,10 @@
-"""The report's pictures: one function each, from rows to a figure, in colours for light and dark pages."""
+"""The report's images: one function each, from rows to a figure, in colours for light and dark pages."""
 
 import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,25 +14,26 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from .predictions import Predictions
+from ..runs.predictions import Predictions
+from .published import TABLE_1
 from .rows import Row, Section
 from .statistics import calibrate
 
-__all__ = ["DARK", "LIGHT", "PLOTS", "Plot", "Theme", "draw", "plot_curves"]
+__all__ = ["DARK", "LIGHT", "PLOTS", "Plot", "Theme", "draw"]
 
 DPI = 144
-LETTER = 0.08  # inches that a letter of 10 points takes, or a little less
-FEW = 10  # pictures in a bin of confidence: their share of right ones says nothing yet
-FEW_CLASSES = 25  # more than these are too many for the numbers in a matrix
-SOME_CLASSES = 110  # and more than these for their names beside it
-HARDEST = 15  # classes that have lines of dots
+LETTER = 0.08  # width of a letter of 10 points, in inches, or a little less
+FEW = 10  # a bin of confidence with fewer images is not drawn: its accuracy says nothing yet
+FEW_CLASSES = 25  # a matrix of more classes has no room for its numbers
+SOME_CLASSES = 110  # and one of more than these no room for their names
+HARDEST = 15  # how many classes the plot of classes shows
 
 
 @dataclass(frozen=True)
 class Theme:
-    """Background, text, weak lines, shares of right and wrong, and what tells stages apart.
+    """The colours of background, text, weak lines, right and wrong shares, and stages.
 
-    The last are Okabe and Ito's colours, which most eyes can tell.
+    The stages have Okabe and Ito's colours, which most people can tell apart.
     """
 
     name: str
@@ -54,26 +54,16 @@ DARK = Theme(
     ("#a8a8a8", "#56b4e9", "#2fc79b", "#e29ac3", "#ff8b4d", "#f0c14b", "#7f9cf5", "#c9a96a"),
 )
 
-# Of the paper's Table 1: parameters in millions and accuracy in per cent, as their authors publish them.
-PUBLISHED = {
-    "cifar10": [
-        ("plain CNN, 2,500 epochs", 4.3, 94.29),
-        ("CCT-7/3x1, 300 epochs", 3.76, 96.53),
-        ("HCGNet-A2, 1,260 epochs", 3.1, 97.71),
-        ("DMSResNet, the paper's, 200 epochs", 4.367742, 96.56),
-    ]
-}
-
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure as it is to be shown.
+    """A figure of the report.
 
     Attributes:
-        name: Of the file, without ending.
-        caption: What is to be seen.
-        draw: The figure, in a theme's colours; None where there is nothing to draw.
-        data: The numbers in it.
+        name: Name of its file, without the ending.
+        caption: What it shows.
+        draw: Draws it in a theme's colours; gives None if there is nothing to draw.
+        data: Gives the numbers in it.
     """
 
     name: str
@@ -83,7 +73,7 @@ class Plot:
 
 
 def draw(plot: Plot, section: Section, theme: Theme) -> bytes | None:
-    """The plot as a .png, with its numbers as JSON in the file's description; None where there is nothing to draw."""
+    """The plot as a .png, with its numbers as JSON in the file's description; None if there is nothing to draw."""
     colours = {
         **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), theme.paper),
         **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), theme.ink),
@@ -122,7 +112,7 @@ def columns(labels: Sequence[str], drawn: Figure) -> int:
 
 
 def shortened(name: str, most: int) -> str:
-    """Without its middle, where it is too long: long names often differ at their ends."""
+    """The name, without its middle if it is too long: long names often differ at their ends."""
     return name if len(name) <= most else f"{name[: most // 2]}…{name[1 - (most - most // 2) :]}"
 
 
@@ -130,7 +120,7 @@ def shortened(name: str, most: int) -> str:
 
 
 def by_epoch(row: Row, key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Epochs, and mean and standard deviation of a figure over the seeds that came so far."""
+    """Epochs, and a figure's mean and standard deviation over the seeds that have reached each epoch."""
     runs = [rows for rows in row.epochs[0] if rows]
     longest = max(map(len, runs), default=0)
     values = np.full((len(runs), longest), np.nan)
@@ -159,7 +149,7 @@ def curves(section: Section, theme: Theme) -> Figure | None:
             if len(row.epochs[0]) > 1:
                 axes.fill_between(epochs, mean - sd, mean + sd, color=colour, alpha=0.25, lw=0)
             late.append((mean - sd)[len(mean) // 5 :] if scale > 1 else (mean + sd)[len(mean) // 5 :])
-        if late:  # the first fifth would squeeze what is worth seeing into a corner
+        if late:  # without the first fifth, which would squeeze the rest into a corner
             every = np.concatenate(late)
             if scale > 1:
                 axes.set_ylim(bottom=max(every.min() - 2, 0))
@@ -192,7 +182,7 @@ def ablation(section: Section, theme: Theme) -> Figure | None:
         low, high = (100 * max(min(v, 1), 0) for v in (estimate.low, estimate.high))
         axes.plot([low, high], [place, place], color=colour, lw=2.5, alpha=0.6, solid_capstyle="butt")
         if estimate.n > 1:
-            seeds = [100 * run.facts["last"]["valid_accuracy"] for run in row.measured]
+            seeds = [100 * run.facts.last.valid_accuracy for run in row.measured]
             axes.plot(seeds, [place] * len(seeds), "|", color=colour, ms=11, alpha=0.9)
         axes.plot(100 * estimate.mean, place, "o", color=colour, ms=9, zorder=3)
         axes.annotate(
@@ -215,7 +205,7 @@ def ablation_data(section: Section) -> Any:
 
 
 def confusion_matrix(predictions: Sequence[Predictions]) -> np.ndarray:
-    """Pictures of each true class (rows) by predicted class (columns), added up over the runs."""
+    """Images of each true class (rows) by predicted class (columns), added up over the runs."""
     classes = len(predictions[0].vocab)
     total = np.zeros((classes, classes), dtype=int)
     for p in predictions:
@@ -261,7 +251,7 @@ def confusion_data(section: Section) -> Any:
 
 
 def class_accuracies(row: Row) -> np.ndarray:
-    """Of each class, the mean over the seeds; NaN for one without pictures."""
+    """The accuracy of each class, a mean over the seeds; NaN for a class without images."""
     each = []
     for p in row.predictions[0]:
         right, count = (np.bincount(p.labels, weights, len(p.vocab)) for weights in (p.right, None))
@@ -275,7 +265,7 @@ def classes(section: Section, theme: Theme) -> Figure | None:
         return None
     headline = class_accuracies(section.headline)
     there = np.count_nonzero(~np.isnan(headline))
-    order = np.argsort(headline, kind="stable")[: min(there, HARDEST)]  # what has no pictures comes last
+    order = np.argsort(headline, kind="stable")[: min(there, HARDEST)]  # classes without images come last
     names = [shortened(name, 30) for name in section.headline.predictions[0][0].vocab[order]]
     lines = len(rows) + 1.5  # each row has a line of its own in a class, and hides no other
     drawn = figure(8, 1.5 + 0.08 * lines * len(order))
@@ -313,8 +303,8 @@ def mistakes(section: Section, theme: Theme) -> Figure | None:
     drawn = figure(max(1.5 * columns, 2.5), 1.85 * lines + 0.3)
     for axes in drawn.subplots(lines, columns, squeeze=False).flat:
         axes.set_axis_off()
-    for axes, index, picture in zip(drawn.axes, p.mistakes, p.pictures, strict=False):
-        axes.imshow(picture, interpolation="nearest")
+    for axes, index, image in zip(drawn.axes, p.mistakes, p.images, strict=False):
+        axes.imshow(image, interpolation="nearest")
         certain = np.exp(np.float64(p.log_probabilities[index].max()))
         true, said = (shortened(p.vocab[each[index]], 14) for each in (p.labels, p.predicted))
         axes.set_title(f"{said}, {100 * certain:.0f} %\nis {true}", fontsize=8)
@@ -378,12 +368,12 @@ def parameters(section: Section, theme: Theme) -> Figure | None:
     for row, colour in coloured(section, theme):
         if row.accuracy is None:
             continue
-        x, y = row.first["parameters"] / 1e6, 100 * row.accuracy.mean
+        x, y = row.first.parameters / 1e6, 100 * row.accuracy.mean
         low, high = (100 * min(max(end, 0), 1) for end in (row.accuracy.low, row.accuracy.high))
         axes.errorbar(x, y, [[max(y - low, 0)], [max(high - y, 0)]], fmt="o", color=colour, ms=8, capsize=3)
         reach += [low, high]
         spots.append((x, y, row.label, colour))
-    for name, x, y in PUBLISHED.get(section.data, []):
+    for name, x, y in TABLE_1.get(section.data, []):
         axes.plot(x, y, "D", mfc="none", mec=theme.faint, ms=7)
         reach.append(y)
         spots.append((x, y, f"{name} (published)", theme.faint))
@@ -419,7 +409,7 @@ NEAR = 2.0  # points whose parameters differ by less have their labels in one co
 
 
 def _beside(spots: Sequence[tuple], x: float) -> float:
-    """Where the labels of the points round x begin: right of the last of them."""
+    """Where the labels of the points near x begin: to the right of the last of these points."""
     right = x
     for other in sorted(spot[0] for spot in spots):
         if right <= other < right * NEAR:
@@ -428,7 +418,7 @@ def _beside(spots: Sequence[tuple], x: float) -> float:
 
 
 def apart(spots: Sequence[tuple], gap: float) -> list[float]:
-    """Heights for the labels: those of the points, moved until labels in one column are `gap` from each other."""
+    """Heights of the labels: those of their points, moved until labels in one column are `gap` apart."""
     columns: dict[float, list[int]] = {}
     for index, spot in enumerate(spots):
         columns.setdefault(_beside(spots, spot[0]), []).append(index)
@@ -443,7 +433,7 @@ def apart(spots: Sequence[tuple], gap: float) -> list[float]:
 
 
 def parameters_data(section: Section) -> Any:
-    return {row.label: [row.first["parameters"], round(row.accuracy.mean, 6)] for row in section.rows if row.accuracy}
+    return {row.label: [row.first.parameters, round(row.accuracy.mean, 6)] for row in section.rows if row.accuracy}
 
 
 def _same_classes(section: Section, theme: Theme) -> list[tuple[Row, str]]:
@@ -478,23 +468,3 @@ PLOTS = (
     Plot("reliability", "How often a prediction is right, by its confidence.", reliability, reliability_data),
     Plot("parameters", "Accuracy against size.", parameters, parameters_data),
 )
-
-
-def plot_curves(rows: list[dict[str, float]], title: str, file: Path) -> None:
-    """Loss and accuracy of one run by epoch, training and validation, as a .png."""
-    epochs = [row["epoch"] for row in rows]
-    marker = "o" if len(rows) < 3 else None
-    drawn = figure(9, 3.6)
-    panels = (("loss", 1, "loss"), ("accuracy", 100, "accuracy, %"))
-    for axes, (key, scale, label) in zip(drawn.subplots(1, 2), panels, strict=True):
-        for split, colour in (("train", "#8a8a8a"), ("valid", "#0b6e99")):
-            values = [scale * row[f"{split}_{key}"] for row in rows]
-            name = {"train": "training", "valid": "validation"}[split]
-            axes.plot(epochs, values, label=name, color=colour, marker=marker)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_xlabel("epoch")
-        axes.set_ylabel(label)
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
-    drawn.suptitle(title, parse_math=False)
-    FigureCanvasAgg(drawn).print_png(file)

@@ -1,21 +1,20 @@
-"""Runs that differ in their seed alone, as one row of a table, and the rows as the ablation that they are."""
+"""The rows of the table of results, each for runs that differ only in their seed, and the ablation that they form."""
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from ..errors import UserError
-from ..recipes import ablation_of, flat, load_recipe, recipe_names
-from .folders import Problem, Run, read_rows
-from .predictions import Predictions, read_predictions
-from .statistics import Estimate, binomial, over_seeds, paired_pictures
+from ..recipes import ablation_of, flat, recipe_names
+from ..run_folder import Facts, Problem, Run
+from ..runs.predictions import Predictions, read_predictions
+from .statistics import Estimate, binomial, over_seeds, paired_images
 
 __all__ = ["Difference", "Row", "Section", "sections"]
 
-RECIPE = "recipe.toml"
 ORDER = ("baseline", "se", "mixup", "teacher", "kd")  # of the paper's ablation; a teacher before its student
 
 
@@ -24,8 +23,8 @@ class Row:
     """One recipe on one data set, with one seed or several.
 
     Attributes:
-        runs: By seed.
-        note: What tells it from another row of the same title.
+        runs: The runs, ordered by seed.
+        note: What tells the row from another row with the same title.
     """
 
     runs: list[Run]
@@ -33,53 +32,53 @@ class Row:
 
     @property
     def title(self) -> str:
-        return self.first["title"]
+        return self.first.title
 
     @property
     def label(self) -> str:
         return f"{self.title} ({self.note})" if self.note else self.title
 
     @property
-    def first(self) -> Mapping[str, Any]:
+    def first(self) -> Facts:
         return self.runs[0].facts
 
     @property
     def measured(self) -> list[Run]:
-        """The runs that count: of those with at least an epoch, those that have come furthest."""
-        begun = [run for run in self.runs if run.facts.get("last")]
-        return [run for run in begun if run.facts["epochs_done"] == max(r.facts["epochs_done"] for r in begun)]
+        """The runs that count: those that have finished the most epochs, and at least one."""
+        begun = [run for run in self.runs if run.facts.last]
+        return [run for run in begun if run.facts.epochs_done == max(r.facts.epochs_done for r in begun)]
 
     @property
     def seeds(self) -> list[int]:
-        return [run.facts["seed"] for run in self.runs]
+        return [run.facts.seed for run in self.runs]
 
     def mean(self, part: str, key: str) -> float | None:
-        """Of "last" or "best" epochs' figures over the seeds."""
-        values = [run.facts[part][key] for run in self.measured]
+        """The mean over the seeds of a figure of their "last" or "best" epochs."""
+        values = [getattr(getattr(run.facts, part), key) for run in self.measured]
         return sum(values) / len(values) if values else None
 
     @cached_property
     def accuracy(self) -> Estimate | None:
-        """Of the last epoch on the validation pictures: the headline."""
-        values = [run.facts["last"]["valid_accuracy"] for run in self.measured]
+        """The headline: the accuracy of the last epoch on the validation images."""
+        values = [run.facts.last.valid_accuracy for run in self.measured]
         if not values:
             return None
-        return over_seeds(values) if len(values) > 1 else binomial(values[0], self.first["validation_pictures"])
+        return over_seeds(values) if len(values) > 1 else binomial(values[0], self.first.validation_images)
 
     @cached_property
     def epochs(self) -> tuple[list[list[dict[str, float]]], list[Problem]]:
-        """The rows of each run's metrics.csv, and what cannot be read of them."""
-        return _each(self.measured, read_rows)
+        """The rows of each run's metrics.csv, and the problems of files that cannot be read."""
+        return _each(self.measured, lambda run: run.folder.rows())
 
     @cached_property
     def predictions(self) -> tuple[list[Predictions], list[Problem]]:
-        """Of the finished runs, and what cannot be read of them."""
-        return _each([run for run in self.runs if run.finished], read_predictions)
+        """The predictions of the finished runs, and the problems of files that cannot be read."""
+        return _each([run for run in self.runs if run.finished], _predictions)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A row's last-epoch accuracy less that of the row that it builds on, over the seeds that both have."""
+    """A row's accuracy in the last epoch, minus that of the row that it builds on, over the seeds of both."""
 
     row: Row
     base: Row
@@ -95,26 +94,26 @@ class Section:
 
     @property
     def headline(self) -> Row:
-        """The row whose pictures are worth a closer look: the last one with predictions, or the last one."""
+        """The row whose images are worth a closer look: the last one with predictions, or the last one."""
         return next((row for row in reversed(self.rows) if row.predictions[0]), self.rows[-1])
 
     @cached_property
     def differences(self) -> list[Difference]:
-        """Of every row that builds on another."""
+        """The difference of every row that builds on another one."""
         pairs = [(row, self._base(row)) for row in self.rows]
         return [Difference(row, base, difference(row, base)) for row, base in pairs if base is not None]
 
     def _base(self, row: Row) -> Row | None:
-        """The nearest recipe that the row's extends, run with the same network on the same pictures for as many epochs.
+        """The row of the nearest recipe that this row's recipe extends, with the same network, images and epochs.
 
-        Where there are several rows of it, the one that differs least. A teacher is another network, and no step of the
-        ablation.
+        Of several such rows, it is the one whose recipe differs least. A teacher has none: it is another network, and
+        no step of the ablation.
         """
-        name = row.first["recipe"]
+        name = row.first.recipe
         step = name in recipe_names() and not name.endswith("teacher")
         chain = ablation_of(name)[:-1] if step else []
         for earlier in reversed(chain):
-            steps = [other for other in self.rows if other.first["recipe"] == earlier and _comparable(other, row)]
+            steps = [other for other in self.rows if other.first.recipe == earlier and _comparable(other, row)]
             if steps:
                 return min(steps, key=lambda other: _distance(other, row))
         return None
@@ -122,42 +121,43 @@ class Section:
     @property
     def problems(self) -> list[Problem]:
         found = [problem for row in self.rows for problem in (*row.epochs[1], *row.predictions[1])]
-        return [*found, *(Problem(run.folder, run.state) for row in self.rows for run in row.runs if not run.finished)]
+        unfinished = [run for row in self.rows for run in row.runs if not run.finished]
+        return [*found, *(Problem(run.folder.path, run.state) for run in unfinished)]
 
 
 def sections(runs: Iterable[Run]) -> list[Section]:
-    """The runs by data set, and in it by recipe."""
+    """The runs, grouped by data set and then by recipe."""
     by_data: dict[str, dict[str, list[Run]]] = {}
     for run in runs:
-        by_data.setdefault(run.facts["data"], {}).setdefault(_kind(run), []).append(run)
+        by_data.setdefault(run.facts.data, {}).setdefault(_kind(run), []).append(run)
     return [Section(data, _noted(_rows(groups.values()))) for data, groups in sorted(by_data.items())]
 
 
 def difference(row: Row, base: Row) -> Estimate | None:
-    """Over shared seeds; with one, over the pictures that both have classified; None where neither can be had."""
-    ours, theirs = ({run.facts["seed"]: run for run in r.measured} for r in (row, base))
+    """The difference over shared seeds; with one, over the images that both have classified; None without any."""
+    ours, theirs = ({run.facts.seed: run for run in r.measured} for r in (row, base))
     shared = sorted(ours.keys() & theirs.keys())
     if len(shared) > 1:
         return over_seeds([_last(ours[seed]) - _last(theirs[seed]) for seed in shared])
     if not shared:
         return None
     try:
-        a, b = (read_predictions(runs[shared[0]].folder) for runs in (ours, theirs))
+        a, b = (_predictions(runs[shared[0]]) for runs in (ours, theirs))
     except UserError:
         a = b = None
     if a is None or len(a.labels) != len(b.labels) or (a.labels != b.labels).any():
         mean = _last(ours[shared[0]]) - _last(theirs[shared[0]])
-        return Estimate(mean, mean, mean, 1, None, "pictures")
-    return paired_pictures(a.right, b.right)
+        return Estimate(mean, mean, mean, 1, None, "images")
+    return paired_images(a.right, b.right)
 
 
 def _comparable(row: Row, other: Row) -> bool:
-    """Whether two rows share network, pictures, epochs, both as planned and as far as they have come, and a seed."""
+    """Whether two rows share network, images, planned epochs, and a seed that has come equally far in both."""
     if _network(row) != _network(other):
         return False
-    keys = ("epochs", "valid", "validation_pictures", "data_digest")
-    done = [{(run.facts["seed"], run.facts["epochs_done"]) for run in r.measured} for r in (row, other)]
-    return bool(done[0] & done[1]) and all(row.first.get(key) == other.first.get(key) for key in keys)
+    keys = ("epochs", "valid", "validation_images", "data_digest")
+    done = [{(run.facts.seed, run.facts.epochs_done) for run in r.measured} for r in (row, other)]
+    return bool(done[0] & done[1]) and all(getattr(row.first, key) == getattr(other.first, key) for key in keys)
 
 
 def _distance(row: Row, other: Row) -> int:
@@ -168,60 +168,65 @@ def _distance(row: Row, other: Row) -> int:
 
 def _network(row: Row) -> str:
     """The row's architecture; a plain one is the network that squeeze-and-excitation is added to."""
-    return str(row.first["model"]).removesuffix("_plain")
+    return str(row.first.model).removesuffix("_plain")
 
 
 def _last(run: Run) -> float:
-    return run.facts["last"]["valid_accuracy"]
+    return run.facts.last.valid_accuracy
 
 
 def _each(runs: list[Run], read: Any) -> tuple[list[Any], list[Problem]]:
     found, problems = [], []
     for run in runs:
         try:
-            found.append(read(run.folder))
+            found.append(read(run))
         except UserError as error:
-            problems.append(Problem(run.folder, error.message))
+            problems.append(Problem(run.folder.path, error.message))
     return found, problems
 
 
-def _recipe(run: Run) -> dict[str, Any]:
-    """The run's recipe, flat; where it cannot be read, its folder, which other seeds share.
+def _predictions(run: Run) -> Predictions:
+    return read_predictions(run.folder.predictions)
 
-    Loaded, so that what an older file does not say yet has the default that it was trained with.
+
+def _recipe(run: Run) -> dict[str, Any]:
+    """The run's recipe by dotted key; if it cannot be read, the folder that it shares with other seeds.
+
+    The recipe is loaded, so that keys that an older file does not have get the defaults that it was trained with.
     """
     try:
-        return flat(load_recipe(run.folder / RECIPE).to_table())
+        return flat(run.folder.recipe().to_table())
     except UserError:
-        return {"folder": str(run.folder.parent)}
+        return {"folder": str(run.folder.path.parent)}
 
 
 def _kind(run: Run) -> str:
-    """What runs of the same row have in common: all but seed and machine."""
+    """What runs of the same row have in common: everything except seed and machine."""
     facts = run.facts
-    teacher = re.sub(r"seed\d+$", "seed", str(facts.get("teacher")))
-    keys = ("recipe", "title", "model", "epochs", "valid", "validation_pictures", "data_digest")
-    known = [facts.get(key) for key in keys]
+    teacher = re.sub(r"seed\d+$", "seed", str(facts.teacher))
+    keys = ("recipe", "title", "model", "epochs", "valid", "validation_images", "data_digest")
+    known = [getattr(facts, key) for key in keys]
     return json.dumps([*known, teacher, _recipe(run)], sort_keys=True, default=str)
 
 
 def _rows(groups: Iterable[list[Run]]) -> list[Row]:
-    """A row a group; where a seed was run twice, in different folders, a row for each of these.
+    """One row for each group. If a seed was run twice, in different folders, one row for each of these folders.
 
-    A copy of a run, in a folder of another name, is another seed of nothing and has a row of its own.
+    A copy of a run, in a folder with another name, does not count as another seed: it has its own row.
     """
     rows = []
     for runs in groups:
-        if len({run.facts["seed"] for run in runs}) == len(runs):
+        if len({run.facts.seed for run in runs}) == len(runs):
             rows.append(runs)
             continue
         roots: dict[Any, list[Run]] = {}
         for run in runs:
-            own = run.folder.name == f"seed{run.facts['seed']}"
-            roots.setdefault(run.folder.parent if own else run.folder, []).append(run)
+            folder = run.folder.path
+            own = folder.name == f"seed{run.facts.seed}"
+            roots.setdefault(folder.parent if own else folder, []).append(run)
         rows += roots.values()
-    found = [Row(sorted(runs, key=lambda run: run.facts["seed"])) for runs in rows]
-    return sorted(found, key=lambda row: (_place(row.first["recipe"]), min(r.facts["started"] for r in row.runs)))
+    found = [Row(sorted(runs, key=lambda run: run.facts.seed)) for runs in rows]
+    return sorted(found, key=lambda row: (_place(row.first.recipe), min(r.facts.started for r in row.runs)))
 
 
 def _place(recipe: str) -> int:
@@ -230,7 +235,7 @@ def _place(recipe: str) -> int:
 
 
 def _noted(rows: list[Row]) -> list[Row]:
-    """The rows, those of the same title told apart by model, then by what their recipes differ in, then by folder."""
+    """The rows, with notes that tell those of the same title apart: by model, then by recipe, then by folder."""
     noted = []
     for row in rows:
         same, notes = [other for other in rows if other is not row and other.title == row.title], []
@@ -243,16 +248,22 @@ def _noted(rows: list[Row]) -> list[Row]:
 
 
 def _model(row: Row, others: list[Row]) -> list[str]:
-    return [row.first["model"]] if others else []
+    return [row.first.model] if others else []
 
 
 def _changes(row: Row, others: list[Row]) -> list[str]:
-    """Where the row's recipe has other values than one of the others."""
+    """The values in the row's recipe that differ from those of one of the others."""
     ours, *theirs = (_recipe(r.runs[0]) for r in (row, *others))
     differ = [key for key in ours if any(ours[key] != recipe.get(key) for recipe in theirs)]
-    return [f"{key.rsplit('.', 1)[-1]} {ours[key]}" for key in differ]
+    return [_said(key, ours[key]) for key in differ]
+
+
+def _said(key: str, value: Any) -> str:
+    """A setting in a few words: drop_rate 0.1, schedule one-cycle, bf16."""
+    name = key.removesuffix(".name").rsplit(".", 1)[-1]
+    return name if value is True and "." not in key else f"{name} {value}"
 
 
 def _folder(row: Row, others: list[Row]) -> list[str]:
-    ours, *theirs = (r.runs[0].folder for r in (row, *others))
+    ours, *theirs = (r.runs[0].folder.path for r in (row, *others))
     return list(dict.fromkeys(str(ours if ours.parent == folder.parent else ours.parent) for folder in theirs))

@@ -1,4 +1,4 @@
-"""The table of results: in the terminal, as Markdown, and in cells for whoever draws it otherwise."""
+"""The table of results: for the terminal, as Markdown, and as cells for other layouts."""
 
 from collections.abc import Iterable, Sequence
 
@@ -6,7 +6,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from ..callbacks.progress import clock
+from ..clock import clock
 from .rows import Difference, Row, Section
 from .statistics import Estimate
 
@@ -16,19 +16,19 @@ COLUMNS = ("stage", "last epoch, %", "95 % interval", "best*, %", "training, %",
 
 
 def share(value: float | None) -> str:
-    """In per cent."""
+    """A share in per cent, as text."""
     return "-" if value is None else f"{100 * value:.2f}"
 
 
 def headline(estimate: Estimate | None) -> str:
-    """The mean, and over seeds their standard deviation."""
+    """The mean and, for several seeds, their standard deviation."""
     if estimate is None or estimate.sd is None:
         return share(estimate and estimate.mean)
     return f"{100 * estimate.mean:.2f} ± {100 * estimate.sd:.2f}"
 
 
 def interval(estimate: Estimate | None) -> str:
-    """Its ends, which for a share lie between 0 and 100."""
+    """The ends of the interval of a share, in per cent and between 0 and 100."""
     if estimate is None:
         return "-"
     low, high = (100 * min(max(end, 0), 1) for end in (estimate.low, estimate.high))
@@ -36,7 +36,7 @@ def interval(estimate: Estimate | None) -> str:
 
 
 def points(estimate: Estimate) -> str:
-    """A difference in percentage points, with its interval where there is one."""
+    """A difference in percentage points, with its interval if there is one."""
     mean = f"{100 * estimate.mean:+.2f}"
     return (
         mean if estimate.low == estimate.high else f"{mean} ({100 * estimate.low:+.2f} to {100 * estimate.high:+.2f})"
@@ -44,23 +44,23 @@ def points(estimate: Estimate) -> str:
 
 
 def cells(row: Row) -> list[str]:
-    """What a row has to say, a text for each of `COLUMNS`."""
-    mixed = "+" if row.first.get("mixup") and row.measured else ""
-    state = "; ".join(f"seed {run.facts['seed']} {run.state}" for run in row.runs if not run.finished)
+    """The cells of a row, a text for each of `COLUMNS`."""
+    mixed = "+" if row.first.mixup and row.measured else ""
+    state = "; ".join(f"seed {run.facts.seed} {run.state}" for run in row.runs if not run.finished)
     return [
         row.label + (f" [{state}]" if state else ""),
         headline(row.accuracy),
         interval(row.accuracy),
         share(row.mean("best", "valid_accuracy")),
         share(row.mean("last", "train_accuracy")) + mixed,
-        f"{row.first['parameters']:,}",
+        f"{row.first.parameters:,}",
         " to ".join(dict.fromkeys(str(done(row, pick)) for pick in (min, max))),
-        clock(sum(run.facts["seconds"] for run in row.runs) / len(row.runs)),
+        clock(sum(run.facts.seconds for run in row.runs) / len(row.runs)),
     ]
 
 
 def done(row: Row, pick: type[min]) -> int:
-    return pick(run.facts["epochs_done"] for run in row.runs)
+    return pick(run.facts.epochs_done for run in row.runs)
 
 
 def heading(section: Section) -> str:
@@ -69,39 +69,39 @@ def heading(section: Section) -> str:
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
-    """What a reader of the table has to know."""
-    where = "the test set" if {row.first["valid"] for row in rows} == {"test"} else "the validation pictures"
+    """The notes that the table needs."""
+    where = "the test set" if {row.first.valid for row in rows} == {"test"} else "the validation images"
     measured = [row for row in rows if row.accuracy]
-    several, single = ([row for row in measured if row.accuracy.over == over] for over in ("seeds", "pictures"))
+    several, single = ([row for row in measured if row.accuracy.over == over] for over in ("seeds", "images"))
     found = []
     if several:
         n = _span(row.accuracy.n for row in several)
         found.append(f"± is the standard deviation over seeds, the interval that of their mean (Student's t, n = {n}).")
     if same := [row for row in several if row.accuracy.sd == 0]:
-        found.append(f"An interval of no width: all seeds are right on as many of the {_pictures(same)} pictures.")
+        found.append(f"An interval of no width: all seeds classify as many of the {_images(same)} images right.")
     if single:
         one = "where there is one seed" if several else "one seed"
         found.append(
-            f"{one}: the interval is binomial, of {_pictures(single)} pictures; other seeds differ, too.".capitalize()
+            f"{one}: the interval is binomial, of {_images(single)} images; other seeds differ, too.".capitalize()
         )
     found.append(f"* the best epoch, chosen on {where}, which flatters it; the paper's figures are such.")
-    if any(row.first.get("mixup") for row in rows):
-        found.append("+ of mixed pictures, by the first picture's label alone, as the paper counts.")
+    if any(row.first.mixup for row in rows):
+        found.append("+ of mixed images, by the first image's label alone, as the paper counts.")
     return found
 
 
-def _pictures(rows: Sequence[Row]) -> str:
-    return _span(row.first["validation_pictures"] for row in rows)
+def _images(rows: Sequence[Row]) -> str:
+    return _span(row.first.validation_images for row in rows)
 
 
 def _span(counts: Iterable[int]) -> str:
-    """A count, or from the least to the most."""
+    """A count, or the range from the smallest to the largest."""
     counts = set(counts)
     return " to ".join(f"{count:,}" for count in sorted({min(counts), max(counts)}))
 
 
 def table(section: Section) -> Table:
-    """For the terminal, 80 columns wide."""
+    """The table for a terminal of 80 columns."""
     shown = Table(title=escape(heading(section)), caption="\n".join(notes(section.rows)), box=SIMPLE_HEAD)
     shown.title_justify = shown.caption_justify = "left"
     shown.padding, shown.collapse_padding = (0, 1), True
@@ -112,7 +112,7 @@ def table(section: Section) -> Table:
         stage, mean, ends, best, training, parameters, epochs, time = cells(row)
         training += "" if training.endswith("+") else " "
         shown.add_row(
-            f"{escape(stage)}\n[dim]{row.first['model']}[/]",
+            f"{escape(stage)}\n[dim]{row.first.model}[/]",
             f"[bold]{mean}[/]\n[dim]{ends}[/]",
             *(best, training, parameters, f"{epochs}\n[dim]{time}[/]"),
         )
@@ -120,14 +120,14 @@ def table(section: Section) -> Table:
 
 
 def difference_lines(differences: Sequence[Difference]) -> list[str]:
-    """What each stage gained over the one that it builds on, a line each."""
+    """One line for each stage: what it gained over the one that it builds on."""
     lines = []
     for d in differences:
         if d.estimate is None:
             continue
         n = f"{d.estimate.n} shared seeds" if d.estimate.n > 1 else "one seed"
         if d.estimate.n == 1 and d.estimate.low < d.estimate.high:
-            n += ", the same pictures"
+            n += ", the same images"
         lines.append(f"{d.row.label} against {d.base.label}: {points(d.estimate)} points, {n}")
     return lines
 
@@ -137,7 +137,7 @@ def markdown(section: Section) -> str:
     lines = [f"| {' | '.join(COLUMNS)} |", f"|---|{'---:|' * (len(COLUMNS) - 1)}"]
     for row in section.rows:
         stage, mean, *rest = (cell.replace("|", "\\|").replace("*", "\\*") for cell in cells(row))
-        named = f"{stage}<br>`{row.first['model']}`"
+        named = f"{stage}<br>`{row.first.model}`"
         lines.append(f"| {' | '.join([named, f'**{mean}**', *rest])} |")
     paragraphs = [_plain(note) for note in notes(section.rows)]
     gains = "".join(f"- {_plain(line)}\n" for line in difference_lines(section.differences))
@@ -147,5 +147,5 @@ def markdown(section: Section) -> str:
 
 
 def _plain(line: str) -> str:
-    """A line whose first character is none of Markdown's."""
+    """A line with its first character escaped, if it is one of Markdown's."""
     return f"\\{line}" if line[0] in "*+" else line

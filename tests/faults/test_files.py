@@ -13,8 +13,10 @@ import torch
 from PIL import Image
 
 from dms_fastai import DMSLoss, UserError, dms_learner, load_data, load_teacher
-from dms_fastai.callbacks import checkpoint
 from dms_fastai.export import export_run, predict_files
+from dms_fastai.run_folder import RunFolder
+from dms_fastai.runs import checkpoint
+from dms_fastai.runs.history import History
 from tests.conftest import quiet
 from tests.test_runs import dms, same_run, weights  # noqa: F401  (dms is a fixture)
 
@@ -97,14 +99,14 @@ def test_a_checkpoint_with_code_inside_is_not_run(tmp_path, dls):
     file = tmp_path / f"00001-0000000-{checkpoint.digest(content)}.pt"
     file.write_bytes(content)
     with pytest.raises(Exception):  # noqa: B017, PT011  (whatever torch says of it)
-        checkpoint.Checkpoint(tmp_path).resume(dms_learner(dls, "se"))
+        checkpoint.Checkpoint(tmp_path, History(tmp_path / "metrics.csv")).resume(dms_learner(dls, "se"))
     assert not (tmp_path / "exploded").exists()
 
 
 def test_other_code_does_not_go_on_with_a_run(dms, cut, monkeypatch):  # noqa: F811
     folder, whole = cut
     with monkeypatch.context() as patch:
-        patch.setattr("dms_fastai.runs.metadata.version", lambda name: "0.0.1")
+        patch.setattr("dms_fastai.runs.machine.metadata.version", lambda name: "0.0.1")
         code, _, err = dms(*SHORT, "--out", "x")
         assert code == 2
         assert "of other code" in err
@@ -159,7 +161,7 @@ def test_a_loss_that_is_no_number_ends_the_run(dms, tmp_path):  # noqa: F811
 
 
 def test_a_loss_that_breaks_later_leaves_the_last_good_checkpoint(dms, tmp_path, monkeypatch):  # noqa: F811
-    from dms_fastai.losses import DMSLoss
+    from dms_fastai.training.losses import DMSLoss
 
     forward, calls = DMSLoss.forward, []
 
@@ -184,7 +186,7 @@ def test_too_little_memory_names_a_smaller_batch(dms, monkeypatch):  # noqa: F81
     monkeypatch.setattr(DMSLoss, "forward", full)
     code, _, err = dms("run", "se", "--out", "x")
     assert code == 2
-    assert "batches of 64 pictures do not fit" in err
+    assert "batches of 64 images do not fit" in err
     assert "data.batch_size=32" in err
 
 
@@ -197,16 +199,16 @@ def exported(tmp_path, dls):
     learn.fit(1)
     folder = tmp_path / "run"
     folder.mkdir()
-    export_run(learn, folder)
+    export_run(learn, RunFolder(folder))
     return folder
 
 
 def test_no_pickle_is_loaded_without_trust(dms, exported, tmp_path):  # noqa: F811
     alone = tmp_path / "alone.pkl"
     (exported / "learner.pkl").rename(alone)
-    picture = tmp_path / "p.png"
-    Image.new("RGB", (8, 8)).save(picture)
-    for command in (("predict", alone, picture), ("run", "kd", "--teacher", alone, "--epochs", 1, "--out", "x")):
+    image = tmp_path / "p.png"
+    Image.new("RGB", (8, 8)).save(image)
+    for command in (("predict", alone, image), ("run", "kd", "--teacher", alone, "--epochs", 1, "--out", "x")):
         code, _, err = dms(*command)
         assert code == 2
         assert "is a pickle" in err
@@ -218,15 +220,15 @@ def test_no_pickle_is_loaded_without_trust(dms, exported, tmp_path):  # noqa: F8
 
 
 def test_beside_a_pickle_the_weights_are_read_instead(exported, tmp_path, monkeypatch):
-    picture = tmp_path / "p.png"
-    Image.new("RGB", (8, 8), "white").save(picture)
+    image = tmp_path / "p.png"
+    Image.new("RGB", (8, 8), "white").save(image)
     monkeypatch.setattr(pickle, "Unpickler", lambda *_: pytest.fail("unpickled"))
-    monkeypatch.setattr("dms_fastai.callbacks.distill.load_learner", lambda *_: pytest.fail("unpickled"))
-    names, shares = predict_files(exported / "learner.pkl", [picture])
-    again, same = predict_files(exported, [picture])
+    monkeypatch.setattr("dms_fastai.trained.load.load_learner", lambda *_: pytest.fail("unpickled"))
+    names, shares = predict_files(exported / "learner.pkl", [image])
+    again, same = predict_files(exported, [image])
     assert names == again
     assert torch.equal(shares, same)
-    assert load_teacher(exported / "learner.pkl").digest() == load_teacher(exported).digest()
+    assert load_teacher(exported / "learner.pkl").digest == load_teacher(exported).digest
 
 
 def test_what_is_read_instead_of_a_pickle_is_said(dms, exported, tmp_path):  # noqa: F811
@@ -260,7 +262,7 @@ def test_objects_in_an_npz_are_never_unpickled(dms, tmp_path):  # noqa: F811
     assert not (tmp_path / "exploded").exists()
 
 
-def picture_folder(root, names=("a", "b")):
+def image_folder(root, names=("a", "b")):
     for split, count in (("train", 3), ("test", 1)):
         for name in names:
             (root / split / name).mkdir(parents=True)
@@ -288,14 +290,14 @@ def broken(file):
         broken,
         bomb,
         lambda file: file.write_bytes(b""),
-        lambda file: file.write_text("not a picture"),
+        lambda file: file.write_text("not an image"),
         lambda file: file.symlink_to(file),
         lambda file: file.symlink_to(file.with_name("nowhere.png")),
     ],
     ids=["truncated", "bomb", "empty", "text", "loop", "nowhere"],
 )
-def test_a_bad_picture_is_named(dms, tmp_path, spoil):  # noqa: F811
-    root = picture_folder(tmp_path / "pictures")
+def test_a_bad_image_is_named(dms, tmp_path, spoil):  # noqa: F811
+    root = image_folder(tmp_path / "images")
     spoil(root / "train" / "b" / "bad.png")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -307,8 +309,8 @@ def test_a_bad_picture_is_named(dms, tmp_path, spoil):  # noqa: F811
 
 
 @pytest.mark.parametrize("kind", ["animated.gif", "cmyk.jpg", "deep.png", "palette.png", "mask.png", "ünï 漢字 🙂.png"])
-def test_an_unusual_picture_is_read(tmp_path, kind):
-    root = picture_folder(tmp_path / "pictures")
+def test_an_unusual_image_is_read(tmp_path, kind):
+    root = image_folder(tmp_path / "images")
     file = root / "train" / "b" / kind
     if kind == "animated.gif":
         frames = [Image.new("P", (9, 9), i) for i in range(3)]
@@ -322,7 +324,7 @@ def test_an_unusual_picture_is_read(tmp_path, kind):
 
 
 def test_links_to_folders_are_followed_and_loops_are_not(tmp_path):
-    root = picture_folder(tmp_path / "pictures")
+    root = image_folder(tmp_path / "images")
     (root / "train" / "b" / "back").symlink_to(root / "train", target_is_directory=True)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -335,8 +337,8 @@ def test_links_to_folders_are_followed_and_loops_are_not(tmp_path):
 
 
 def test_an_empty_class_is_named(dms, tmp_path):  # noqa: F811
-    root = picture_folder(tmp_path / "pictures")
+    root = image_folder(tmp_path / "images")
     (root / "train" / "vide").mkdir()
     code, _, err = dms("run", "se", "--data", root)
     assert code == 2
-    assert "vide holds no pictures; fill it or remove it" in err
+    assert "vide holds no images; fill it or remove it" in err

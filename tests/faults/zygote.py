@@ -10,7 +10,8 @@ import sys
 
 import torch
 
-import dms_fastai.runs  # noqa: F401  (what the command line imports late)
+import dms_fastai.report.page
+import dms_fastai.runs.stage  # noqa: F401  (what the command line imports late)
 from dms_fastai import cli
 
 torch.set_num_threads(1)  # a second thread would not survive the fork

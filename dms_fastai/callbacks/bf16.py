@@ -1,0 +1,75 @@
+"""bf16 where the hardware has it, and TF32 where float32 stays."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+from fastai.callback.core import Callback
+
+from ..training.parts import order_of
+
+__all__ = ["BF16", "fast_kernels", "has_bf16"]
+
+
+@cache
+def has_bf16(device: torch.device) -> bool:
+    """Whether `device` multiplies bf16 matrices in hardware, so that autocast gains speed."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
+    return False
+
+
+@contextmanager
+def fast_kernels(device: torch.device | None) -> Iterator[None]:
+    """On a GPU, multiply float32 matrices in TF32 and use the fastest convolution kernels, until the block ends."""
+    cudnn = torch.backends.cudnn
+    if device is None or device.type != "cuda":
+        yield
+        return
+    precision, benchmark = torch.get_float32_matmul_precision(), cudnn.benchmark
+    torch.set_float32_matmul_precision("high")
+    cudnn.benchmark = not cudnn.deterministic
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        cudnn.benchmark = benchmark
+
+
+class BF16(Callback):
+    """Run the model in bf16 autocast if `has_bf16`. bf16 has float32's range: no gradient scaling is needed.
+
+    Autocast ends with the prediction, which is float32 again for losses and metrics.
+    """
+
+    order = order_of("bf16")
+    autocast = None
+    _stateattrs = ("autocast",)
+
+    def before_batch(self) -> None:
+        self.release()
+        device = self.learn.xb[0].device
+        if has_bf16(device) and not torch.is_autocast_enabled(device.type):
+            self.autocast = self.context(device)
+            self.autocast.__enter__()
+
+    def context(self, device: torch.device) -> torch.autocast:
+        """An autocast to bf16, switched off if `device` has no bf16."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device))
+
+    def after_pred(self) -> None:
+        if self.autocast is not None:
+            self.release()
+            self.learn.pred = self.learn.pred.float()
+
+    def after_cancel_batch(self) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Leave autocast. A Learner calls this if an exception ends a batch without an event."""
+        if self.autocast is not None:
+            self.autocast.__exit__(None, None, None)
+            self.autocast = None

@@ -1,0 +1,104 @@
+"""A data set as a run uses it: what to train on and what to validate on, and fastai's DataLoaders over the two."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from fastai.data.core import DataLoaders
+
+from ..errors import UserError
+from ..models.dmsresnet import MEAN, STD
+from ..settings import Count, Pixels, ValidSplit, checked
+from .augment import Crops
+from .imageset import ImageSet
+from .loader import BatchLoader, ImageLoaders
+from .sources import load_splits, split_by_class
+
+__all__ = ["Data", "Sets"]
+
+VALID_BATCH = {"cpu": 128, "cuda": 512}  # a CPU is slower with tensors that outgrow its allocator's pools
+
+
+@dataclass(frozen=True)
+class Sets:
+    """The images to train on and those to validate on, in memory."""
+
+    train: ImageSet
+    valid: ImageSet
+
+    @property
+    def size(self) -> int:
+        """Height and width of the images, in pixels."""
+        return self.train.size
+
+    @property
+    def vocab(self) -> list[str]:
+        """Names of the classes."""
+        return [str(name) for name in self.train.vocab]
+
+    @cached_property
+    def digest(self) -> list[str]:
+        """A hash of each set, which tells these images from others."""
+        return [self.train.digest(), self.valid.digest()]
+
+    def loaders(
+        self,
+        bs: int,
+        crops: Crops | None = None,
+        mean: tuple[float, ...] = MEAN,
+        std: tuple[float, ...] = STD,
+        device: str | torch.device | None = None,
+    ) -> DataLoaders:
+        """fastai DataLoaders with batches of `bs` training images. Arguments as in `load_data`."""
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        bs = min(bs, len(self.train))
+        own = {"crops": crops, "mean": mean, "std": std, "device": device}
+        train = BatchLoader(self.train, bs, shuffle=True, drop_last=True, **own)
+        valid = BatchLoader(self.valid, max(bs, VALID_BATCH.get(device.type, bs)), **own)
+        return ImageLoaders(train, valid, device=device)
+
+
+@checked
+@dataclass(frozen=True)
+class Data:
+    """Which images of a data set, how large, and how many in a batch.
+
+    Attributes:
+        batch_size: Training images in a batch; at most all of them.
+        size: Height and width in pixels. None: the data set's own size if it has one, else 32.
+        valid: What to validate on: "test" or "val" (either stands in for the other where it is missing), or the share
+            of the training images to hold out instead.
+    """
+
+    batch_size: Count = 128
+    size: Pixels | None = None
+    valid: ValidSplit = "test"
+
+    def open(self, data: str | Path, seed: int = 0) -> Sets:
+        """Read a data set. `seed` chooses the held-out images, and nothing else.
+
+        Raises:
+            UserError: Data that are missing or cannot be trained on.
+        """
+        splits = load_splits(data, self.size)
+        train, valid = self._split(splits, seed, data)
+        train.split_idx = 0
+        return Sets(train, valid)
+
+    def _split(self, splits: dict[str, ImageSet], seed: int, data: str | Path) -> tuple[ImageSet, ImageSet]:
+        """The training and the validation set out of the splits that there are."""
+        train, valid = splits["train"], self.valid
+        if isinstance(valid, str):
+            found = splits.get(valid, splits.get({"test": "val", "val": "test"}[valid]))
+            if found is None:
+                raise UserError(
+                    f"{data} has no test or validation images; hold some out: --set data.valid=0.1, valid=0.1 in Python"
+                )
+            return train, found
+        held_out, rest = split_by_class(train.labels, valid, seed)
+        if not len(held_out) or not len(rest):
+            raise UserError(f"valid is {valid}; with {len(train)} training images, that leaves one side empty")
+        train, found = train.subset(rest), train.subset(held_out)
+        found.split = "held out"
+        return train, found

@@ -1,0 +1,175 @@
+"""fastai's recorder, with losses, their parts and metrics that stay on the device until somebody reads them.
+
+fastai moves them to the CPU in every batch, and on a GPU each move waits for all the work before it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from fastai import learner as fastai
+from fastai.learner import AvgLoss, AvgMetric, AvgSmoothLoss, Metric
+from fastai.torch_core import num_distrib
+from fastcore.foundation import L
+from torch import Tensor
+
+from ..callbacks.distill import TeacherDistill
+from ..training.losses import DMSLoss
+
+__all__ = ["LazyLoss", "LazyMetric", "LazySmoothLoss", "LossPart", "Recorder", "accuracy", "lazy", "to_cpu"]
+
+
+class Recorder(fastai.Recorder):
+    """`fastai.learner.Recorder` that also measures the metrics in training, and does not wait for the device.
+
+    With a teacher and a `DMSLoss`, each epoch's means of cross-entropy and distillation are recorded, too, not weighted
+    by alpha.
+    """
+
+    def __init__(self):
+        super().__init__(train_metrics=True)
+        self.smooth_loss, self.loss = LazySmoothLoss(), LazyLoss()
+        self.parts = L()
+
+    def before_fit(self) -> None:
+        taught = any(isinstance(cb, TeacherDistill) for cb in self.learn.cbs)
+        named = ("cross_entropy", "distillation") if taught and isinstance(self.learn.loss_func, DMSLoss) else ()
+        self.parts = L(LossPart(name) for name in named)
+        super().before_fit()
+        epoch, loss, *rest = self.metric_names
+        self.metric_names = L(epoch, loss, *(f"train_{part.name}" for part in self.parts), *rest)
+
+    @property
+    def _train_mets(self) -> L:
+        smooth_loss, *metrics = super()._train_mets or [None]
+        return L() if smooth_loss is None else L(smooth_loss, *self.parts, *metrics)
+
+    def after_loss(self) -> None:
+        if self.learn.training:
+            for part in self.parts:
+                part.accumulate(self.learn)
+
+    def after_batch(self) -> None:
+        learn = self.learn
+        if not learn.training or not len(learn.yb):
+            super().after_batch()
+            return
+        self.smooth_loss.accumulate(learn)
+        for metric in learn.metrics:
+            metric.accumulate(learn)
+        learn.smooth_loss = self.smooth_loss.value
+        self.losses.append(learn.smooth_loss)
+        self.lrs.append(learn.opt.hypers[-1]["lr"])
+
+    def fetch(self) -> None:
+        """Move the losses so far to the CPU, in one copy."""
+        self.losses = to_cpu(getattr(self, "losses", []))
+
+    def state(self) -> dict[str, Any]:
+        """The records so far: every step's learning rate and loss, every epoch's values, the current epoch's sums."""
+        self.fetch()
+        return {
+            "lrs": [float(lr) for lr in self.lrs],
+            "losses": torch.stack(self.losses),
+            "iters": list(self.iters),
+            "values": [list(values) for values in self.values],
+            "smooth_loss": (self.smooth_loss.count, self.smooth_loss.val),
+            "sums": [(metric.total, metric.count) for metric in self._summed],
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Resume after the epochs of a `state`; the fit must have begun."""
+        self.lrs, self.iters, self.losses = list(state["lrs"]), list(state["iters"]), list(state["losses"])
+        self.values = [L(values) for values in state["values"]]
+        self.smooth_loss.count, self.smooth_loss.val = state["smooth_loss"]
+
+    def restore_sums(self, state: dict[str, Any], device: torch.device) -> None:
+        """Resume after the steps of a `state`; the epoch must have begun."""
+        for metric, (total, count) in zip(self._summed, state["sums"], strict=True):
+            metric.total, metric.count = torch.as_tensor(total).to(device), count
+        self.learn.smooth_loss = self.smooth_loss.value
+
+    @property
+    def _summed(self) -> list[Any]:
+        return [metric for metric in (*self.parts, *self.learn.metrics) if hasattr(metric, "total")]
+
+
+def accuracy(pred: Tensor, y: Tensor) -> Tensor:
+    """Share of the samples whose largest logit, of `pred` (B, C), is that of the true class, `y` (B,)."""
+    return (pred.argmax(dim=1) == y).float().mean()
+
+
+class LazySmoothLoss(AvgSmoothLoss):
+    """`AvgSmoothLoss`, added up where the loss is."""
+
+    def accumulate(self, learn: Any) -> None:
+        self.count += 1
+        loss = learn.loss.detach().mean()
+        self.val = torch.lerp(loss, self.val.to(loss.device, non_blocking=True), self.beta)
+
+
+class LazyLoss(AvgLoss):
+    """`AvgLoss`, added up where the loss is."""
+
+    def accumulate(self, learn: Any) -> None:
+        if num_distrib() > 1:  # fastai's own gathers what the other processes have
+            super().accumulate(learn)
+            return
+        n = len(learn.yb[0])
+        self.total += learn.loss.detach().mean() * n
+        self.count += n
+
+
+class LazyMetric(AvgMetric):
+    """`AvgMetric`, added up where the predictions are."""
+
+    def accumulate(self, learn: Any) -> None:
+        if num_distrib() > 1:
+            super().accumulate(learn)
+            return
+        n = len(learn.yb[0])
+        value: Tensor | float = self.func(learn.pred, *learn.yb)
+        self.total += (value.detach() if isinstance(value, Tensor) else value) * n
+        self.count += n
+
+
+class LossPart(Metric):
+    """The mean of a part of a `DMSLoss` over an epoch's training images, added up where the loss is."""
+
+    def __init__(self, part: str):
+        self.part = part
+        self.reset()
+
+    def reset(self) -> None:
+        self.total, self.count = 0.0, 0
+
+    def accumulate(self, learn: Any) -> None:
+        n = len(learn.yb[0])
+        self.total += learn.loss_func.parts[self.part].mean() * n
+        self.count += n
+
+    @property
+    def value(self) -> Any:
+        return self.total / self.count if self.count else None
+
+    @property
+    def name(self) -> str:
+        return self.part
+
+
+def lazy(metric: Callable | Metric) -> Metric:
+    """A function of (predictions, targets) as a `LazyMetric`; a `Metric` is given back unchanged."""
+    if isinstance(metric, type):
+        metric = metric()
+    return metric if isinstance(metric, Metric) else LazyMetric(metric)
+
+
+def to_cpu(losses: list[Tensor]) -> list[Tensor]:
+    """Scalar losses on the CPU, to be plotted and saved; those on another device are moved in one copy."""
+    elsewhere = [index for index, loss in enumerate(losses) if loss.device.type != "cpu"]
+    if not elsewhere:
+        return losses
+    losses = list(losses)
+    for index, loss in zip(elsewhere, torch.stack([losses[i] for i in elsewhere]).cpu(), strict=True):
+        losses[index] = loss
+    return losses

@@ -1,0 +1,112 @@
+"""Names of architectures and data sets, known without importing timm or torch.
+
+The command line uses them to complete a word, and to refuse a mistyped one at once.
+"""
+
+import ast
+import re
+import sys
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+from .errors import UserError, unknown
+
+__all__ = [
+    "DATA_SETS",
+    "DEVICES",
+    "Entry",
+    "architectures",
+    "check_device",
+    "entries",
+    "is_architecture",
+    "source_name",
+]
+
+DATA_SETS = ("digits", "cifar10", "cifar100", "imagenette")
+DEVICES = ("auto", "cpu", "cuda")
+
+MODELS = Path(__file__).parent / "models"
+REGISTERED = re.compile(r"^@register_model\s*\ndef (\w+)\(", re.M)
+
+
+class Entry:
+    """An architecture of this package, as its source file describes it."""
+
+    def __init__(self, name: str, docstring: str):
+        self.name, self.docstring = name, docstring
+
+    @property
+    def what(self) -> str:
+        """What it is: the first sentence of its docstring."""
+        return self.docstring.split(". ")[0].rstrip(".")
+
+    @property
+    def parameters(self) -> str:
+        """Number of parameters for 10 classes, from its docstring; a test counts them."""
+        return re.search(r"([\d,]+) parameters", self.docstring).group(1)
+
+    @property
+    def weights(self) -> str | None:
+        """The tag of the weights that come with the package."""
+        tags = [
+            file.stem.partition(".")[2] for file in sorted((MODELS / "pretrained").glob(f"{self.name}.*safetensors"))
+        ]
+        return tags[0] if tags else None
+
+
+@cache
+def entries() -> list[Entry]:
+    """This package's architectures."""
+    found = []
+    for file in sorted(MODELS.glob("*.py")):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            decorators = getattr(node, "decorator_list", [])
+            if any(isinstance(d, ast.Name) and d.id == "register_model" for d in decorators):
+                found.append(Entry(node.name, ast.get_docstring(node) or ""))
+    return sorted(found, key=lambda entry: entry.name)
+
+
+@cache
+def _from_source() -> frozenset[str]:
+    [timm] = find_spec("timm").submodule_search_locations
+    files = (Path(timm) / "models").glob("*.py")
+    timms = {name for file in files for name in REGISTERED.findall(file.read_text(encoding="utf-8"))}
+    return frozenset(timms | {entry.name for entry in entries()})
+
+
+def architectures() -> list[str]:
+    """Every architecture of timm and of this package and, once timm is imported, those that others have registered."""
+    if "timm" in sys.modules:
+        return sys.modules["timm"].list_models()
+    return sorted(_from_source())
+
+
+def is_architecture(name: str) -> bool:
+    """Whether timm can create the architecture; its name may have a pretrained tag, NAME.TAG."""
+    name = name.split(".")[0]
+    return sys.modules["timm"].is_model(name) if "timm" in sys.modules else name in _from_source()
+
+
+def source_name(data: str | Path) -> str:
+    """The name of a data set: its own, or that of its folder or file.
+
+    Raises:
+        UserError: `data` is neither a known name nor a folder nor an .npz file; suggests the nearest known name.
+    """
+    if str(data) in DATA_SETS:
+        return str(data)
+    path = Path(data)
+    if path.is_dir():
+        return path.resolve().name
+    if path.is_file():
+        if path.suffix != ".npz":
+            raise UserError(f"{path} is neither a folder nor an .npz file; known data sets: {', '.join(DATA_SETS)}")
+        return path.stem
+    raise unknown("data set, folder or .npz file", str(data), DATA_SETS)
+
+
+def check_device(name: str) -> None:
+    """Raise a UserError if no device has this name."""
+    if name not in DEVICES:
+        raise UserError(f"device is {name!r}; it must be {', '.join(DEVICES[:-1])} or {DEVICES[-1]}")

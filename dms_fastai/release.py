@@ -1,0 +1,135 @@
+"""Turn a run's weights into those of the package: in float16, measured again in that form, with a model card.
+
+    python -m dms_fastai.release RUN --tag kd_cifar10 --data cifar10
+
+Writes dms_fastai/models/pretrained/ARCH.TAG.safetensors, and beside it a .json with the measurements and a .md with the
+model card. `default_cfgs` in dms_fastai/models/dmsresnet.py names the file. The test images are classified in float32,
+in the order of the data set, without test-time augmentation.
+"""
+
+import argparse
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+
+from .data import load_data
+from .data.augment import affine, normalize
+from .models.dmsresnet import PRETRAINED
+from .models.weights import load_weights, save_weights
+from .run_folder import Run
+from .runs.machine import choose_device, device_name, versions
+
+BATCH = 200
+SAMPLE = 1000  # test images that a test classifies again: those with the smallest hashes, whatever their order
+
+
+def correct(file: Path, data: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whether the weights in a file get each test image right, and the images' labels; both of shape (N,)."""
+    model, card = load_weights(file)
+    model = model.to(device, memory_format=torch.channels_last)
+    test = load_data(data, device=device).valid_ds
+    scale = affine(card.mean, card.std, card.size, device)
+    right = []
+    with torch.inference_mode():
+        for start in track(range(0, len(test), BATCH), "classifying", transient=True):
+            x = normalize(test.images[start : start + BATCH].to(device), *scale)
+            right.append(model(x).argmax(1).cpu() == test.labels[start : start + BATCH].cpu())
+    return torch.cat(right), test.labels.cpu()
+
+
+def measure(file: Path, run: Run, data: str, device: torch.device) -> dict[str, Any]:
+    """The contents of the .json: where the weights come from, and what was measured with those in the file."""
+    facts, recipe = run.facts, run.folder.recipe()
+    test = load_data(data, device="cpu").valid_ds
+    if test.digest() != facts.data_digest[1]:
+        raise SystemExit(f"the test images of {data} are not those that the run was measured on")
+    hashes = [hashlib.blake2b(image.numpy().tobytes(), digest_size=8).hexdigest() for image in test.images]
+    sample = sorted(range(len(test)), key=hashes.__getitem__)[:SAMPLE]
+    right, labels = correct(file, data, device)
+    _, card = load_weights(file)
+    classes = {name: right[labels == index].float().mean().item() for index, name in enumerate(card.vocab)}
+    trained = ("recipe", "model", "parameters", "data", "training_images", "seed", "epochs", "seconds", "device")
+    return {
+        **{key: getattr(facts, key) for key in (*trained, "threads", "versions", "commit", "started")},
+        "schedule": recipe.schedule.name,
+        "teacher": facts.teacher,
+        "best_epoch_on_test": facts.best.valid_accuracy,
+        "last_epoch": facts.last.valid_accuracy,
+        "megabytes": round(file.stat().st_size / 1e6, 1),
+        "measured_on": {"device": device_name(device), "threads": torch.get_num_threads(), "versions": versions()},
+        "test_images": len(labels),
+        "test_accuracy": right.float().mean().item(),
+        "class_accuracy": {name: round(accuracy, 4) for name, accuracy in classes.items()},
+        "sample": SAMPLE,
+        "sample_last_hash": hashes[sample[-1]],
+        "sample_correct": int(right[sample].sum()),
+    }
+
+
+def card_text(name: str, facts: dict[str, Any]) -> str:
+    """The model card."""
+    recipe = f"`{facts['recipe']}`" + (f", taught by `{facts['teacher']}`" if facts["teacher"] else "")
+    versions = ", ".join(f"{package} {version}" for package, version in facts["versions"].items())
+    per_class = "\n".join(f"| {name} | {percent(share)} |" for name, share in facts["class_accuracy"].items())
+    accuracy, n = facts["test_accuracy"], facts["test_images"]
+    best, hours = facts["best_epoch_on_test"], facts["seconds"] / 3600
+    error = (accuracy * (1 - accuracy) / n) ** 0.5
+    return f"""# {name}
+
+`timm.create_model("{name}", pretrained=True)` after `import dms_fastai`: {facts["parameters"]:,} parameters in a
+file of {facts["megabytes"]} MB (float16). Colour images of 32x32 pixels in, ten classes out.
+
+| | |
+|---|---|
+| test accuracy | **{percent(accuracy)}** of {n:,} images (standard error {percent(error)}), computed in float32 |
+| in training | last epoch {percent(facts["last_epoch"])}, best epoch on the test set {percent(best)} |
+| data | {facts["data"]}, all {facts["training_images"]:,} training images |
+| recipe | {recipe}; {facts["epochs"]} epochs, {facts["schedule"]}; the last epoch's weights |
+| seed | {facts["seed"]}, one run |
+| code | commit {facts["commit"]}; {versions} |
+| hardware | {facts["device"]}, {facts["threads"]} threads, {hours:.1f} hours, {facts["started"][:10]} |
+
+| class | accuracy |
+|---|---|
+{per_class}
+
+## Limits
+
+One run: another seed may differ by some tenths of a point. Trained on centred objects of ten classes and nothing else:
+any other image gets one of the ten names, often with high confidence. The data set's labels and its web images
+carry their own errors and biases. Not for decisions about people.
+
+Written by `python -m dms_fastai.release`; `tests/test_pretrained.py` checks it where CIFAR-10 is at hand.
+"""
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder of a finished run")
+    parser.add_argument("--tag", required=True, help="tells these weights from others of the architecture")
+    parser.add_argument("--data", default="cifar10", help="data set with the test images")
+    parser.add_argument("--device", type=choose_device, default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--out", type=Path, default=PRETRAINED, help="folder of the weights")
+    args = parser.parse_args()
+    run = Run.read(args.run)
+    model, card = load_weights(run.folder.weights)
+    name = f"{card.arch}.{args.tag}"
+    args.out.mkdir(parents=True, exist_ok=True)
+    file = args.out / f"{name}.safetensors"
+    save_weights(model, card, file, torch.float16)
+    facts = measure(file, run, args.data, args.device)
+    file.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n")
+    file.with_suffix(".md").write_text(card_text(name, facts))
+    print(f"{file}: {facts['megabytes']} MB, {100 * facts['test_accuracy']:.2f} % of {facts['test_images']:,} images")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Published figures of the paper and others, to be set beside what is measured here."""
+
+from dataclasses import dataclass
+
+__all__ = ["STAGES", "TABLE_1", "Published"]
+
+
+@dataclass(frozen=True)
+class Published:
+    """A stage as somebody else reports it.
+
+    Attributes:
+        who: Who reports it.
+        last, best, training: Accuracy in the last epoch, in the best one on the test set, and in training, in per cent.
+        parameters: Number of parameters of the network.
+        seconds: Seconds of training.
+        epochs: Epochs of training.
+    """
+
+    who: str
+    last: float | None = None
+    best: float | None = None
+    training: float | None = None
+    parameters: int | None = None
+    seconds: int | None = None
+    epochs: int = 200
+
+
+STUDENT = Published("authors' log", 96.14, 96.24, 52.90, 4_697_742, 200 * 126)
+TEACHER = Published("authors' log", 96.61, 96.72, None, 23_521_422, 200 * 92)
+
+# CIFAR-10, by recipe, in the ablation's order; the authors' log is from recipes/authors on one P100.
+STAGES = {
+    "baseline": [Published("paper", None, 81.79, 100.0)],
+    "se": [Published("paper", None, 95.51, 99.99)],
+    "mixup": [Published("paper", None, 96.46, 52.43)],
+    "teacher": [TEACHER],
+    "kd": [Published("paper", None, 96.56, 52.90, 4_367_742), STUDENT],
+    "authors/teacher": [TEACHER],
+    "authors/kd": [STUDENT],
+}
+
+# The paper's Table 1: name, parameters in millions, and accuracy in per cent, by data set.
+TABLE_1 = {
+    "cifar10": [
+        ("plain CNN, 2,500 epochs", 4.3, 94.29),
+        ("CCT-7/3x1, 300 epochs", 3.76, 96.53),
+        ("HCGNet-A2, 1,260 epochs", 3.1, 97.71),
+        ("DMSResNet, the paper's, 200 epochs", 4.367742, 96.56),
+    ]
+}

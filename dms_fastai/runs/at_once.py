@@ -1,0 +1,182 @@
+"""Several stages side by side, each a `dms-fastai run` in a process of its own; a student waits for its teacher."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+
+from ..errors import UserError
+from ..files import whole
+from ..run_folder import RunFolder
+from .plan import Stage
+
+__all__ = ["Job", "complain", "train_at_once"]
+
+TO_BEGIN = 45.0  # seconds under which no stage is begun: it would stop before it has learnt anything
+LOOK, SAY = 0.2, 30.0  # seconds between looks at the processes, and between lines about them
+LINES = 5  # of a failed process's log
+
+
+@dataclass
+class Job:
+    """A stage, and the process that trains it.
+
+    Attributes:
+        stage: Of `plan`.
+        root: The folder of the runs.
+        process: Once it has been started.
+    """
+
+    stage: Stage
+    root: Path
+    process: subprocess.Popen | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.stage.recipe.name} seed {self.stage.seed}"
+
+    @property
+    def log(self) -> Path:
+        return self.root / "logs" / f"{self.name.replace('/', '-').replace(' ', '-')}.log"
+
+    @property
+    def code(self) -> int | None:
+        """How the process ended; None while it runs, or where there was none."""
+        return None if self.process is None else self.process.poll()
+
+    def state(self) -> str:
+        """In a few words: who, how far, how good."""
+        folder = self.stage.folder
+        try:
+            facts = folder.facts()
+        except UserError:
+            return f"{self.name}: starting"
+        if facts.last is None:
+            return f"{self.name}: starting"
+        return f"{self.name}: {facts.epochs_done}/{facts.epochs}, {100 * facts.last.valid_accuracy:.2f} %"
+
+    def start(self, options: Sequence[str], threads: int | None) -> None:
+        """Train the stage by its resolved recipe, which is written beside the log for that."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        recipe_file = self.log.with_suffix(".toml")
+        with whole(recipe_file) as partial:
+            partial.write_text(self.stage.recipe.to_toml(), encoding="utf-8")
+        command = [sys.executable, "-m", "dms_fastai", "run", str(recipe_file), "--out", str(self.root)]
+        command += ["--seed", str(self.stage.seed), *options]
+        if self.stage.teacher is not None:
+            command += ["--teacher", str(self.stage.teacher)]
+        environment = {"PYTHONUNBUFFERED": "1", **({"OMP_NUM_THREADS": str(threads)} if threads else {}), **os.environ}
+        with self.log.open("a") as log:
+            print("$", shlex.join(command[2:]), file=log, flush=True)
+            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+
+def train_at_once(
+    jobs: list[Job],
+    at_once: int,
+    options: Sequence[str],
+    deadline: float | None,
+    console: Console,
+    threads: int | None = None,
+    restart: bool = False,
+) -> str | None:
+    """Train the stages that are not finished; return when they are, at the deadline, or when somebody asks to stop.
+
+    Args:
+        jobs: In the order in which they are to be begun.
+        at_once: How many run side by side.
+        options: Of `dms-fastai run`, for all of them.
+        deadline: On the clock of `time.monotonic`.
+        console: Where to say how they do.
+        threads: Of each process, unless OMP_NUM_THREADS says so; None: as many as it finds.
+        restart: Train those that are finished, too.
+
+    Returns:
+        Why it ended early, as in `Facts.stopped_by`; None where everything that could be begun ran to its end.
+    """
+    waiting = [job for job in jobs if restart or not job.stage.folder.finished]
+    coming = {job.stage.folder.path for job in waiting}
+    running: list[Job] = []
+    said, reason = time.monotonic(), None
+    to_begin = 0.0 if deadline is None else min(TO_BEGIN, (deadline - said) / 2)
+    with _signals() as asked:
+        try:
+            while waiting or running:
+                for job in [job for job in running if job.code is not None]:
+                    running.remove(job)
+                    coming.discard(job.stage.folder.path)
+                    _say(console, f"{job.state()}; {'finished' if job.code == 0 else f'ended with code {job.code}'}")
+                left = None if deadline is None else deadline - time.monotonic()
+                if asked or (left is not None and left < to_begin):
+                    reason = asked[0] if asked else "time limit" if waiting or running else None
+                    waiting = []
+                    if asked:
+                        break
+                for job in _ready(waiting, coming, at_once - len(running), console):
+                    waiting.remove(job)
+                    job.start([*options, *([] if left is None else ["--time-limit", f"{left:.0f}s"])], threads)
+                    running.append(job)
+                if time.monotonic() - said > SAY and running:
+                    said = time.monotonic()
+                    _say(console, " | ".join(job.state() for job in running))
+                time.sleep(LOOK)
+        finally:
+            for job in running:
+                job.process.send_signal(signal.SIGTERM)  # a checkpoint is written, and the same command goes on
+            for job in running:
+                job.process.wait()
+    return reason
+
+
+def _ready(waiting: list[Job], coming: set[Path], free: int, console: Console) -> Iterable[Job]:
+    """Those that can begin now; whose teacher will not come is given up."""
+    ready = []
+    for job in list(waiting):
+        teacher = job.stage.teacher
+        if teacher in coming:
+            continue
+        if isinstance(teacher, Path) and not RunFolder(teacher).finished:
+            _say(console, f"{job.name}: its teacher did not get to its end")
+            waiting.remove(job)
+            coming.discard(job.stage.folder.path)
+        elif len(ready) < free:
+            ready.append(job)
+    return ready
+
+
+def complain(jobs: Iterable[Job], stopped: Iterable[int], console: Console) -> int:
+    """Print the last lines of what failed; the exit code."""
+    failed = [job for job in jobs if job.code not in (None, 0, *stopped, -signal.SIGTERM)]
+    for job in failed:
+        _say(console, f"--- {job.log}")
+        _say(console, "\n".join(job.log.read_text(encoding="utf-8").splitlines()[-LINES:]))
+    return max((job.code if job.code > 0 else 128 - job.code for job in failed), default=0)
+
+
+@contextmanager
+def _signals() -> Iterator[list[str]]:
+    """The names of the signals that have asked to stop."""
+    asked: list[str] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        asked.append(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, soft_wrap=True, highlight=False, markup=False)

@@ -1,0 +1,109 @@
+"""The wanted stages, in order. What they need is opened once, and checked before anything is trained."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..data import Data, Sets, source_name
+from ..recipes import Recipe
+from ..run_folder import RunFolder
+from ..trained import Teacher, check_classes, check_pretrained, load_teacher
+from .guards import refuse_other_origin, refuse_other_recipe
+from .wanted import SAME_IMAGES, Wanted
+
+__all__ = ["Opened", "Stage", "plan"]
+
+
+class Opened:
+    """The data set and the teachers of a plan, each opened at the first call and then kept."""
+
+    def __init__(self, data: str | Path, trust: bool = False):
+        """
+        Args:
+            data: As in `load_data`.
+            trust: A teacher may be a .pkl, whose code is run.
+        """
+        self.data, self.name, self.trust = data, source_name(data), trust
+        self._sets: dict[tuple, Sets] = {}
+        self._teachers: dict[str, Teacher] = {}
+
+    def sets(self, wanted: Data) -> Sets:
+        """The images, with the wanted size and split."""
+        key = (wanted.size, wanted.valid)
+        if key not in self._sets:
+            self._sets[key] = wanted.open(self.data)
+        return self._sets[key]
+
+    def teacher(self, source: str | Path) -> Teacher:
+        if str(source) not in self._teachers:
+            self._teachers[str(source)] = load_teacher(source, self.trust)
+        return self._teachers[str(source)]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training run of several.
+
+    Attributes:
+        recipe: What to train, resolved for the data.
+        seed: Seed of the weights, the batches and the augmentation.
+        folder: Where its files go.
+        teacher: The teacher, if the recipe distils: whatever `load_teacher` takes.
+    """
+
+    recipe: Recipe
+    seed: int
+    folder: RunFolder
+    teacher: str | Path | None = None
+
+
+def plan(wanted: Wanted, opened: Opened) -> list[Stage]:
+    """The stages that the wanted recipes need. A teacher that is still to be trained comes before its student.
+
+    Raises:
+        UserError: As in `Wanted.resolved`; or a teacher cannot be opened or does not know the data's classes, or a
+            network cannot be built for the data.
+    """
+    stages: dict[Path, Stage] = {}
+    recipes = wanted.resolved()
+    for seed in wanted.seeds:
+        for recipe in recipes:
+            for stage in _with_teacher(recipe, recipes, seed, wanted, opened):
+                stages.setdefault(stage.folder.path, stage)
+    _try_networks(stages.values(), opened)
+    return list(stages.values())
+
+
+def _with_teacher(recipe: Recipe, recipes: list[Recipe], seed: int, wanted: Wanted, opened: Opened) -> list[Stage]:
+    """A recipe's stage, after its teacher's stage if that is wanted, too, or not finished."""
+    teaching, before = wanted.teacher_of(recipe), []
+    if isinstance(teaching, Recipe):
+        named = next((other for other in recipes if other.name == teaching.name), None)
+        first = Stage(named or teaching, seed, _folder(teaching, seed, wanted))
+        if named is not None or not first.folder.finished:
+            before.append(first)
+        else:
+            refuse_other_recipe(teaching, first.folder, SAME_IMAGES, or_else="remove it")
+            origin = {"data_digest": opened.sets(teaching.data.build()).digest}
+            refuse_other_origin(origin, first.folder, or_else="remove it")
+        teaching = first.folder.path
+    elif teaching is not None:  # refuse one that is missing or does not fit now, not after stages are trained
+        sets = opened.sets(recipe.data.build())
+        check_pretrained(teaching, len(sets.vocab))
+        check_classes(opened.teacher(teaching), sets.vocab)
+    return [*before, Stage(recipe, seed, _folder(recipe, seed, wanted), teaching)]
+
+
+def _folder(recipe: Recipe, seed: int, wanted: Wanted) -> RunFolder:
+    return RunFolder(wanted.root / recipe.name / f"seed{seed}")
+
+
+def _try_networks(stages: Iterable[Stage], opened: Opened) -> None:
+    """Raise a UserError if a network that is to be trained cannot be built, or does not take the images."""
+    tried: list[Recipe] = []
+    for recipe in (stage.recipe for stage in stages if not stage.folder.finished):
+        if any((recipe.model, recipe.data) == (other.model, other.data) for other in tried):
+            continue
+        sets = opened.sets(recipe.data.build())
+        recipe.model.build().create(len(sets.vocab), sets.size)
+        tried.append(recipe)

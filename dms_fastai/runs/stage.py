@@ -1,0 +1,259 @@
+"""Train a stage, from an empty folder or from its last checkpoint to a folder with its results."""
+
+import contextlib
+import dataclasses
+import datetime
+import gc
+import platform
+import random
+import shutil
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from fastai.callback.progress import ProgressCallback
+from fastcore.basics import noop
+from rich.console import Console
+
+from ..errors import UserError
+from ..export import export_run
+from ..files import PARTIAL, whole
+from ..learner import DMSLearner, dms_learner
+from ..models.weights import load_weights
+from ..run_folder import Facts, Figures, Run, RunFolder
+from ..trained import check_classes
+from .checkpoint import Checkpoint
+from .curves import plot_curves
+from .guards import refuse_other_code, refuse_other_origin, refuse_other_recipe
+from .history import History
+from .lock import LOCK, locked
+from .machine import commit, device_name, versions
+from .plan import Opened, Stage
+from .predictions import write_predictions
+from .profile import StepProfile
+from .progress import RichProgress
+from .stop import StopOnRequest
+
+__all__ = ["Manner", "run_stage"]
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How to train. Nothing of this changes what is trained.
+
+    Attributes:
+        device: The device to train on.
+        deadline: A time on the clock of `time.monotonic`; training stops with the first step that ends after it.
+        restart: Delete what the folder holds, and begin again.
+        profile: Trace a few steps, and print where their time goes.
+        checkpoint_steps: Write a checkpoint after every so many steps, and not only after epochs.
+    """
+
+    device: torch.device | str = "cpu"
+    deadline: float | None = None
+    restart: bool = False
+    profile: bool = False
+    checkpoint_steps: int | None = None
+
+
+def run_stage(stage: Stage, opened: Opened, manner: Manner | None = None, console: Console | None = None) -> Run:
+    """Train a stage, or what is left of it, and write its folder. A finished one is only read.
+
+    Args:
+        stage, opened: A stage that `plan` gave, and what `plan` was given.
+        manner: How to train.
+        console: Where to show progress; None: standard output.
+
+    Returns:
+        The run. Ctrl-C, SIGTERM or the deadline leave it unfinished, with a checkpoint of the current step, and with
+        the reason among its facts, `stopped_by`. If they come in the last step, the run is finished and has the reason,
+        too.
+
+    Raises:
+        UserError: The data or the teacher do not fit, the folder holds a run of another recipe or is in use by another
+            process, the loss is NaN or infinite, or the GPU has too little memory.
+    """
+    manner, console = manner or Manner(), console or Console()
+    recipe, folder = stage.recipe, stage.folder
+    if not manner.restart:
+        refuse_other_recipe(recipe, folder)
+    sets = opened.sets(recipe.data.build())
+    teacher = None if stage.teacher is None else opened.teacher(stage.teacher)
+    origin = {"data_digest": sets.digest}
+    if teacher is not None:
+        check_classes(teacher, sets.vocab)
+        origin |= {"teacher": _name_of(stage.teacher), "teacher_digest": teacher.digest}
+    with locked(folder.path):
+        for left in folder.path.rglob(f"*{PARTIAL}"):
+            left.unlink()  # left by a process that was killed as it wrote
+        if manner.restart:
+            _empty(folder)
+        refuse_other_origin(origin, folder)
+        if not folder.finished:
+            refuse_other_code(versions(), folder)
+        elif folder.predictions.is_file():
+            if manner.profile:
+                said = f"{recipe.title}: already finished, nothing to profile; give --out another folder"
+                console.print(said, markup=False)
+            return Run.read(folder.path)
+        gc.collect()  # free the Learner of the stage before, which its callbacks refer to
+        dls = sets.loaders(recipe.data.batch_size, recipe.augment.build(), device=manner.device)
+        _seed_everything(stage.seed)  # only after fastai's loaders have drawn from Python's generator
+        learn = dms_learner(dls, recipe, teacher=teacher, path=folder.path)
+        learn.remove_cb(ProgressCallback)  # the run shows its own progress
+        learn.logger = noop
+        if folder.finished:
+            return _predict_again(learn, folder)
+        return _Training(learn, stage, origin, manner, console).run()
+
+
+class _Training:
+    """The training of a stage, from the folder's checkpoint to its end, or until somebody asks to stop."""
+
+    def __init__(self, learn: DMSLearner, stage: Stage, origin: dict[str, Any], manner: Manner, console: Console):
+        self.learn, self.recipe, self.folder = learn, stage.recipe, stage.folder
+        self.manner, self.console = manner, console
+        self.history = History(self.folder.metrics, then=lambda: self.note("running"))
+        self.checkpoint = Checkpoint(self.folder.checkpoints, self.history, manner.checkpoint_steps)
+        self.stop = StopOnRequest(self.checkpoint, manner.deadline)
+        self.facts, self.before = _facts(learn, stage.seed, origin), 0.0
+        self.began = time.perf_counter()
+
+    def run(self) -> Run:
+        first_epoch = self.resume()
+        with whole(self.folder.recipe_file) as partial:
+            partial.write_text(self.recipe.to_toml(), encoding="utf-8")
+        self.note("running")
+        try:
+            self.fit(first_epoch)
+        except torch.OutOfMemoryError:
+            self.note("interrupted")
+            bs = self.recipe.data.batch_size
+            raise UserError(
+                f"batches of {bs} images do not fit into the GPU's memory; try --set data.batch_size={max(bs // 2, 1)}"
+            ) from None
+        except BaseException:
+            self.note("interrupted")
+            raise
+        if len(self.history.rows) < self.recipe.schedule.epochs:
+            return self.told(self.note("interrupted"))
+        return self.told(self.leave())
+
+    def resume(self) -> int:
+        """Restore the Learner from the last checkpoint; gives the number of epochs that are done."""
+        resumed = self.checkpoint.resume(self.learn)
+        for file in resumed.damaged:
+            self.console.print(f"{file} is damaged; going on from the one before", soft_wrap=True, markup=False)
+        if resumed.epochs or resumed.steps:
+            before = self.folder.facts()
+            self.before, self.facts = before.seconds, replace(self.facts, started=before.started)
+            step = f", step {resumed.steps}" if resumed.steps else ""
+            done = f"going on after epoch {resumed.epochs} of {self.recipe.schedule.epochs}{step}"
+            self.console.print(f"{self.recipe.title}: {done}", markup=False)
+        return resumed.epochs
+
+    def fit(self, first_epoch: int) -> None:
+        with contextlib.ExitStack() as stack:
+            cbs = [self.history, self.checkpoint, stack.enter_context(self.stop.listening())]
+            cbs.append(stack.enter_context(RichProgress(self.recipe.title, self.history, self.console)))
+            if self.manner.profile:
+                cbs += stack.enter_context(StepProfile(self.folder.profile, self.console)).edges
+            self.learn.fit_recipe(cbs=cbs, start_epoch=first_epoch)
+
+    def leave(self) -> Run:
+        """Write what a finished run leaves."""
+        export_run(self.learn, self.folder)
+        write_predictions(self.learn, self.folder.predictions)
+        title = f"{self.recipe.title}, {self.learn.card.arch} on {self.facts.data}"
+        plot_curves(self.history.rows, title, self.folder.curves)
+        finished = self.note("finished")
+        shutil.rmtree(self.folder.checkpoints, ignore_errors=True)  # only after run.json says "finished"
+        return finished
+
+    def note(self, status: str) -> Run:
+        """Write how far the run has come."""
+        rows = self.history.rows
+        best = max(rows, key=lambda row: row["valid_accuracy"], default=None)
+        self.facts = replace(
+            self.facts,
+            status=status,
+            epochs_done=len(rows),
+            last=_figures(rows[-1]) if rows else None,
+            best=_figures(best) if rows else None,
+            seconds=round(self.before + time.perf_counter() - self.began, 1),
+        )
+        self.folder.write_facts(self.facts)
+        return Run(self.folder, self.facts)
+
+    def told(self, run: Run) -> Run:
+        """The run, with the reason why it was stopped, if it was."""
+        return replace(run, facts=replace(run.facts, stopped_by=self.stop.reason))
+
+
+def _predict_again(learn: DMSLearner, folder: RunFolder) -> Run:
+    """Write the predictions of a finished run that has none, from its weights."""
+    model, _ = load_weights(folder.weights)
+    learn.model.load_state_dict(model.state_dict())
+    learn.model.to(learn.dls.device)
+    write_predictions(learn, folder.predictions)
+    return Run.read(folder.path)
+
+
+def _empty(folder: RunFolder) -> None:
+    """Delete everything in a run's folder except the lock."""
+    if not folder.recipe_file.is_file():
+        return  # not a run's folder
+    for path in folder.path.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
+
+
+def _name_of(teacher: str | Path) -> str:
+    """A teacher's source as given; an absolute path is cut to DATA/RECIPE/seedS, which other machines have, too."""
+    path = Path(teacher)
+    return "/".join(path.parts[-2 if path.suffix else -3 :]) if path.is_absolute() else str(teacher)
+
+
+def _seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _facts(learn: DMSLearner, seed: int, origin: dict[str, Any]) -> Facts:
+    """What is known before the first epoch."""
+    recipe, train, valid = learn.recipe, learn.dls.train_ds, learn.dls.valid_ds
+    return Facts(
+        status="running",
+        recipe=recipe.name,
+        title=recipe.title,
+        model=recipe.model.name,
+        parameters=sum(p.numel() for p in learn.model.parameters()),
+        data=train.name,
+        valid=valid.split,
+        training_images=len(train),
+        validation_images=len(valid),
+        classes=learn.dls.c,
+        size=train.size,
+        mixup=any((recipe.mixup, recipe.cutmix, recipe.mixup_or_cutmix)),
+        seed=seed,
+        epochs=recipe.schedule.epochs,
+        epochs_done=0,
+        seconds=0.0,
+        device=device_name(learn.dls.device),
+        threads=torch.get_num_threads(),
+        versions=versions(),
+        python=platform.python_version(),
+        commit=commit(),
+        started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **origin,
+    )
+
+
+def _figures(row: dict[str, Any]) -> Figures:
+    return Figures(**{f.name: row[f.name] for f in dataclasses.fields(Figures)})

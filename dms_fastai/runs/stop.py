@@ -1,0 +1,64 @@
+"""Stop on request: the current step is finished and checkpointed, so that the run can be resumed."""
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from fastai.callback.core import Callback, CancelFitException
+
+from .checkpoint import Checkpoint
+
+__all__ = ["TIME_LIMIT", "StopOnRequest"]
+
+TIME_LIMIT = "time limit"
+
+
+class StopOnRequest(Callback):
+    """End training on Ctrl-C, SIGTERM or at a deadline, once the current step is done and checkpointed.
+
+    Use `listening` round fit. A second signal has its usual effect, at once.
+    """
+
+    order = 75  # after the checkpoint
+
+    def __init__(self, checkpoint: Checkpoint, deadline: float | None = None):
+        """
+        Args:
+            checkpoint: The callback that writes the checkpoints.
+            deadline: A time on the clock of `time.monotonic`.
+        """
+        super().__init__()
+        self.checkpoint, self.deadline, self.reason = checkpoint, deadline, None
+
+    @contextmanager
+    def listening(self) -> Iterator["StopOnRequest"]:
+        """Take signals as requests to stop; only a process's main thread can."""
+        signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        before = {number: signal.signal(number, self._note) for number in signals}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.reason = signal.Signals(number).name
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+    def asked(self) -> bool:
+        if self.reason is None and self.deadline is not None and time.monotonic() > self.deadline:
+            self.reason = TIME_LIMIT
+        return self.reason is not None
+
+    def after_batch(self) -> None:
+        if self.learn.training and self.asked():
+            self.checkpoint.save_step()
+            raise CancelFitException
+
+    def after_epoch(self) -> None:
+        if self.asked() and self.learn.epoch + 1 < self.learn.n_epoch:
+            self.checkpoint.save_epoch()
+            raise CancelFitException

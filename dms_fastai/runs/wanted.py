@@ -1,0 +1,119 @@
+"""What a command asks for, and the recipes that result from it.
+
+Whatever is mistyped is refused here, before torch is imported.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError, unknown
+from ..names import architectures, is_architecture, source_name
+from ..recipes import SCALARS, Recipe, ablation_of, load_recipe, recipe_names
+from ..training.parts import PARTS
+
+__all__ = ["ABLATION", "SAME_IMAGES", "Wanted"]
+
+ABLATION = "ablation"
+SAME_IMAGES = ("data.size", "data.valid")  # what teacher and student must have in common
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Recipes to train on a data set, and changes to them.
+
+    Attributes:
+        recipes: Names or files; "ablation" is every recipe that `kd` extends, and `kd`.
+        data: As in `load_data`.
+        seeds: Each recipe is trained with each seed.
+        out: Runs go to OUT/RECIPE/seedS; None: artifacts/DATA.
+        arch: Architecture of the recipes, not of their teachers.
+        teacher: Teacher in place of the recipes': a recipe, a run's folder, a file, or "timm:NAME".
+        epochs, schedule: For every stage, including teachers.
+        settings: Recipe values by dotted key. A teacher gets `data.size` and `data.valid` alone. Of several recipes,
+            those that have the setting's table get it; if none has it, all of them do.
+        trust: A teacher may be a .pkl, whose code is run.
+    """
+
+    recipes: tuple[str, ...]
+    data: str | Path = "digits"
+    seeds: tuple[int, ...] = (0,)
+    out: Path | None = None
+    arch: str | None = None
+    teacher: str | None = None
+    epochs: int | None = None
+    schedule: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    trust: bool = False
+
+    @property
+    def root(self) -> Path:
+        """The folder of the runs."""
+        return self.out if self.out is not None else Path("artifacts") / source_name(self.data)
+
+    def resolved(self) -> list[Recipe]:
+        """The recipes, as they are to be trained.
+
+        Raises:
+            UserError: A recipe, architecture, data set, key or teacher that does not exist, or a value out of range.
+        """
+        for seed in self.seeds:
+            if not 0 <= seed < 2**32:
+                raise UserError(f"seed is {seed}; it must be between 0 and {2**32 - 1}")
+        name = source_name(self.data)
+        files = [file for recipe in self.recipes for file in (ablation_of("kd") if recipe == ABLATION else [recipe])]
+        bare = [load_recipe(file, name, self.arch) for file in dict.fromkeys(files)]
+        found = []
+        for file, recipe in zip(dict.fromkeys(files), bare, strict=True):
+            own = {k: v for k, v in self.settings.items() if len(bare) == 1 or _is_for(k, recipe, bare)}
+            found.append(load_recipe(file, name, self.arch, {**self._everywhere(), **own}))
+        for recipe in found:
+            self._check_teacher(recipe, alone=len(found) == 1)
+        return found
+
+    def teacher_of(self, recipe: Recipe) -> str | Recipe | None:
+        """The teacher of a recipe: what `load_teacher` takes, or a recipe to train; None if it does not distil."""
+        if recipe.distill is None:
+            return None
+        source = self.teacher if self.teacher is not None else recipe.teacher
+        if source not in recipe_names() and not source.endswith(".toml"):
+            return source
+        if source.endswith(".toml") and not Path(source).is_file():
+            raise UserError(f"recipe {recipe.name!r} names the teacher {source!r}, and there is no such file")
+        shared = self._everywhere() | {key: v for key, v in self.settings.items() if key in SAME_IMAGES}
+        teaching = load_recipe(source, source_name(self.data), None, shared)
+        if teaching.distill is not None:
+            raise UserError(f"recipe {teaching.name!r} needs a teacher itself; train it, and give its run's folder")
+        return teaching
+
+    def _everywhere(self) -> dict[str, Any]:
+        given = {"schedule.name": self.schedule, "schedule.epochs": self.epochs}
+        return {key: value for key, value in given.items() if value is not None}
+
+    def _check_teacher(self, recipe: Recipe, alone: bool) -> None:
+        """Raise a UserError if a teacher does not exist, or is given to a recipe that does not distil."""
+        if recipe.distill is None:
+            if alone and (self.teacher is not None or self.settings.get("teacher")):
+                raise UserError(f"recipe {recipe.name!r} does not distil; leave --teacher out, or take kd")
+            return
+        source = self.teacher_of(recipe)
+        if not isinstance(source, str) or os.path.exists(source):
+            return
+        for part in (part.strip() for part in source.split(",")):
+            timm = part.startswith("timm:")
+            if timm and not is_architecture(part.removeprefix("timm:")):
+                raise unknown("timm model", part.removeprefix("timm:"), architectures())
+            if part and not timm and not os.path.exists(part) and not is_architecture(part):
+                near = unknown("teacher", part, [*recipe_names()]).message
+                raise UserError(f"no teacher at {part}: {near.partition(': ')[2]}")
+
+
+def _is_for(key: str, recipe: Recipe, others: list[Recipe]) -> bool:
+    table = key.split(".")[0]
+    parts = {part.table for part in PARTS}
+    if table in SCALARS or table not in parts:
+        return True
+    having = [other for other in others if getattr(other, table) is not None]
+    return not having or recipe in having

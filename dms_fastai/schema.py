@@ -1,0 +1,210 @@
+"""The tables of a recipe, made from the constructors of its parts.
+
+`table_of("callbacks.cutout:Cutout")` is a frozen dataclass of the constructor's settings; its `build` calls the
+constructor. Settings are the arguments that have a default and an annotation with the types of `settings`. What else a
+part needs, such as a teacher, is an argument of `build`.
+
+Settings are read from the part's source file. Importing the part would import torch and fastai, which takes seconds:
+too long for the report of a typing mistake. A test checks that source and constructor agree.
+"""
+
+import ast
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, get_args, get_origin
+
+from . import settings
+from .errors import UserError, unknown
+from .settings import OneOf, convert
+
+__all__ = ["Table", "choices_of", "keys_of", "load", "read_table", "settings_of", "table_of"]
+
+PACKAGE = Path(__file__).parent
+WORDS = {**vars(settings), "Any": Any}  # the names that an annotation may use
+
+
+@dataclass(frozen=True)
+class Table:
+    """The settings of a part.
+
+    Attributes:
+        at: Where the part is: module and name, "callbacks.cutout:Cutout".
+        chosen: The name that chooses it, if it is one of several.
+    """
+
+    at: ClassVar[str]
+    chosen: ClassVar[str | None]
+
+    def build(self, *args: Any, **more: Any) -> Any:
+        """Build the part with these settings; `args` and `more` are further arguments of its constructor."""
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        if self.chosen is not None:
+            del own["name"]
+        own = {key: value.build() if isinstance(value, Table) else value for key, value in own.items()}
+        return load(self.at)(*args, **own, **more)
+
+    def __reduce__(self) -> tuple:
+        return _made, (self.at, self.chosen, {f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
+
+
+def _made(at: str, chosen: str | None, values: dict[str, Any]) -> Table:
+    return table_of(at, chosen)(**values)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """An argument of a part's constructor.
+
+    Attributes:
+        hint: Its type and range.
+        default: Its default; for a part that is chosen by name, the name.
+        choices: For such a part, where the dictionary of the parts is.
+    """
+
+    hint: Any
+    default: Any
+    choices: str | None = None
+
+
+def load(at: str) -> Any:
+    """What is at "module:name" in this package."""
+    module, name = at.split(":")
+    return getattr(import_module(f"{__package__}.{module}"), name)
+
+
+def table_of(at: str, chosen: str | None = None) -> type[Table]:
+    """The dataclass of the settings of the part at `at`; `chosen` is its name, if it is one of several."""
+    return _table_of(at, chosen)
+
+
+@cache
+def _table_of(at: str, chosen: str | None) -> type[Table]:
+    fields = [("name", str, dataclasses.field(default=chosen))] if chosen is not None else []
+    for name, setting in settings_of(at).items():
+        default = setting.default
+        if setting.choices is not None:
+            default = table_of(choices_of(setting.choices)[default], default)()
+        fields.append((name, setting.hint, dataclasses.field(default=default)))
+    name = at.split(":")[1]
+    made = dataclasses.make_dataclass(name, fields, bases=(Table,), frozen=True, kw_only=True)
+    made.at, made.chosen, made.__reduce__ = at, chosen, Table.__reduce__
+    return made
+
+
+def read_table(at: str, table: Any, where: str, known_keys: Sequence[str] = ()) -> Table:
+    """Read a TOML table as the settings of the part at `at`, or of the one that its "name" chooses there.
+
+    Args:
+        at: Where the part is, or a dictionary of parts.
+        table: The table.
+        where: The dotted key that it stands at.
+        known_keys: All keys of a recipe: the error for an unknown key suggests one of them.
+
+    Raises:
+        UserError: No table, an unknown key or name, or a value of another type or out of range.
+    """
+    if not isinstance(table, Mapping):
+        raise UserError(f"{where} is {table!r}; it must be a table")
+    several, chosen = choices_of(at), None
+    if several is not None:
+        chosen = table.get("name", next(iter(several)))
+        if not isinstance(chosen, str) or chosen not in several:
+            raise UserError(f"{where}.name is {chosen!r}; it must be {' or '.join(map(repr, several))}")
+        at = several[chosen]
+    known, values = settings_of(at), {}
+    for key, value in table.items():
+        if key == "name" and chosen is not None:
+            continue
+        if key not in known:
+            others = [name for name, other in (several or {}).items() if key in settings_of(other)]
+            if others:
+                raise UserError(f"{where}.{key} is a setting of {' and '.join(map(repr, others))}, not of {chosen!r}")
+            raise unknown_key(f"{where}.{key}", [f"{where}.{name}" for name in known], known_keys)
+        setting, dotted = known[key], f"{where}.{key}"
+        if setting.choices is not None:
+            values[key] = read_table(setting.choices, value, dotted, known_keys)
+        else:
+            values[key] = convert(value, setting.hint, dotted)
+    return table_of(at, chosen)(**values)
+
+
+def unknown_key(dotted: str, near: Sequence[str], known_keys: Sequence[str]) -> UserError:
+    """The error for an unknown key. It suggests the same key in another table, or the nearest key of its own."""
+    last = dotted.split(".")[-1]
+    moved = [key for key in known_keys if key.split(".")[-1] == last]
+    if moved and not get_close_matches(dotted, near, cutoff=0.9):
+        return UserError(f"unknown recipe key {dotted!r}: did you mean {' or '.join(map(repr, moved))}?")
+    return unknown("recipe key", dotted, near)
+
+
+def keys_of(at: str, where: str) -> list[str]:
+    """Every key of a table, dotted; if its `name` chooses a part, the keys of all choices."""
+    several = choices_of(at)
+    if several is not None:
+        found = [f"{where}.name", *(key for other in several.values() for key in keys_of(other, where))]
+        return list(dict.fromkeys(found))
+    found = []
+    for name, setting in settings_of(at).items():
+        found += keys_of(setting.choices, f"{where}.{name}") if setting.choices else [f"{where}.{name}"]
+    return found
+
+
+@cache
+def settings_of(at: str) -> dict[str, Setting]:
+    """The settings of the part at `at`, by name, in their order."""
+    module, name = at.split(":")
+    found = _definitions(module)[name]
+    own: dict[str, Setting] = {}
+    init = next((f for f in found.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"), None)
+    if init is None:  # a dataclass, or as the class that it builds on
+        for base in found.bases:
+            if isinstance(base, ast.Name) and base.id in _definitions(module):
+                own |= settings_of(f"{module}:{base.id}")
+        pairs = [(f.target.id, f.annotation, f.value) for f in found.body if isinstance(f, ast.AnnAssign) and f.value]
+    else:
+        positional = init.args.args[len(init.args.args) - len(init.args.defaults) :]
+        pairs = [(a.arg, a.annotation, d) for a, d in zip(positional, init.args.defaults, strict=True)]
+        pairs += [(a.arg, a.annotation, d) for a, d in zip(init.args.kwonlyargs, init.args.kw_defaults, strict=True)]
+    for argument, annotation, default in pairs:
+        hint = _hint(annotation)
+        if hint is None:
+            continue
+        chooses = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
+        choices = next((f"{module}:{more.choices}" for more in chooses if isinstance(more, OneOf)), None)
+        own[argument] = Setting(hint, ast.literal_eval(default), choices)
+    return own
+
+
+@cache
+def choices_of(at: str) -> dict[str, str] | None:
+    """The parts in the dictionary at `at`: their names and where they are; None if `at` is no dictionary."""
+    module, name = at.split(":")
+    found = _definitions(module)[name]
+    if not isinstance(found, ast.Dict):
+        return None
+    return {ast.literal_eval(key): f"{module}:{value.id}" for key, value in zip(found.keys, found.values, strict=True)}
+
+
+@cache
+def _definitions(module: str) -> dict[str, Any]:
+    """The classes of a module, and the values of its variables, as they are written."""
+    file = PACKAGE.joinpath(*module.split("."))
+    file = file / "__init__.py" if file.is_dir() else file.with_suffix(".py")
+    body = ast.parse(file.read_text(encoding="utf-8")).body
+    classes = {node.name: node for node in body if isinstance(node, ast.ClassDef)}
+    assigned = [(node.targets[0], node.value) for node in body if isinstance(node, ast.Assign)]
+    assigned += [(node.target, node.value) for node in body if isinstance(node, ast.AnnAssign)]
+    return classes | {target.id: value for target, value in assigned if isinstance(target, ast.Name)}
+
+
+def _hint(annotation: ast.expr | None) -> Any:
+    """The type that an annotation means; None if it uses other names than those of `settings`."""
+    try:
+        return None if annotation is None else eval(ast.unparse(annotation), WORDS)
+    except NameError:
+        return None

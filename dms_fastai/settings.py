@@ -1,0 +1,168 @@
+"""Types with ranges for the arguments of constructors, and the check of a value against them.
+
+    @checked
+    class Cutout(Callback):
+        def __init__(self, size: PositiveShare = 0.25): ...
+
+is all that it takes to refuse `Cutout(2)` and, by way of `schema`, `cutout.size = 2` in a recipe.
+"""
+
+import functools
+import inspect
+import math
+import numbers
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+from .errors import UserError
+
+__all__ = [
+    "Count",
+    "Fraction",
+    "Momentum",
+    "NotNegative",
+    "OneOf",
+    "Pixels",
+    "Positive",
+    "PositiveShare",
+    "Rule",
+    "Share",
+    "Steps",
+    "ValidSplit",
+    "checked",
+    "convert",
+]
+
+AnyClass = TypeVar("AnyClass", bound=type)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A range: whether a value lies in it, and the words that complete "it must be ..."."""
+
+    holds: Callable[[Any], bool]
+    words: str
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """A part that is chosen by name and has settings of its own.
+
+    Attributes:
+        choices: Name of the dictionary that has these parts by name, in the argument's module.
+    """
+
+    choices: str
+
+
+Positive = Annotated[float, Rule(lambda v: v > 0, "above 0")]
+NotNegative = Annotated[float, Rule(lambda v: v >= 0, "0 or more")]
+Share = Annotated[float, Rule(lambda v: 0 <= v <= 1, "between 0 and 1")]
+PositiveShare = Annotated[float, Rule(lambda v: 0 < v <= 1, "above 0 and at most 1")]
+Fraction = Annotated[float, Rule(lambda v: 0 < v < 1, "above 0 and below 1")]
+Momentum = Annotated[float, Rule(lambda v: 0 <= v < 1, "at least 0 and below 1")]
+Count = Annotated[int, Rule(lambda v: v >= 1, "at least 1")]
+Steps = Annotated[int, Rule(lambda v: v >= 0, "0 or more")]
+Pixels = Annotated[int, Rule(lambda v: v >= 8, "at least 8")]
+ValidSplit = Annotated[
+    str | float,
+    Rule(lambda v: v in ("test", "val") or (isinstance(v, float) and 0 < v < 1), "'test', 'val' or 0 < share < 1"),
+]
+
+
+def checked(cls: AnyClass) -> AnyClass:
+    """A class whose constructor refuses arguments that its annotations do not allow.
+
+    Raises, when the class is called:
+        UserError: Names the class, the argument and its value, and says what it must be.
+    """
+    init = cls.__init__
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def checked_init(self: Any, *args: Any, **kwargs: Any) -> None:
+        for name, value in signature.bind(self, *args, **kwargs).arguments.items():
+            hint = signature.parameters[name].annotation
+            if is_setting(hint):
+                convert(value, hint, f"{type(self).__name__}'s {name}")
+        init(self, *args, **kwargs)
+
+    cls.__init__ = checked_init
+    return cls
+
+
+def is_setting(hint: Any) -> bool:
+    """Whether a recipe can hold the values that an annotation allows."""
+    if get_origin(hint) is Annotated:
+        return not any(isinstance(more, OneOf) for more in hint.__metadata__)
+    plain = (bool, int, float, str)
+    return hint in plain or get_origin(hint) is Literal or (_is_union(hint) and any(map(is_setting, get_args(hint))))
+
+
+def convert(value: Any, hint: Any, where: str) -> Any:
+    """`value` in the type of the annotation `hint`. A whole number becomes a float; nothing else is converted.
+
+    Raises:
+        UserError: The value has another type or lies outside the range; the message begins with `where`.
+    """
+    found = _fits(value, hint)
+    if found is REFUSED:
+        options = [option for option in _options(hint) if option is not type(None)]
+        raise UserError(f"{where} is {value!r}; it must be {' or '.join(map(_describe, options))}")
+    for rule in _rules(hint) if found is not None else ():
+        if not rule.holds(found):
+            raise UserError(f"{where} is {value!r}; it must be {rule.words}")
+    return found
+
+
+REFUSED = object()
+
+
+def _fits(value: Any, hint: Any) -> Any:
+    for option in _options(hint):
+        kind = get_origin(option) or option
+        if option is Any:
+            return value
+        if kind is Literal:
+            if any(type(value) is type(choice) and value == choice for choice in get_args(option)):
+                return value
+        elif option is type(None):
+            if value is None:
+                return value
+        elif isinstance(value, bool) != (kind is bool):
+            continue
+        elif kind is float:
+            if isinstance(value, numbers.Real) and math.isfinite(value):
+                return float(value)
+        elif kind is int:
+            if isinstance(value, numbers.Integral):
+                return int(value)
+        elif isinstance(value, kind):
+            return value
+    return REFUSED
+
+
+def _options(hint: Any) -> list[Any]:
+    """The types that are allowed, without their ranges."""
+    if get_origin(hint) is Annotated:
+        return _options(hint.__origin__)
+    return [o for option in get_args(hint) for o in _options(option)] if _is_union(hint) else [hint]
+
+
+def _rules(hint: Any) -> list[Rule]:
+    if get_origin(hint) is Annotated:
+        return [more for more in hint.__metadata__ if isinstance(more, Rule)]
+    return [rule for option in get_args(hint) for rule in _rules(option)] if _is_union(hint) else []
+
+
+def _is_union(hint: Any) -> bool:
+    return get_origin(hint) in (Union, types.UnionType)
+
+
+def _describe(option: Any) -> str:
+    if get_origin(option) is Literal:
+        return " or ".join(repr(choice) for choice in get_args(option))
+    kinds = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text", dict: "a table"}
+    return kinds.get(get_origin(option) or option, str(option))

@@ -1,0 +1,167 @@
+"""Open whatever holds a trained network: a run, a .safetensors or .pkl file, timm, a Learner, or several of these."""
+
+import copy
+import os
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import timm
+from fastai.learner import Learner, load_learner
+from torch import nn
+
+from ..data.loader import statistics, vocabulary
+from ..errors import UserError, unknown
+from ..models.weights import load_weights, shipped_weights
+from ..run_folder import RunFolder
+from .network import Ensemble, Teacher, check_classes
+
+__all__ = ["check_pretrained", "ensemble", "find_file", "load_teacher", "open_learner", "without_code"]
+
+
+def ensemble(sources: Iterable[Any], of: str = "logits", trust: bool = False) -> Teacher:
+    """Several teachers as one.
+
+    Args:
+        sources: Teachers, each in a form that `load_teacher` takes.
+        of: What is averaged: "logits" or "probabilities".
+        trust: As in `load_teacher`.
+
+    Raises:
+        UserError: There are no teachers, they do not know the same classes, or `of` is something else.
+    """
+    teachers = [load_teacher(source, trust) for source in sources]
+    if not teachers:
+        raise UserError("an ensemble needs at least one teacher")
+    if of not in ("logits", "probabilities"):
+        raise UserError(f"an ensemble cannot average {of!r}; it averages 'logits' or 'probabilities'")
+    first = teachers[0]
+    for teacher in teachers[1:]:
+        check_classes(teacher, first.vocab)
+        if (teacher.mean is None) != (first.mean is None):
+            raise UserError("only some of these teachers say how their images are normalised; all or none must")
+    return Teacher(Ensemble(teachers, of), first.mean, first.std, first.vocab)
+
+
+def load_teacher(source: Any, trust: bool = False) -> Teacher:
+    """Load a teacher from whatever holds one. A model or a Learner is copied, and stays as it is.
+
+    Args:
+        source: A `Teacher`; a model; a Learner; a folder of a finished run; a .safetensors file of this package; a .pkl
+            of `Learner.export`; an architecture whose weights come with this package; "timm:NAME" for timm's; or
+            several of these, as a list or as a text with commas between: the mean of their logits teaches.
+        trust: Load a .pkl, which runs the code in it. Otherwise, for a run's .pkl, the weights beside it are read.
+
+    Raises:
+        UserError: There is no teacher at `source`, or it is a .pkl that is not trusted.
+    """
+    if isinstance(source, Teacher):
+        return source
+    if isinstance(source, (list, tuple)):
+        return ensemble(source, trust=trust)
+    if isinstance(source, str) and "," in source and not os.path.exists(source):
+        return ensemble((part.strip() for part in source.split(",") if part.strip()), trust=trust)
+    if isinstance(source, Learner):
+        mean, std = statistics(source.dls)
+        return Teacher(copy.deepcopy(source.model), mean, std, vocabulary(source.dls))
+    if isinstance(source, nn.Module):
+        return Teacher(copy.deepcopy(source), *_cfg_statistics(source))
+    if not isinstance(source, (str, Path)):
+        raise UserError(f"a {type(source).__name__} is no teacher; give a model, a Learner, a file or 'timm:NAME'")
+    if str(source).startswith("timm:"):
+        return _timm_teacher(str(source).removeprefix("timm:"))
+    file = find_file(source, trust)
+    if file is None:
+        raise UserError(f"no teacher at {source}; give a run's folder, a .safetensors or .pkl file, or 'timm:NAME'")
+    if file.suffix == ".pkl":
+        return load_teacher(open_learner(file, trust))
+    model, card = load_weights(file)
+    return Teacher(model, tuple(card.mean), tuple(card.std), card.vocab)
+
+
+def find_file(source: str | Path, trust: bool) -> Path | None:
+    """The .safetensors or .pkl file that a path stands for; None if it stands for neither.
+
+    Args:
+        source: A run's folder, a file, or the name of an architecture whose weights come with this package.
+        trust: Take a .pkl itself, and not the weights beside it.
+
+    Raises:
+        UserError: The folder is no run's, but holds runs.
+    """
+    path = without_code(Path(source), trust)
+    path = path if path.exists() else shipped_weights(str(source)) or path
+    if path.is_dir():
+        path = _weights_in(path)
+    return path if path.suffix in (".safetensors", ".pkl") else None
+
+
+def _weights_in(folder: Path) -> Path:
+    weights = RunFolder(folder).weights
+    inside = [run.parent.name for run in sorted(folder.glob(f"*/{weights.name}"))]
+    if inside and not weights.exists():
+        raise UserError(f"{folder} is no run, but holds some; give {folder / inside[0]}")
+    return weights
+
+
+def without_code(source: Path, trust: bool) -> Path:
+    """For a run's .pkl, the weights beside it, which hold the same network; other sources as they are."""
+    if source.suffix != ".pkl" or trust:
+        return source
+    beside = RunFolder(source.parent).weights
+    return beside if beside.is_file() else source
+
+
+def open_learner(file: Path, trust: bool) -> Learner:
+    """The Learner in a .pkl of `Learner.export`.
+
+    Raises:
+        UserError: The file is missing, not trusted, or cannot be loaded.
+    """
+    if not file.is_file():
+        raise UserError(f"no such Learner: {file}")
+    if not trust:
+        raise UserError(
+            f"{file} is a pickle, and loading it runs the code in it; if you trust who made it, "
+            f"give --trust-pickle, or trust=True in Python"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return load_learner(file)
+    except Exception as error:  # unpickling may raise whatever the file's classes raise
+        reason = str(error).splitlines()[0] if str(error) else "no reason given"
+        raise UserError(f"{file} cannot be loaded as a fastai Learner ({type(error).__name__}: {reason})") from None
+
+
+def check_pretrained(source: str, classes: int) -> None:
+    """Raise a UserError if a pretrained teacher of timm has another number of classes, before it is downloaded."""
+    for name in (part.strip().removeprefix("timm:") for part in source.split(",") if part.strip().startswith("timm:")):
+        cfg = timm.get_pretrained_cfg(name) if timm.is_model(name.split(".")[0]) else None
+        if cfg is not None and cfg.num_classes != classes:
+            raise UserError(
+                f"timm's weights of {name!r} know {cfg.num_classes} classes and the data have {classes}; train it on "
+                f"them, as in `dms-fastai run se --arch {name.split('.')[0]}`, and give that run's folder"
+            )
+
+
+def _cfg_statistics(model: nn.Module) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    return tuple(cfg["mean"]) if cfg.get("mean") else None, tuple(cfg["std"]) if cfg.get("std") else None
+
+
+def _cfg_vocab(model: nn.Module) -> list[str] | None:
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
+    return list(names) if names else None
+
+
+def _timm_teacher(name: str) -> Teacher:
+    if not timm.is_model(name.split(".")[0]):
+        raise unknown("timm model", name, timm.list_models())
+    try:
+        model = timm.create_model(name, pretrained=True)
+    except Exception as error:  # the hub's client may raise whatever its libraries raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"timm has no weights at hand for {name!r} ({reason})") from None
+    return Teacher(model, *_cfg_statistics(model), _cfg_vocab(model))

@@ -1,0 +1,148 @@
+"""torch's optimisers for fastai, in a wrapper that costs less than fastai's and can exempt weights from decay."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import timm.optim
+import torch
+from fastai.optimizer import OptimWrapper
+from torch import nn
+
+from ..settings import Count, Momentum, NotNegative, Positive, Share, checked
+
+__all__ = ["OPTIMIZERS", "SGD", "GroupedOptimWrapper", "Lookahead", "optimizer"]
+
+FASTAI_NAMES = {"lr": "lr", "mom": "momentum", "wd": "weight_decay"}
+
+
+@checked
+@dataclass(frozen=True)
+class SGD:
+    """torch's fused SGD with momentum and L2 weight decay.
+
+    fastai's own SGD decouples weight decay from the gradient; with momentum 0.9, that decay is a tenth as strong.
+
+    Attributes:
+        lr: Highest learning rate.
+        momentum: Momentum as in torch, without dampening.
+        weight_decay: Factor with which the weights are added to their gradients.
+        wd_bn_bias: Whether batch norms and biases decay, too, as in the paper.
+    """
+
+    lr: Positive = 0.1
+    momentum: Momentum = 0.9
+    weight_decay: NotNegative = 5e-4
+    wd_bn_bias: bool = True
+
+    def over(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+        """torch's optimiser for these parameter groups."""
+        return torch.optim.SGD(groups, lr=lr, momentum=self.momentum, weight_decay=self.weight_decay, fused=True)
+
+
+@checked
+@dataclass(frozen=True)
+class Lookahead:
+    """Slow weights that follow the weights of an optimiser, the fast ones (Zhang et al., 2019).
+
+    Attributes:
+        k: Steps from one move of the slow weights to the next.
+        alpha: How far they move towards the fast weights, as a share of the way.
+    """
+
+    k: Count = 5
+    alpha: Share = 0.5
+
+    def around(self, fast: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        return timm.optim.Lookahead(fast, self.alpha, self.k)
+
+
+OPTIMIZERS = {"sgd": SGD}
+
+
+def optimizer(params: Any, lr: float, settings: Any, lookahead: Lookahead | None = None) -> "GroupedOptimWrapper":
+    """Build a fastai optimiser.
+
+    Args:
+        params: Parameters, or groups of them, as a fastai splitter gives them.
+        lr: Learning rate of all groups.
+        settings: An instance of one of `OPTIMIZERS`: it has lr, momentum and wd_bn_bias, and `over`.
+        lookahead: Adds slow weights, if given.
+    """
+    groups = _groups(params)
+    halves = [half for group in groups for half in _halves(group, settings.wd_bn_bias)]
+    made = settings.over(halves, lr)
+    return GroupedOptimWrapper(made if lookahead is None else lookahead.around(made), len(halves) // len(groups))
+
+
+class GroupedOptimWrapper(OptimWrapper):
+    """`OptimWrapper` whose groups may each be two of torch's: parameters that decay, and parameters that do not.
+
+    What fastai sets or reads for a group, such as a slice of learning rates or `freeze_to`, holds for both halves. Only
+    weight decay skips the second half. Hyperparameters are set and read in every batch, so both are kept cheap.
+    """
+
+    def __init__(self, opt: torch.optim.Optimizer, halves: int = 1):
+        """
+        Args:
+            opt: A built optimiser with fastai's groups in order, the two halves of a group next to each other.
+            halves: How many of torch's groups make one of fastai's, 1 or 2.
+        """
+        super().__init__(opt=opt)
+        self.halves = halves
+
+    def step(self, closure: Any = None) -> None:
+        self.opt.step(closure)
+
+    def zero_grad(self) -> None:
+        self.opt.zero_grad()
+
+    @property
+    def hypers(self) -> list[dict[str, float]]:
+        return [{name: _get(group, name) for name in FASTAI_NAMES} for group in self.opt.param_groups[:: self.halves]]
+
+    def set_hyper(self, k: str, v: Any) -> None:
+        if not isinstance(v, float):
+            super().set_hyper(k, v)  # slices and lists, one value a group
+            return
+        for group in self._set_in(k):
+            _set(group, k, v)
+
+    def _set_hyper(self, k: str, v: Iterable[float]) -> None:
+        values = [value for value in v for _ in range(1 if k == "wd" else self.halves)]
+        for group, value in zip(self._set_in(k), values, strict=True):
+            _set(group, k, value)
+
+    def _set_in(self, k: str) -> list[dict[str, Any]]:
+        return self.opt.param_groups[:: self.halves if k == "wd" else 1]
+
+    @property
+    def param_lists(self) -> list[list[nn.Parameter]]:
+        groups, n = self.opt.param_groups, self.halves
+        return [[p for group in groups[i : i + n] for p in group["params"]] for i in range(0, len(groups), n)]
+
+
+def _get(group: dict[str, Any], name: str) -> float:
+    """A hyperparameter under fastai's name; the momentum of Adam and its like is the first of two betas."""
+    return group["betas"][0] if name == "mom" and "betas" in group else group[FASTAI_NAMES[name]]
+
+
+def _set(group: dict[str, Any], name: str, value: float) -> None:
+    value = float(value)  # schedules compute NumPy's, which a checkpoint would not load
+    if name == "mom" and "betas" in group:
+        group["betas"] = (value, *group["betas"][1:])
+    else:
+        group[FASTAI_NAMES[name]] = value
+
+
+def _groups(params: Any) -> list[list[nn.Parameter]]:
+    params = list(params)
+    return [params] if not params or isinstance(params[0], torch.Tensor) else [list(group) for group in params]
+
+
+def _halves(group: list[nn.Parameter], wd_bn_bias: bool) -> list[dict[str, Any]]:
+    """The group for torch; in two halves if norms and biases, the parameters with one dimension, are not to decay."""
+    if wd_bn_bias:
+        return [{"params": group}]
+    decayed, undecayed = ([p for p in group if (p.ndim > 1) == decays] for decays in (True, False))
+    return [{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}]
