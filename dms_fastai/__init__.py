@@ -28,6 +28,9 @@ _AT = {
     "load_teacher": "trained",
 }
 
+# fastai and timm script functions when they are imported; the user can do nothing about torch's warning.
+warnings.filterwarnings("ignore", message=r".*torch\.jit\.script", category=FutureWarning)
+
 __all__ = sorted(_AT)
 __version__ = "0.1.0"
 
@@ -35,20 +38,13 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     if name not in _AT:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(_room(_AT[name]), name)
+    return getattr(import_module(f".{_AT[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:
     return [*globals(), *_AT]
 
 
-def _room(module: str) -> ModuleType:
-    with warnings.catch_warnings():
-        # fastai and timm script functions when they are imported; the user can do nothing about torch's warning.
-        warnings.filterwarnings("ignore", message=r".*torch\.jit\.script", category=FutureWarning)
-        return import_module(f".{module}", __name__)
-
-
 @when_imported("timm")
 def _register(timm: ModuleType) -> None:
-    _room("models")
+    import_module(".models", __name__)

@@ -4,13 +4,13 @@ Imports that need torch are inside the commands, after the arguments have been c
 the report of a typing mistake.
 """
 
+import os
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from errno import ENOSPC
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
 console = Console()
 
-EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143, "time limit": 75}
+SIGNAL_CODES = {"SIGHUP": 129, "SIGINT": 130, "SIGUSR1": 138, "SIGUSR2": 140, "SIGTERM": 143, "SIGXCPU": 152}
+EXIT_CODES = {**SIGNAL_CODES, "time limit": 75}
 TRUST = typer.Option("--trust-pickle", help="Load a .pkl, which runs the code in it; only for files that you trust.")
 
 
@@ -101,7 +102,6 @@ def run(
         epochs=epochs,
         schedule=schedule,
         settings=dict(parse_setting(text) for text in set_ or []),
-        trust=trust_pickle,
     )
     check_device(device)
     wanted.resolved()  # whatever is mistyped is refused before torch is imported
@@ -123,9 +123,10 @@ def run(
             refuse_other_recipe(stage.recipe, stage.folder)
     if at_once > 1:
         flags = {"--restart": restart, "--trust-pickle": trust_pickle, "--deterministic": deterministic}
+        flags |= {"--profile": profile}
         options = ["--data", data, "--device", device, *(flag for flag, given in flags.items() if given)]
         options += [] if checkpoint_steps is None else ["--checkpoint-steps", str(checkpoint_steps)]
-        _train_at_once(stages, wanted.root, at_once, [*options, *(["--profile"] if profile else [])], manner)
+        _train_at_once(stages, wanted.root, at_once, options, manner)
     else:
         _train_in_turn(stages, opened, manner)
     for seed in wanted.seeds:
@@ -157,21 +158,23 @@ def _train_in_turn(stages: "list[Stage]", opened: "Opened", manner: "Manner") ->
 
 
 def _train_at_once(stages: "list[Stage]", root: Path, at_once: int, options: list[str], manner: "Manner") -> None:
-    import os
-
-    from .run_folder import Run
+    from .run_folder import Run, RunFolder
     from .runs.at_once import Job, complain, train_at_once
 
     jobs = [Job(stage, root) for stage in stages]
     threads = None if manner.device.type != "cpu" else max((os.cpu_count() or 1) // at_once, 1)
     reason = train_at_once(jobs, at_once, options, manner.deadline, console, threads, manner.restart)
-    _show(Run.read(job.stage.folder.path) for job in jobs if job.stage.folder.facts_file.is_file())
+    folders = [folder for job in jobs for folder in (job.stage.teacher, job.stage.folder.path)]
+    runs = [RunFolder(Path(path)) for path in dict.fromkeys(folder for folder in folders if folder is not None)]
+    _show(Run.read(run.path) for run in runs if run.facts_file.is_file())
     code = complain(jobs, EXIT_CODES.values(), console)
     if code:
         raise typer.Exit(code)
     unfinished = [job.state() for job in jobs if not job.stage.folder.finished or (manner.restart and job.code is None)]
     if unfinished:
-        _stopped(reason or "time limit", unfinished[0], manner.restart)
+        codes = {code: reason for reason, code in EXIT_CODES.items()}
+        asked = next((codes[job.code] for job in jobs if job.code in codes), "time limit")
+        _stopped(reason or asked, unfinished[0], manner.restart)
 
 
 def _stopped(reason: str, state: str, restart: bool) -> None:
@@ -291,10 +294,8 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     return seeds
 
 
-def main() -> Any:
+def main() -> None:
     """Run the console script. An error that the user can fix gives one line and exit code 2."""
-    # fastai and timm script functions when they are imported; the user can do nothing about torch's warning.
-    warnings.filterwarnings("ignore", message=r".*torch\.jit\.script", category=FutureWarning)
     try:
         app()
     except UserError as error:
@@ -308,5 +309,5 @@ def main() -> Any:
         sys.exit(2)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # python -m dms_fastai.cli, as well as python -m dms_fastai
     main()

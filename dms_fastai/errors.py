@@ -5,7 +5,7 @@ from difflib import get_close_matches
 
 __all__ = ["UserError", "unknown"]
 
-MANY = 20  # names in a message
+MANY = 24  # names in a message
 
 
 class UserError(ValueError):

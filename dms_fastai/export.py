@@ -18,8 +18,9 @@ from .data.images import read_image
 from .errors import UserError
 from .files import whole
 from .learner import DMSLearner
+from .models.card import ModelCard
 from .models.fold import fold_batch_norms
-from .models.weights import ModelCard, load_weights, save_weights
+from .models.weights import load_weights, save_weights
 from .run_folder import RunFolder
 from .trained import find_file, open_learner
 

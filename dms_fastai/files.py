@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["PARTIAL", "whole"]
+__all__ = ["partials", "whole"]
 
 PARTIAL = ".partial"
 
@@ -26,6 +26,12 @@ def whole(file: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
+
+
+def partials(folder: Path, name: str) -> list[Path]:
+    """What `whole` has left beside a file when its process was killed; `name` may be a pattern of files."""
+    left = folder.glob(f"{name}.*{PARTIAL}")
+    return [file for file in left if file.name.removesuffix(PARTIAL).rpartition(".")[2].isdecimal()]
 
 
 def _flush_folder(folder: Path) -> None:

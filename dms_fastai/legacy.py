@@ -42,7 +42,7 @@ def modern_layer(layer: Mapping[str, Any]) -> Table:
     return table
 
 
-def modern_recipe(table: Table) -> Table:
+def modern_recipe(table: Table, old: bool) -> Table:
     """A recipe whose layers have been merged, in today's tables."""
     mixup, cutmix = table.get("mixup"), table.get("cutmix")
     if isinstance(mixup, Mapping) and isinstance(cutmix, Mapping):  # meant MixUp or CutMix, drawn for each batch
@@ -51,7 +51,7 @@ def modern_recipe(table: Table) -> Table:
         table = {**table, "mixup": False, "cutmix": False, "mixup_or_cutmix": both}
     elif isinstance(cutmix, Mapping) and "share" in cutmix:  # the share had no effect without MixUp
         table = {**table, "cutmix": {key: value for key, value in cutmix.items() if key != "share"}}
-    if "name" not in _as_table(table.get("optimizer")):  # these two were on unless a word said otherwise
+    if old:  # these two were on unless a word said otherwise
         table = {"bf16": {}, "compile": {}, **table}
     return table
 

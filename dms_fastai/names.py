@@ -20,6 +20,7 @@ __all__ = [
     "check_device",
     "entries",
     "is_architecture",
+    "shipped",
     "source_name",
 ]
 
@@ -27,6 +28,8 @@ DATA_SETS = ("digits", "cifar10", "cifar100", "imagenette")
 DEVICES = ("auto", "cpu", "cuda")
 
 MODELS = Path(__file__).parent / "models"
+DEPRECATED = re.compile(r"^register_model_deprecations\(__name__, \{(.*?)^\}\)", re.M | re.S)
+FORMER = re.compile(r"""['"]([\w.]+)['"]\s*:\s*['"]([\w.]+)['"]""")
 REGISTERED = re.compile(r"^@register_model\s*\ndef (\w+)\(", re.M)
 
 
@@ -67,12 +70,28 @@ def entries() -> list[Entry]:
     return sorted(found, key=lambda entry: entry.name)
 
 
+def shipped(name: str) -> str | None:
+    """The tag of the weights that come with the package for an architecture; None if none do."""
+    return next((entry.weights for entry in entries() if entry.name == name), None)
+
+
 @cache
 def _from_source() -> frozenset[str]:
     [timm] = find_spec("timm").submodule_search_locations
     files = (Path(timm) / "models").glob("*.py")
     timms = {name for file in files for name in REGISTERED.findall(file.read_text(encoding="utf-8"))}
     return frozenset(timms | {entry.name for entry in entries()})
+
+
+@cache
+def _deprecated() -> frozenset[str]:
+    """Former names that timm still knows."""
+    [timm] = find_spec("timm").submodule_search_locations
+    found = set()
+    for file in (Path(timm) / "models").glob("*.py"):
+        for table in DEPRECATED.findall(file.read_text(encoding="utf-8")):
+            found |= {old for old, new in FORMER.findall(table)}
+    return frozenset(found)
 
 
 def architectures() -> list[str]:
@@ -85,7 +104,9 @@ def architectures() -> list[str]:
 def is_architecture(name: str) -> bool:
     """Whether timm can create the architecture; its name may have a pretrained tag, NAME.TAG."""
     name = name.split(".")[0]
-    return sys.modules["timm"].is_model(name) if "timm" in sys.modules else name in _from_source()
+    if "timm" in sys.modules:
+        return sys.modules["timm"].is_model(name)
+    return name in _from_source() or name in _deprecated()
 
 
 def source_name(data: str | Path) -> str:

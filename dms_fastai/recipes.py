@@ -123,11 +123,15 @@ def load_recipe(
     layers.append(_called(file))
     if arch is not None:
         layers.append({"model": {"name": _variant(arch, layers)}})
+    old = not any("name" in layer["optimizer"] for layer in layers if isinstance(layer.get("optimizer"), Mapping))
     layers += [_nest(key.split("."), value) for key, value in (settings or {}).items()]
     table: Nested = {}
     for layer in layers:
         table = _merge(table, modern_layer(layer))
-    built = _read(modern_recipe(table))
+    mixing = [key for key in ("mixup", "cutmix", "mixup_or_cutmix") if isinstance(table.get(key), Mapping)]
+    if len(mixing) > 1 and "mixup_or_cutmix" in mixing:
+        raise UserError(f"{' and '.join(mixing)} would mix the same batch; leave out one: --set {mixing[0]}=false")
+    built = _read(modern_recipe(table, old))
     if not is_architecture(built.model.name):
         raise unknown("model", built.model.name, architectures())
     if built.distill is not None and built.teacher is None:
@@ -268,8 +272,10 @@ def flat(table: Mapping[str, Any], prefix: str = "") -> Nested:
     """A nested table as one of dotted keys; a part without settings becomes a key with the value true."""
     found: Nested = {}
     for key, value in table.items():
-        inside = isinstance(value, Mapping) and (value or not prefix)
-        found |= (flat(value, f"{prefix}{key}.") or {key: True}) if inside else {f"{prefix}{key}": value}
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{key}.") or ({} if prefix else {key: True})
+        else:
+            found[f"{prefix}{key}"] = value
     return found
 
 

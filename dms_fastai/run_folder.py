@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .files import whole
+from .files import partials, whole
 from .legacy import modern_facts
 from .recipes import Recipe, load_recipe
 from .settings import convert
@@ -132,6 +132,12 @@ class RunFolder:
     def profile(self) -> Path:
         return self.path / "profile"
 
+    def partial_files(self) -> list[Path]:
+        """What a killed process has left half written of this run's files."""
+        own = (self.recipe_file, self.facts_file, self.metrics, self.learner, self.weights, self.predictions)
+        found = [left for file in own for left in partials(self.path, file.name)]
+        return [*found, *partials(self.checkpoints, "*-*-*.pt")]
+
     @property
     def begun(self) -> bool:
         """Whether it holds a run with an epoch or a checkpoint to lose."""
@@ -142,7 +148,10 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         """Whether it holds a finished run with its weights."""
-        return self.facts_file.is_file() and self.weights.is_file() and self.facts().finished
+        try:
+            return self.weights.is_file() and self.facts().finished
+        except UserError:
+            return False
 
     def recipe(self) -> Recipe:
         """The run's recipe. Keys that an older file does not have get the defaults that the run was trained with.
@@ -264,6 +273,9 @@ def _read(cls: type, told: Mapping[str, Any], file: Path) -> Any:
         value = told.get(f.name)
         needed = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if value is None and not needed:
+            continue
+        if f.type is float and isinstance(value, float):  # a loss that has been NaN, too
+            values[f.name] = value
             continue
         if hints[f.name] == Figures | None and isinstance(value, Mapping):
             values[f.name] = _read(Figures, value, file)

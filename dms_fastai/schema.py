@@ -25,7 +25,7 @@ from .settings import OneOf, convert
 __all__ = ["Table", "choices_of", "keys_of", "load", "read_table", "settings_of", "table_of"]
 
 PACKAGE = Path(__file__).parent
-WORDS = {**vars(settings), "Any": Any}  # the names that an annotation may use
+WORDS = vars(settings)  # the names that an annotation may use
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class Table:
         return load(self.at)(*args, **own, **more)
 
     def __reduce__(self) -> tuple:
-        return _made, (self.at, self.chosen, {f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
+        return _made, (self.at, self.chosen, values)
 
 
 def _made(at: str, chosen: str | None, values: dict[str, Any]) -> Table:
@@ -84,7 +85,7 @@ def table_of(at: str, chosen: str | None = None) -> type[Table]:
 
 @cache
 def _table_of(at: str, chosen: str | None) -> type[Table]:
-    fields = [("name", str, dataclasses.field(default=chosen))] if chosen is not None else []
+    fields = [("name", str, dataclasses.field(default=chosen, init=False))] if chosen is not None else []
     for name, setting in settings_of(at).items():
         default = setting.default
         if setting.choices is not None:
@@ -92,7 +93,7 @@ def _table_of(at: str, chosen: str | None) -> type[Table]:
         fields.append((name, setting.hint, dataclasses.field(default=default)))
     name = at.split(":")[1]
     made = dataclasses.make_dataclass(name, fields, bases=(Table,), frozen=True, kw_only=True)
-    made.at, made.chosen, made.__reduce__ = at, chosen, Table.__reduce__
+    made.at, made.chosen = at, chosen
     return made
 
 
@@ -124,7 +125,7 @@ def read_table(at: str, table: Any, where: str, known_keys: Sequence[str] = ()) 
             others = [name for name, other in (several or {}).items() if key in settings_of(other)]
             if others:
                 raise UserError(f"{where}.{key} is a setting of {' and '.join(map(repr, others))}, not of {chosen!r}")
-            raise unknown_key(f"{where}.{key}", [f"{where}.{name}" for name in known], known_keys)
+            raise unknown_key(f"{where}.{key}", [f"{where}.{name}" for name in known] or [where], known_keys)
         setting, dotted = known[key], f"{where}.{key}"
         if setting.choices is not None:
             values[key] = read_table(setting.choices, value, dotted, known_keys)

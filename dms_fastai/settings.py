@@ -107,54 +107,59 @@ def convert(value: Any, hint: Any, where: str) -> Any:
     Raises:
         UserError: The value has another type or lies outside the range; the message begins with `where`.
     """
-    found = _fits(value, hint)
-    if found is REFUSED:
-        options = [option for option in _options(hint) if option is not type(None)]
-        raise UserError(f"{where} is {value!r}; it must be {' or '.join(map(_describe, options))}")
-    for rule in _rules(hint) if found is not None else ():
-        if not rule.holds(found):
-            raise UserError(f"{where} is {value!r}; it must be {rule.words}")
-    return found
+    for option in _options(hint):
+        found = _fits(value, option.type)
+        if found is REFUSED:
+            continue
+        for rule in option.rules:
+            if not rule.holds(found):
+                raise UserError(f"{where} is {value!r}; it must be {rule.words}")
+        return found
+    kinds = [_describe(option.type) for option in _options(hint) if option.type is not type(None)]
+    raise UserError(f"{where} is {value!r}; it must be {' or '.join(kinds)}")
 
 
 REFUSED = object()
 
 
-def _fits(value: Any, hint: Any) -> Any:
-    for option in _options(hint):
-        kind = get_origin(option) or option
-        if option is Any:
-            return value
-        if kind is Literal:
-            if any(type(value) is type(choice) and value == choice for choice in get_args(option)):
-                return value
-        elif option is type(None):
-            if value is None:
-                return value
-        elif isinstance(value, bool) != (kind is bool):
-            continue
-        elif kind is float:
-            if isinstance(value, numbers.Real) and math.isfinite(value):
-                return float(value)
-        elif kind is int:
-            if isinstance(value, numbers.Integral):
-                return int(value)
-        elif isinstance(value, kind):
-            return value
-    return REFUSED
+@dataclass(frozen=True)
+class Option:
+    """One of the types that a hint allows, and its ranges."""
+
+    type: Any
+    rules: tuple[Rule, ...]
 
 
-def _options(hint: Any) -> list[Any]:
-    """The types that are allowed, without their ranges."""
+def _fits(value: Any, option: Any) -> Any:
+    """The value as a type has it, or `REFUSED`."""
+    kind = get_origin(option) or option
+    if option is Any:
+        return value
+    if kind is Literal:
+        same = any(type(value) is type(choice) and value == choice for choice in get_args(option))
+        return value if same else REFUSED
+    if option is type(None):
+        return value if value is None else REFUSED
+    if isinstance(value, bool) != (kind is bool):
+        return REFUSED
+    if kind is float:
+        return float(value) if isinstance(value, numbers.Real) and _is_finite(value) else REFUSED
+    if kind is int:
+        return int(value) if isinstance(value, numbers.Integral) else REFUSED
+    return value if isinstance(value, kind) else REFUSED
+
+
+def _is_finite(value: numbers.Real) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float holds
+        return False
+
+
+def _options(hint: Any, rules: tuple[Rule, ...] = ()) -> list[Option]:
     if get_origin(hint) is Annotated:
-        return _options(hint.__origin__)
-    return [o for option in get_args(hint) for o in _options(option)] if _is_union(hint) else [hint]
-
-
-def _rules(hint: Any) -> list[Rule]:
-    if get_origin(hint) is Annotated:
-        return [more for more in hint.__metadata__ if isinstance(more, Rule)]
-    return [rule for option in get_args(hint) for rule in _rules(option)] if _is_union(hint) else []
+        return _options(hint.__origin__, (*rules, *(more for more in hint.__metadata__ if isinstance(more, Rule))))
+    return [o for part in get_args(hint) for o in _options(part, rules)] if _is_union(hint) else [Option(hint, rules)]
 
 
 def _is_union(hint: Any) -> bool:

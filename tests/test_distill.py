@@ -19,8 +19,9 @@ from torchvision.models import resnet18
 
 from dms_fastai import DMSLoss, MixUp, Teacher, TeacherDistill, UserError, dms_learner, ensemble, load_teacher
 from dms_fastai.export import export_run
+from dms_fastai.models.card import ModelCard
 from dms_fastai.models.fold import fold_batch_norms
-from dms_fastai.models.weights import ModelCard, save_weights
+from dms_fastai.models.weights import save_weights
 from dms_fastai.run_folder import RunFolder
 from tests.conftest import quiet
 

@@ -116,6 +116,9 @@ def test_another_choice_inherits_what_it_has_too(tmp_path):
         ({"cutmix.share": 0.5, "mixup": False, "cutmix.alpha": "x"}, "cutmix.alpha is 'x'"),
         ({"distill.divergence.name": "js"}, "distill.divergence.name is 'js'; it must be 'kl' or 'dkd' or 'dist'"),
         ({"optimizer.name": "sdg"}, "optimizer.name is 'sdg'; it must be 'sgd'"),
+        ({"mixup_or_cutmix": True}, "mixup and mixup_or_cutmix would mix the same batch"),
+        ({"optimizer.lr": 10**400}, "it must be a finite number"),
+        ({"bf16.x": 1}, "unknown recipe key 'bf16.x': did you mean 'bf16'?"),
         ({"size": 0.5}, "unknown recipe key 'size': did you mean 'data.size' or 'cutout.size'?"),
         ({"compile.step": 3}, "unknown recipe key 'compile.step': did you mean 'compile.steps'?"),
         ({"bf16.steps": 3}, "unknown recipe key 'bf16.steps': did you mean 'compile.steps'"),
@@ -220,11 +223,16 @@ def test_weights_with_the_card_of_before_load(tmp_path):
 def test_architectures_are_found_without_timm():
     found = names._from_source()
     assert set(timm.list_models()) <= found
+    assert set(timm.models._registry._model_entrypoints) <= found | names._deprecated()
     for entry in names.entries():
         parameters = sum(p.numel() for p in timm.create_model(entry.name).parameters())
         assert entry.parameters == f"{parameters:,}"
         assert bool(entry.weights) == bool(timm.get_pretrained_cfg(entry.name).file)
     assert {entry.name for entry in names.entries()} == set(timm.list_models(module="dmsresnet"))
+
+
+def test_former_names_of_timm_are_known_too():
+    assert {"tv_resnet50"} <= names._deprecated() <= set(timm.models._registry._model_entrypoints)
 
 
 def test_the_data_sets_that_have_a_name():
@@ -257,7 +265,7 @@ def test_importing_it_registers_the_architectures(order):
         ("run kdd", "did you mean 'kd'"),
         ("run kd --arch dmsresnet5O", "did you mean 'dmsresnet50'"),
         ("run kd --data digit", "did you mean 'digits'"),
-        ("run kd --teacher teachr", "no teacher at teachr: did you mean 'teacher'"),
+        ("run kd --teacher teachr", "no teacher at teachr; did you mean 'teacher'"),
         ("run kd --teacher timm:resnet8", "unknown timm model 'resnet8'"),
         ("run kd --device gpu", "device is 'gpu'"),
         ("run kd --schedule linear", "schedule.name is 'linear'"),
@@ -334,6 +342,54 @@ def test_several_at_once_are_the_same_runs_as_one_after_the_other(dms, tmp_path,
     code, out, _ = dms(*args, "--set", "model.drop_rate=0.05", "--out", "side", "--at-once", 2, "--restart")
     assert code == 0
     assert {RunFolder(tmp_path / "side" / name / "seed0").recipe().model.drop_rate for name in NAMES} == {0.05}
+
+
+def test_a_teacher_that_the_command_trains_itself_is_given_as_a_recipe(dms):  # noqa: F811
+    assert dms("run", "se", "--epochs", 1, "--out", "x", "--set", "data.batch_size=256")[0] == 0
+    code, _, err = dms("run", "se", "kd", "--teacher", "x/se/seed0", "--out", "x", "--epochs", 1, "--restart")
+    assert code == 2
+    assert "trains x/se/seed0 itself" in err
+
+
+def test_two_recipes_of_one_name(dms, tmp_path):  # noqa: F811
+    write(tmp_path, own='extends = "se"\nname = "se"\n')
+    code, _, err = dms("run", "se", "own.toml")
+    assert code == 2
+    assert "two of the recipes are called 'se'" in err
+
+
+def test_a_damaged_run_json_is_no_obstacle_to_restart(dms, tmp_path):  # noqa: F811
+    args = ("run", "se", "--epochs", 1, "--out", "x", "--set", "data.batch_size=256")
+    assert dms(*args)[0] == 0
+    file = tmp_path / "x" / "se" / "seed0" / "run.json"
+    for content in ("{}", "nonsense"):
+        file.write_text(content)
+        code, _, err = dms(*args)
+        assert code == 2
+        assert "is damaged" in err
+        assert dms(*args, "--restart")[0] == 0
+    told = json.loads(file.read_text())
+    told["last"]["valid_loss"] = float("nan")  # as earlier versions wrote it
+    file.write_text(json.dumps(told))
+    assert dms(*args)[0] == 0
+
+
+def test_a_run_folder_of_before_is_finished_to_the_same_command(dms, tmp_path):  # noqa: F811
+    args = ("run", "se", "--epochs", 1, "--out", "x", "--set", "data.batch_size=256")
+    assert dms(*args)[0] == 0
+    folder = tmp_path / "x" / "se" / "seed0"
+    recipe = (folder / "recipe.toml").read_text()
+    for new, old in (("[bf16]\n", ""), ("[compile]\nsteps = 5000\n", ""), ('name = "sgd"\n', "")):
+        assert new in recipe
+        recipe = recipe.replace(new, old)
+    scalars, tables = recipe.split("\n\n", 1)
+    words = 'precision = "auto"\ncompile = "auto"\nlabel_smoothing = 0.0\n'
+    (folder / "recipe.toml").write_text(f"{scalars}\n{words}\n{tables}\n[model.args]\n")
+    facts = (folder / "run.json").read_text()
+    (folder / "run.json").write_text(facts.replace("_images", "_pictures"))
+    code, out, err = dms(*args)
+    assert (code, err) == (0, "")
+    assert "epoch 1/1" not in out
 
 
 def test_what_fails_beside_others_is_said(dms, tmp_path):  # noqa: F811

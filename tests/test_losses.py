@@ -256,6 +256,6 @@ def test_the_one_loss_with_every_divergence(divergence, mixed):
 def test_an_unknown_divergence():
     with pytest.raises(UserError, match="unknown divergence 'js': known: dist, dkd, kl"):
         DMSLoss(divergence="js")
-    for make in (lambda: KL("sum"), lambda: DKD(-1.0)):
+    for make in (lambda: KL("sum"), lambda: DKD(-1.0), lambda: DMSLoss(divergence=3), lambda: DMSLoss(divergence=KL)):
         with pytest.raises(UserError):
             make()

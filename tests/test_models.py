@@ -3,10 +3,12 @@
 import pytest
 import timm
 import torch
+from timm.layers import get_notrace_functions, get_notrace_modules
 from timm.models import group_parameters
 from timm.task import LogitDistillationTask
 from torch import nn
 from torch.fx import symbolic_trace
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 import dms_fastai  # noqa: F401  (registers the architectures)
 from dms_fastai.models.dropout import dropout
@@ -209,6 +211,27 @@ def test_scripts_and_traces(name):
         expected = model(x)
         torch.testing.assert_close(torch.jit.script(model)(x), expected)
         torch.testing.assert_close(symbolic_trace(model)(x), expected)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "dmsresnet_wide"])
+def test_what_reads_a_network_as_a_graph_meets_torchs_dropout(name):
+    """As timm's own tests trace entries and then script them, in either mode; and torch.export, in training."""
+    model, x = timm.create_model(name, drop_rate=0.1).eval(), torch.randn(2, 3, 16, 16)
+    known = {"leaf_modules": list(get_notrace_modules()), "autowrap_functions": list(get_notrace_functions())}
+    options = {**known, "param_shapes_constant": True}
+    last = [nodes[-1:] for nodes in get_graph_node_names(model, tracer_kwargs=options)]
+    traced = create_feature_extractor(
+        model, train_return_nodes=last[0], eval_return_nodes=last[1], tracer_kwargs=options
+    )
+    scripted = torch.jit.script(traced)
+    with torch.no_grad():
+        (logits,) = scripted(x).values()
+        torch.testing.assert_close(logits, model(x))
+        (noisy,) = scripted.train()(x).values()
+        exported = torch.export.export(model.train(), (x,)).module()
+        for dropped in (noisy, exported(x)):
+            assert dropped.isfinite().all()
+            assert not torch.equal(dropped, logits)
 
 
 def test_checkpointing_changes_no_gradient():

@@ -20,7 +20,8 @@ from PIL import Image
 from safetensors import safe_open
 
 from dms_fastai import cli, load_data, load_recipe
-from dms_fastai.models.weights import ModelCard, load_weights, save_weights
+from dms_fastai.models.card import ModelCard
+from dms_fastai.models.weights import load_weights, save_weights
 from dms_fastai.recipes import recipe_names
 from dms_fastai.runs import checkpoint, stage
 

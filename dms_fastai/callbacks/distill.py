@@ -53,6 +53,8 @@ class TeacherDistill(Callback):
         if self.given and isinstance(self.learn.loss_func, DMSLoss):
             raise UserError(f"{', '.join(self.given)} given to TeacherDistill, but DMSLoss has its own; set it there")
         check_classes(self.teacher, vocabulary(self.learn.dls))
+        if not all(p.isfinite().all() for p in self.teacher.model.parameters()):
+            raise UserError("the teacher's weights are NaN or infinite; train it again")
         if self.network is not None and self.made_of is self.teacher:
             return
         device = next(self.learn.model.parameters()).device

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastai.callback.core import CancelEpochException
+from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import ParamScheduler
 from fastai.data.core import DataLoaders
 from fastai.learner import CastToTensor
@@ -15,9 +16,10 @@ from ..callbacks.bf16 import fast_kernels
 from ..data.imageset import ImageSet
 from ..data.loader import BatchLoader, statistics
 from ..errors import UserError
-from ..models.weights import ModelCard
+from ..models.card import ModelCard
 from ..recipes import Recipe, load_recipe
 from ..schema import load
+from ..trained import begin_from
 from ..training.optimizers import optimizer
 from ..training.parts import PARTS
 from .events import EventLearner
@@ -106,6 +108,7 @@ def dms_learner(
     cbs: Any = None,
     metrics: Any = accuracy,
     path: str | Path | None = None,
+    begun: bool = False,
 ) -> DMSLearner:
     """A fastai Learner for a recipe. `fit_recipe` trains it; every other method of a Learner works as well.
 
@@ -119,21 +122,26 @@ def dms_learner(
         cbs: Further callbacks.
         metrics: As in fastai; they are also measured in training.
         path: Where the Learner saves and exports; the current folder by default.
+        begun: Leave the weights fresh where the recipe begins from trained ones: others will be put in their place.
 
     Raises:
-        UserError: An unknown recipe, key or architecture, a value out of range, a teacher that is missing or does
-            not fit.
+        UserError: An unknown recipe, key or architecture, a value out of range, a teacher or weights to begin from
+            that are missing or do not fit.
     """
     if not isinstance(recipe, Recipe):
         own = isinstance(dls.train_ds, ImageSet)  # fastai's Datasets have any attribute that one asks for
         recipe = load_recipe(recipe, dls.train_ds.name if own else "", arch, settings)
     elif arch or settings:
         raise UserError("arch and settings are for recipes by name; change the Recipe itself instead")
+    _refuse_stock_mixers(_listed(cbs))
     lookahead = None if recipe.lookahead is None else recipe.lookahead.build()
     size = dls.train_ds.size if isinstance(dls.train_ds, ImageSet) else None
+    model = recipe.model.build().create(dls.c, size)
+    if recipe.model.weights is not None and not begun:
+        begin_from(model, recipe.model.weights, recipe.model.name)
     learn = DMSLearner(
         dls,
-        recipe.model.build().create(dls.c, size),
+        model,
         loss_func=recipe.loss.build(**(vars(recipe.distill.build()) if recipe.distill else {})),
         opt_func=partial(optimizer, settings=recipe.optimizer.build(), lookahead=lookahead),
         lr=recipe.optimizer.lr,
@@ -144,6 +152,14 @@ def dms_learner(
     learn.recipe = recipe
     learn.remove_cbs([learn.recorder, CastToTensor])
     return learn.add_cb(Recorder())
+
+
+def _refuse_stock_mixers(cbs: list) -> None:
+    """Raise a UserError if fastai's own MixUp or CutMix is given: it swaps the loss for one that knows no teacher."""
+    for cb in cbs:
+        kind = cb if isinstance(cb, type) else type(cb)
+        if issubclass(kind, MixHandler):
+            raise UserError(f"fastai's own {kind.__name__} swaps the loss; take {kind.__name__} of dms_fastai")
 
 
 def _callbacks(recipe: Recipe, teacher: Any) -> list:

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..settings import Momentum, checked
-from . import dmsresnet  # noqa: F401  (registers the architectures)
+from .card import START_WEIGHTS
 
 __all__ = ["Model"]
 
@@ -23,14 +23,17 @@ class Model:
         name: Name of the timm entry.
         drop_rate: Probability of dropout, where the architecture has it.
         args: Further arguments of the entry, such as `widths = [32, 64, 128]`.
+        weights: What to begin from: "timm" for timm's pretrained weights, a run's folder or a .safetensors file of the
+            same network. A classifier of other classes begins anew.
     """
 
     name: str = "dmsresnet"
     drop_rate: Momentum = 0.0
     args: dict[str, Any] | None = None
+    weights: str | None = None
 
     def create(self, num_classes: int, size: int | None = None) -> nn.Module:
-        """The network for `num_classes` classes, laid out channels last.
+        """The network for `num_classes` classes with fresh weights, laid out channels last.
 
         Args:
             num_classes: How many logits it gives an image.
@@ -40,6 +43,9 @@ class Model:
             UserError: The architecture does not take the `args`, or such images.
         """
         args = self.args or {}
+        for key in START_WEIGHTS:
+            if key in args:
+                raise UserError(f"model.args.{key} chooses weights to begin from; say that with model.weights")
         try:
             built = timm.create_model(self.name, num_classes=num_classes, drop_rate=self.drop_rate, **args)
         except Exception as error:  # an architecture may raise anything; its arguments are the user's

@@ -10,14 +10,14 @@ __all__ = ["Dropout", "dropout"]
 LEVELS = 2**16  # an element is dropped or kept by 16 random bits
 
 
-@torch.fx.wrap  # a leaf of a traced graph: its branches depend on the tensor
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """`torch.nn.functional.dropout`, but on a CPU four elements share a draw of 64 random bits.
 
     On a CPU, torch draws for each element, one after the other, which took a sixth of a training step. `p` is exact to
-    1 in 65,536.
+    1 in 65,536. Tracers, compilers and exporters see torch's own.
     """
-    if not training or p in (0.0, 1.0) or x.device.type != "cpu":
+    graphed = isinstance(x, torch.fx.Proxy) or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if graphed or not training or p in (0.0, 1.0) or x.device.type != "cpu":
         return F.dropout(x, p, training)
     n = x.numel()
     bits = torch.empty((n + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[:n]

@@ -1,9 +1,6 @@
 """Weights on disk: safetensors files that also describe the model and the images that it expects."""
 
-import json
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
@@ -13,34 +10,11 @@ from torch import nn
 
 from ..errors import UserError
 from ..files import whole
+from .card import ModelCard, read_card
 
-__all__ = ["ModelCard", "load_weights", "save_weights", "shipped_weights"]
+__all__ = ["load_weights", "save_weights", "shipped_weights"]
 
 KEY = "dms_fastai"
-
-
-@dataclass(frozen=True)
-class ModelCard:
-    """What it takes to build a model again and to feed it images.
-
-    Attributes:
-        arch: Name of the timm entry.
-        args: Further arguments that it was built with.
-        vocab: Names of the classes, in the order of the logits.
-        mean, std: What pixels (0...1) are normalised with, a value for each channel.
-        size: Height and width of the training images.
-    """
-
-    arch: str
-    vocab: list[str]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    size: int
-    args: dict[str, Any] = field(default_factory=dict)
-
-    def build(self) -> nn.Module:
-        """The model, with fresh weights, in evaluation mode."""
-        return timm.create_model(self.arch, num_classes=len(self.vocab), **self.args).eval()
 
 
 def save_weights(model: nn.Module, card: ModelCard, file: Path, dtype: torch.dtype = torch.float32) -> None:
@@ -48,7 +22,7 @@ def save_weights(model: nn.Module, card: ModelCard, file: Path, dtype: torch.dty
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
     with whole(file) as partial:
-        partial.write_bytes(save(state, {KEY: json.dumps(asdict(card))}))
+        partial.write_bytes(save(state, {KEY: card.to_json()}))
 
 
 def load_weights(file: Path) -> tuple[nn.Module, ModelCard]:
@@ -61,21 +35,39 @@ def load_weights(file: Path) -> tuple[nn.Module, ModelCard]:
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata() or {}
             state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        card = ModelCard(**json.loads(metadata[KEY]))
-        model = card.build()
-        model.load_state_dict(
-            {name: value.to(torch.float32) if value.is_floating_point() else value for name, value in state.items()}
-        )
+        card = read_card(metadata[KEY])
     except FileNotFoundError:
         raise UserError(f"no such file: {file}; a run writes its weights when it finishes") from None
     except KeyError:
         raise UserError(f"{file} does not say what model it holds; it was not written by dms_fastai") from None
-    except (OSError, SafetensorError, ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f"{file} cannot be loaded ({str(error).splitlines()[0]}); train it again") from None
+    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+        raise UserError(f"{file} cannot be loaded ({_reason(error)}); train it again") from None
+    try:
+        with torch.device("meta"):  # shapes alone: whatever the card asks for takes no memory
+            _compare(card.build(), state)
+        model = card.build()
+        model.load_state_dict(
+            {name: value.to(torch.float32) if value.is_floating_point() else value for name, value in state.items()}
+        )
+    except Exception as error:  # an architecture may raise anything
+        raise UserError(f"{file} cannot be loaded ({_reason(error)}); train it again") from None
     return model, card
+
+
+def _compare(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Raise a ValueError where a state is another model's."""
+    ours, theirs = ({name: tuple(v.shape) for name, v in tensors.items()} for tensors in (model.state_dict(), state))
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name):
+            raise ValueError(f"{name} is {theirs.get(name)} in the file and {ours.get(name)} in the model of its card")
+
+
+def _reason(error: Exception) -> str:
+    """An error in a line of bounded length."""
+    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")[:200]
 
 
 def shipped_weights(name: str) -> Path | None:
     """The weights that come with this package for a timm entry, such as "dmsresnet": their file; None if none do."""
-    cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) and "." not in name else None
     return Path(cfg.file) if cfg is not None and cfg.file else None

@@ -18,6 +18,7 @@ from ..errors import UserError
 from ..files import whole
 from ..run_folder import RunFolder
 from .plan import Stage
+from .stop import SIGNALS
 
 __all__ = ["Job", "complain", "train_at_once"]
 
@@ -47,6 +48,11 @@ class Job:
     @property
     def log(self) -> Path:
         return self.root / "logs" / f"{self.name.replace('/', '-').replace(' ', '-')}.log"
+
+    @property
+    def complete(self) -> bool:
+        """Whether the stage has finished, with its predictions."""
+        return self.stage.folder.finished and self.stage.folder.predictions.is_file()
 
     @property
     def code(self) -> int | None:
@@ -103,7 +109,7 @@ def train_at_once(
     Returns:
         Why it ended early, as in `Facts.stopped_by`; None where everything that could be begun ran to its end.
     """
-    waiting = [job for job in jobs if restart or not job.stage.folder.finished]
+    waiting = [job for job in jobs if restart or not job.complete]
     coming = {job.stage.folder.path for job in waiting}
     running: list[Job] = []
     said, reason = time.monotonic(), None
@@ -155,10 +161,11 @@ def _ready(waiting: list[Job], coming: set[Path], free: int, console: Console) -
 
 def complain(jobs: Iterable[Job], stopped: Iterable[int], console: Console) -> int:
     """Print the last lines of what failed; the exit code."""
-    failed = [job for job in jobs if job.code not in (None, 0, *stopped, -signal.SIGTERM)]
+    killed = [-number for number in SIGNALS]
+    failed = [job for job in jobs if job.code not in (None, 0, *stopped, *killed)]
     for job in failed:
         _say(console, f"--- {job.log}")
-        _say(console, "\n".join(job.log.read_text(encoding="utf-8").splitlines()[-LINES:]))
+        _say(console, "\n".join(job.log.read_text(encoding="utf-8", errors="replace").splitlines()[-LINES:]))
     return max((job.code if job.code > 0 else 128 - job.code for job in failed), default=0)
 
 
@@ -170,7 +177,7 @@ def _signals() -> Iterator[list[str]]:
     def note(number: int, frame: FrameType | None) -> None:
         asked.append(signal.Signals(number).name)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, note) for number in SIGNALS}
     try:
         yield asked
     finally:

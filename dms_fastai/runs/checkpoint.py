@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from fastai.callback.core import Callback
+from torch import nn
 
 from ..errors import UserError
 from ..files import whole
@@ -127,6 +128,12 @@ class Checkpoint(Callback):
     def after_train(self) -> None:
         self.check_finite()
 
+    def after_validate(self) -> None:
+        """Before the epoch is recorded: run.json and metrics.csv hold numbers."""
+        loss = float(self.learn.recorder.loss.value)
+        if not np.isfinite(loss):
+            raise self.diverged(f"the validation loss is {loss}")
+
     def after_epoch(self) -> None:
         if self.every or time.perf_counter() - self.written >= self.cost / SHARE:
             self.save_epoch()
@@ -147,15 +154,24 @@ class Checkpoint(Callback):
         self._save(learn.epoch, learn.iter + 1, inside)
 
     def check_finite(self) -> None:
-        """Raise a UserError if the loss is NaN or infinite, so that such a state is never kept."""
+        """Raise a UserError if the loss or a weight is NaN or infinite, so that such a state is never kept.
+
+        The loss is of the weights before the last step, so it does not tell what that step has done to them.
+        """
         loss = float(self.learn.smooth_loss)
         if not np.isfinite(loss):
-            lr = self.learn.opt.hypers[-1]["lr"]
-            smaller = self.learn.recipe.optimizer.lr / 10
-            raise UserError(
-                f"the loss is {loss} in epoch {self.learn.epoch + 1}, at a learning rate of {lr:.3g}; try "
-                f"--set optimizer.lr={smaller:.3g} or --set clip.value=0.1. The last good checkpoint is kept"
-            )
+            raise self.diverged(f"the loss is {loss}")
+        if not all_finite(self.network):
+            raise self.diverged("weights are NaN or infinite")
+
+    def diverged(self, what: str) -> UserError:
+        """The error that says what is no number any more, and what may help."""
+        learn = self.learn
+        lr, smaller = learn.opt.hypers[-1]["lr"], learn.recipe.optimizer.lr / 10
+        return UserError(
+            f"{what} in epoch {learn.epoch + 1}, at a learning rate of {lr:.3g}; try "
+            f"--set optimizer.lr={smaller:.3g} or --set clip.value=0.1. The last good checkpoint is kept"
+        )
 
     def _save(self, epochs: int, steps: int, inside: dict[str, Any]) -> None:
         self.check_finite()
@@ -187,6 +203,12 @@ class Checkpoint(Callback):
         self.cost = self.written - began
 
 
+def all_finite(model: nn.Module) -> bool:
+    """Whether every weight and statistic is a finite number; one wait for the device."""
+    floats = [t.detach() for t in model.state_dict().values() if t.is_floating_point() and t.numel()]
+    return bool(torch.stack(torch._foreach_norm(floats, float("inf"))).isfinite().all()) if floats else True
+
+
 def digest(content: Any) -> str:
     return hashlib.blake2b(content, digest_size=8).hexdigest()
 
@@ -210,7 +232,7 @@ def plain(value: Any) -> Any:
 
 def keeping(learn: Any) -> list[Any]:
     """The recipe's callbacks with something to keep from step to step: `state` gives it, `restore` takes it."""
-    return [cb for cb in learn.cbs if hasattr(cb, "restore") and cb is not learn.recorder]
+    return [cb for cb in learn.cbs if hasattr(type(cb), "restore") and cb is not learn.recorder]
 
 
 def get_random_states() -> dict[str, Any]:

@@ -28,7 +28,12 @@ def locked(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / LOCK
     while True:
-        opened = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            opened = os.open(file, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+        except OSError as error:
+            if file.is_symlink():  # what it points to is not ours to write to
+                raise UserError(f"{file} is a link; remove it") from None
+            raise error
         try:
             if fcntl is not None:
                 fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -4,10 +4,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..data import Data, Sets, source_name
+from ..data import Data, Sets
+from ..errors import UserError
 from ..recipes import Recipe
 from ..run_folder import RunFolder
-from ..trained import Teacher, check_classes, check_pretrained, load_teacher
+from ..trained import Teacher, begin_from, check_classes, check_pretrained, load_teacher
 from .guards import refuse_other_origin, refuse_other_recipe
 from .wanted import SAME_IMAGES, Wanted
 
@@ -23,7 +24,7 @@ class Opened:
             data: As in `load_data`.
             trust: A teacher may be a .pkl, whose code is run.
         """
-        self.data, self.name, self.trust = data, source_name(data), trust
+        self.data, self.trust = data, trust
         self._sets: dict[tuple, Sets] = {}
         self._teachers: dict[str, Teacher] = {}
 
@@ -70,6 +71,9 @@ def plan(wanted: Wanted, opened: Opened) -> list[Stage]:
         for recipe in recipes:
             for stage in _with_teacher(recipe, recipes, seed, wanted, opened):
                 stages.setdefault(stage.folder.path, stage)
+    for stage in stages.values():
+        if isinstance(stage.teacher, str) and Path(stage.teacher).resolve() in {f.resolve() for f in stages}:
+            raise UserError(f"this command trains {stage.teacher} itself; give its recipe as --teacher")
     _try_networks(stages.values(), opened)
     return list(stages.values())
 
@@ -104,6 +108,8 @@ def _try_networks(stages: Iterable[Stage], opened: Opened) -> None:
     for recipe in (stage.recipe for stage in stages if not stage.folder.finished):
         if any((recipe.model, recipe.data) == (other.model, other.data) for other in tried):
             continue
-        sets = opened.sets(recipe.data.build())
-        recipe.model.build().create(len(sets.vocab), sets.size)
+        sets, model = opened.sets(recipe.data.build()), recipe.model.build()
+        network = model.create(len(sets.vocab), sets.size)
+        if model.weights is not None:
+            begin_from(network, model.weights, model.name)
         tried.append(recipe)

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from ..errors import UserError
 from ..export import export_run
-from ..files import PARTIAL, whole
+from ..files import whole
 from ..learner import DMSLearner, dms_learner
 from ..models.weights import load_weights
 from ..run_folder import Facts, Figures, Run, RunFolder
@@ -87,7 +87,7 @@ def run_stage(stage: Stage, opened: Opened, manner: Manner | None = None, consol
         check_classes(teacher, sets.vocab)
         origin |= {"teacher": _name_of(stage.teacher), "teacher_digest": teacher.digest}
     with locked(folder.path):
-        for left in folder.path.rglob(f"*{PARTIAL}"):
+        for left in folder.partial_files():
             left.unlink()  # left by a process that was killed as it wrote
         if manner.restart:
             _empty(folder)
@@ -102,7 +102,8 @@ def run_stage(stage: Stage, opened: Opened, manner: Manner | None = None, consol
         gc.collect()  # free the Learner of the stage before, which its callbacks refer to
         dls = sets.loaders(recipe.data.batch_size, recipe.augment.build(), device=manner.device)
         _seed_everything(stage.seed)  # only after fastai's loaders have drawn from Python's generator
-        learn = dms_learner(dls, recipe, teacher=teacher, path=folder.path)
+        begun = folder.finished or any(folder.checkpoints.glob("*.pt"))
+        learn = dms_learner(dls, recipe, teacher=teacher, path=folder.path, begun=begun)
         learn.remove_cb(ProgressCallback)  # the run shows its own progress
         learn.logger = noop
         if folder.finished:
@@ -204,7 +205,7 @@ def _predict_again(learn: DMSLearner, folder: RunFolder) -> Run:
 
 def _empty(folder: RunFolder) -> None:
     """Delete everything in a run's folder except the lock."""
-    if not folder.recipe_file.is_file():
+    if not folder.recipe_file.is_file() or not (folder.facts_file.is_file() or any(folder.checkpoints.glob("*.pt"))):
         return  # not a run's folder
     for path in folder.path.iterdir():
         if path.is_dir():

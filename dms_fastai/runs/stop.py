@@ -11,13 +11,16 @@ from fastai.callback.core import Callback, CancelFitException
 
 from .checkpoint import Checkpoint
 
-__all__ = ["TIME_LIMIT", "StopOnRequest"]
+__all__ = ["SIGNALS", "TIME_LIMIT", "StopOnRequest"]
 
 TIME_LIMIT = "time limit"
+# Ctrl-C, a terminal that is closed, and what schedulers send before they kill; Windows has the first two alone.
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 
 
 class StopOnRequest(Callback):
-    """End training on Ctrl-C, SIGTERM or at a deadline, once the current step is done and checkpointed.
+    """End training on one of `SIGNALS` or at a deadline, once the current step is done and checkpointed.
 
     Use `listening` round fit. A second signal has its usual effect, at once.
     """
@@ -36,7 +39,7 @@ class StopOnRequest(Callback):
     @contextmanager
     def listening(self) -> Iterator["StopOnRequest"]:
         """Take signals as requests to stop; only a process's main thread can."""
-        signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        signals = SIGNALS if threading.current_thread() is threading.main_thread() else ()
         before = {number: signal.signal(number, self._note) for number in signals}
         try:
             yield self

@@ -6,11 +6,12 @@ Whatever is mistyped is refused here, before torch is imported.
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, unknown
-from ..names import architectures, is_architecture, source_name
+from ..names import architectures, is_architecture, shipped, source_name
 from ..recipes import SCALARS, Recipe, ablation_of, load_recipe, recipe_names
 from ..training.parts import PARTS
 
@@ -46,7 +47,6 @@ class Wanted:
     epochs: int | None = None
     schedule: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
-    trust: bool = False
 
     @property
     def root(self) -> Path:
@@ -69,8 +69,15 @@ class Wanted:
         for file, recipe in zip(dict.fromkeys(files), bare, strict=True):
             own = {k: v for k, v in self.settings.items() if len(bare) == 1 or _is_for(k, recipe, bare)}
             found.append(load_recipe(file, name, self.arch, {**self._everywhere(), **own}))
+        names = [recipe.name for recipe in found]
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(f"two of the recipes are called {name!r}, and so are their folders; rename one")
+        if (self.teacher is not None or self.settings.get("teacher")) and all(r.distill is None for r in found):
+            which = f"recipe {names[0]!r} does" if len(names) == 1 else "these recipes do"
+            raise UserError(f"{which} not distil; leave --teacher out, or take kd")
         for recipe in found:
-            self._check_teacher(recipe, alone=len(found) == 1)
+            self._check_teacher(recipe)
         return found
 
     def teacher_of(self, recipe: Recipe) -> str | Recipe | None:
@@ -92,22 +99,21 @@ class Wanted:
         given = {"schedule.name": self.schedule, "schedule.epochs": self.epochs}
         return {key: value for key, value in given.items() if value is not None}
 
-    def _check_teacher(self, recipe: Recipe, alone: bool) -> None:
-        """Raise a UserError if a teacher does not exist, or is given to a recipe that does not distil."""
-        if recipe.distill is None:
-            if alone and (self.teacher is not None or self.settings.get("teacher")):
-                raise UserError(f"recipe {recipe.name!r} does not distil; leave --teacher out, or take kd")
-            return
+    def _check_teacher(self, recipe: Recipe) -> None:
+        """Raise a UserError if a teacher does not exist."""
         source = self.teacher_of(recipe)
         if not isinstance(source, str) or os.path.exists(source):
             return
         for part in (part.strip() for part in source.split(",")):
-            timm = part.startswith("timm:")
-            if timm and not is_architecture(part.removeprefix("timm:")):
-                raise unknown("timm model", part.removeprefix("timm:"), architectures())
-            if part and not timm and not os.path.exists(part) and not is_architecture(part):
-                near = unknown("teacher", part, [*recipe_names()]).message
-                raise UserError(f"no teacher at {part}: {near.partition(': ')[2]}")
+            if part in recipe_names():
+                raise UserError(f"{source!r} holds the recipe {part!r}; of several teachers, each is a run or a file")
+            if part.startswith("timm:"):
+                if not is_architecture(part.removeprefix("timm:")):
+                    raise unknown("timm model", part.removeprefix("timm:"), architectures())
+            elif part and not os.path.exists(part) and shipped(part) is None:
+                near = get_close_matches(part, recipe_names(), n=1)
+                hint = f"did you mean {near[0]!r}?" if near else "give a recipe, a run's folder, a file or timm:NAME"
+                raise UserError(f"no teacher at {part}; {hint}")
 
 
 def _is_for(key: str, recipe: Recipe, others: list[Recipe]) -> bool:

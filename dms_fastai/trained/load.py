@@ -9,7 +9,7 @@ from typing import Any
 
 import timm
 from fastai.learner import Learner, load_learner
-from torch import nn
+from torch import Tensor, nn
 
 from ..data.loader import statistics, vocabulary
 from ..errors import UserError, unknown
@@ -17,7 +17,7 @@ from ..models.weights import load_weights, shipped_weights
 from ..run_folder import RunFolder
 from .network import Ensemble, Teacher, check_classes
 
-__all__ = ["check_pretrained", "ensemble", "find_file", "load_teacher", "open_learner", "without_code"]
+__all__ = ["begin_from", "check_pretrained", "ensemble", "find_file", "load_teacher", "open_learner", "without_code"]
 
 
 def ensemble(sources: Iterable[Any], of: str = "logits", trust: bool = False) -> Teacher:
@@ -80,6 +80,36 @@ def load_teacher(source: Any, trust: bool = False) -> Teacher:
     return Teacher(model, tuple(card.mean), tuple(card.std), card.vocab)
 
 
+def begin_from(model: nn.Module, source: str, arch: str) -> None:
+    """Put trained weights into a fresh model; a classifier of another size is left out.
+
+    Args:
+        model: Of the architecture `arch`.
+        source: "timm" for timm's pretrained weights, a run's folder or a .safetensors file.
+        arch: Name of the timm entry.
+
+    Raises:
+        UserError: There are no such weights, or they are another network's.
+    """
+    if source == "timm":
+        state = _timm_teacher(arch).model.state_dict()
+    else:
+        file = find_file(source, trust=False)
+        if file is None or file.suffix != ".safetensors":
+            raise UserError(f"model.weights is {source!r}; give 'timm', a run's folder or a .safetensors file")
+        state = load_weights(file)[0].state_dict()
+    ours = model.state_dict()
+    other = sorted(name for name in ours.keys() | state.keys() if _shape(ours, name) != _shape(state, name))
+    head = [name for name, module in model.named_modules() if module is model.get_classifier()]
+    if any(name.rpartition(".")[0] not in head for name in other):
+        raise UserError(f"the weights at {source} are of another network than {arch} (see {other[0]}); take its own")
+    model.load_state_dict({name: value for name, value in state.items() if name not in other}, strict=False)
+
+
+def _shape(state: dict[str, Tensor], name: str) -> tuple[int, ...] | None:
+    return tuple(state[name].shape) if name in state else None
+
+
 def find_file(source: str | Path, trust: bool) -> Path | None:
     """The .safetensors or .pkl file that a path stands for; None if it stands for neither.
 
@@ -132,13 +162,19 @@ def open_learner(file: Path, trust: bool) -> Learner:
             return load_learner(file)
     except Exception as error:  # unpickling may raise whatever the file's classes raise
         reason = str(error).splitlines()[0] if str(error) else "no reason given"
-        raise UserError(f"{file} cannot be loaded as a fastai Learner ({type(error).__name__}: {reason})") from None
+        old = "; another version may have written it: give the weights beside it, model.safetensors"
+        hint = old if isinstance(error, (AttributeError, ImportError)) else ""
+        said = f"{file} cannot be loaded as a fastai Learner ({type(error).__name__}: {reason})"
+        raise UserError(said + hint) from None
 
 
 def check_pretrained(source: str, classes: int) -> None:
     """Raise a UserError if a pretrained teacher of timm has another number of classes, before it is downloaded."""
     for name in (part.strip().removeprefix("timm:") for part in source.split(",") if part.strip().startswith("timm:")):
-        cfg = timm.get_pretrained_cfg(name) if timm.is_model(name.split(".")[0]) else None
+        try:
+            cfg = timm.get_pretrained_cfg(name) if timm.is_model(name.split(".")[0]) else None
+        except RuntimeError as error:  # no such tag
+            raise UserError(f"timm:{name}: {error}") from None
         if cfg is not None and cfg.num_classes != classes:
             raise UserError(
                 f"timm's weights of {name!r} know {cfg.num_classes} classes and the data have {classes}; train it on "

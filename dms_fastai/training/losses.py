@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import unknown
+from ..errors import UserError, unknown
 from ..settings import NotNegative, OneOf, Positive, Share, checked
 
 __all__ = [
@@ -279,6 +279,8 @@ class Distillation:
             if self.divergence not in DIVERGENCES:
                 raise unknown("divergence", self.divergence, DIVERGENCES)
             object.__setattr__(self, "divergence", DIVERGENCES[self.divergence]())
+        elif isinstance(self.divergence, type) or not callable(self.divergence):
+            raise UserError(f"divergence is {self.divergence!r}; give a name or an instance, DKD(beta=4)")
 
     def soft(self, pred: Tensor, logits: Tensor, targets: Targets, reduction: Reduction = "mean") -> Tensor:
         """The divergence of the student's logits from the teacher's, both of shape (B, C), without its weight."""

@@ -1,0 +1,132 @@
+"""The card in a file of weights: what it takes to build the model again.
+
+The file may be a stranger's, so nothing in the card is trusted: to build its model reads, fetches and writes nothing.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import timm
+from torch import nn
+
+from ..names import is_architecture
+
+__all__ = ["START_WEIGHTS", "ModelCard", "read_card"]
+
+# Arguments of timm's that choose the weights to begin with: they fetch, read or unpickle what they name.
+START_WEIGHTS = (
+    "cache_dir",
+    "checkpoint_path",
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "pretrained_filter_fn",
+    "pretrained_strict",
+)
+LONGEST, DEEPEST = 64, 2  # of texts and lists, and lists in lists
+LARGEST = 8192  # a number, or the sum of a list: what takes longer to build than to read is no network of anybody's
+CLASSES = 100_000
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What it takes to build a model again and to feed it images.
+
+    Attributes:
+        arch: Name of the timm entry.
+        args: Further arguments that it was built with, none of which chooses weights.
+        vocab: Names of the classes, in the order of the logits.
+        mean, std: What pixels (0...1) are normalised with, a value for each channel.
+        size: Height and width of the training images.
+    """
+
+    arch: str
+    vocab: list[str]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    size: int
+    args: dict[str, Any] = field(default_factory=dict)
+
+    def build(self) -> nn.Module:
+        """The model, with fresh weights, in evaluation mode."""
+        return timm.create_model(self.arch, num_classes=len(self.vocab), **self.args).eval()
+
+    def to_json(self) -> str:
+        """The card as `read_card` reads it."""
+        return json.dumps(asdict(self))
+
+
+def read_card(text: str) -> ModelCard:
+    """The card in a file, once each of its fields is known to be what a network could have.
+
+    What chooses weights, which cards of earlier versions may have, is passed over.
+
+    Raises:
+        ValueError: It is no card, or a field is out of bounds; says which.
+    """
+    told = json.loads(text)
+    names = [f.name for f in fields(ModelCard)]
+    if not isinstance(told, dict):
+        raise ValueError("its card is no table")
+    for name in told.keys() - set(names):
+        raise ValueError(f"its card has a field {_short(name)}, which is unknown")
+    for name in names:
+        if name not in told and name != "args":
+            raise ValueError(f"its card has no {name!r}")
+    args = told.get("args", {})
+    if isinstance(args, dict):
+        args = told["args"] = {key: value for key, value in args.items() if key not in START_WEIGHTS}
+    for name, sound in _CHECKS.items():
+        if name in told and not sound(told[name]):
+            raise ValueError(f"{name!r} of its card is {_short(told[name])}")
+    if len(told["mean"]) != len(told["std"]):
+        raise ValueError("'mean' and 'std' of its card have different lengths")
+    return ModelCard(**told | {"mean": tuple(told["mean"]), "std": tuple(told["std"])})
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _numbers(value: Any) -> bool:
+    return isinstance(value, list) and 0 < len(value) <= LONGEST and all(map(_number, value))
+
+
+def _plain(value: Any, depth: int = 0) -> bool:
+    """Whether a value could be an argument of a network: a number, a word, or lists and tables of these."""
+    if isinstance(value, list):
+        inside = depth < DEEPEST and len(value) <= LONGEST and all(_plain(item, depth + 1) for item in value)
+        return inside and sum(abs(item) for item in value if _number(item)) <= LARGEST
+    if isinstance(value, dict):
+        named = len(value) <= LONGEST and all(isinstance(key, str) for key in value)
+        return depth < DEEPEST and named and all(_plain(item, depth + 1) for item in value.values())
+    if isinstance(value, str):
+        return len(value) <= LONGEST
+    return value is None or isinstance(value, bool) or (_number(value) and abs(value) <= LARGEST)
+
+
+def _args(value: Any) -> bool:
+    named = isinstance(value, dict) and len(value) <= LONGEST and all(map(str.isidentifier, value))
+    return named and all(map(_plain, value.values()))
+
+
+def _names(value: Any) -> bool:
+    listed = isinstance(value, list) and 0 < len(value) <= CLASSES and all(isinstance(name, str) for name in value)
+    return listed and len(set(value)) == len(value)
+
+
+_CHECKS = {
+    "arch": lambda v: isinstance(v, str) and is_architecture(v),
+    "vocab": _names,
+    "mean": _numbers,
+    "std": lambda v: _numbers(v) and min(v) > 0,
+    "size": lambda v: isinstance(v, int) and not isinstance(v, bool) and 0 < v <= LARGEST,
+    "args": _args,
+}
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
