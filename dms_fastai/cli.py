@@ -17,9 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 from .clock import seconds_of
-from .errors import UserError
-from .names import DATA_SETS, DEVICES, architectures, check_device, entries
+from .errors import UserError, no_format, no_model
+from .names import DATA_SETS, DEVICES, architectures, check_device, entries, shipped
 from .recipes import ablation_of, added_by, flat, load_recipe, parse_setting, recipe_names
+from .run_folder import RunFolder
 from .runs.wanted import ABLATION, Wanted
 from .schema import choices_of
 
@@ -135,7 +136,7 @@ def run(
 
 
 def _train_in_turn(stages: "list[Stage]", opened: "Opened", manner: "Manner") -> None:
-    from .run_folder import Run, RunFolder
+    from .run_folder import Run
     from .runs.stage import run_stage
 
     runs: dict[Path, Run] = {}
@@ -158,7 +159,7 @@ def _train_in_turn(stages: "list[Stage]", opened: "Opened", manner: "Manner") ->
 
 
 def _train_at_once(stages: "list[Stage]", root: Path, at_once: int, options: list[str], manner: "Manner") -> None:
-    from .run_folder import Run, RunFolder
+    from .run_folder import Run
     from .runs.at_once import Job, complain, train_at_once
 
     jobs = [Job(stage, root) for stage in stages]
@@ -214,6 +215,11 @@ def predict(
     trust_pickle: Annotated[bool, TRUST] = False,
 ) -> None:
     """Classify images: the likeliest classes of each, with their probabilities."""
+    if _check_model(learner):
+        for image in images:
+            if not image.exists():
+                raise UserError(f"no such image: {image}")
+
     from .export import predict_files
 
     _say_what_is_read(learner, trust_pickle)
@@ -232,6 +238,11 @@ def export(
     trust_pickle: Annotated[bool, TRUST] = False,
 ) -> None:
     """Write a model for other runtimes: pixels go in, probabilities come out."""
+    _check_model(learner)
+    formats = choices_of("export:FORMATS")
+    if file.suffix not in formats:
+        raise no_format(file, formats)
+
     from .export import export_model
 
     _say_what_is_read(learner, trust_pickle)
@@ -268,6 +279,14 @@ def _show(runs: "Iterable[Run]") -> None:
         console.print(table(section))
         for line in difference_lines(section.differences):
             console.print(line, highlight=False, markup=False)
+
+
+def _check_model(source: Path) -> bool:
+    """Whether a trained model is there; a UserError if nothing can be one by this name."""
+    there = RunFolder(source).weights.is_file() or source.is_file() or shipped(str(source)) is not None
+    if not there and not source.exists() and source.suffix not in (".safetensors", ".pkl"):
+        raise no_model(source)
+    return there
 
 
 def _say_what_is_read(source: Path, trust_pickle: bool) -> None:

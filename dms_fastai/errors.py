@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-__all__ = ["UserError", "unknown"]
+__all__ = ["UserError", "no_format", "no_model", "unknown"]
 
 MANY = 24  # names in a message
 
@@ -25,3 +25,16 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     else:
         hint = "known: " + ", ".join(known) if len(known) <= MANY else f"none of the {len(known)} known is near it"
     return UserError(f"unknown {kind} {name!r}: {hint}")
+
+
+def no_model(source: object) -> UserError:
+    """The error for a trained model that is not there."""
+    return UserError(
+        f"no model at {source}; give a learner.pkl, a model.safetensors, a run's folder, or dmsresnet, whose weights "
+        f"come with this package"
+    )
+
+
+def no_format(file: object, formats: Iterable[str]) -> UserError:
+    """The error for a file to export to whose ending is that of no format."""
+    return UserError(f"{file} cannot be written; the formats are {' and '.join(formats)}")

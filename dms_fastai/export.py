@@ -15,7 +15,7 @@ from torch.onnx.errors import OnnxExporterError
 
 from .data.augment import affine, normalize
 from .data.images import read_image
-from .errors import UserError
+from .errors import UserError, no_format, no_model
 from .files import whole
 from .learner import DMSLearner
 from .models.card import ModelCard
@@ -69,7 +69,7 @@ def export_model(source: str | Path | DMSLearner, file: str | Path, trust: bool 
     """
     file = Path(file)
     if file.suffix not in FORMATS:
-        raise UserError(f"{file} cannot be written; the formats are {' and '.join(FORMATS)}")
+        raise no_format(file, FORMATS)
     written = FORMATS[file.suffix]
     if not all(map(find_spec, written.packages)):
         raise UserError(f"{file} needs more packages: pip install {' '.join(written.packages)}")
@@ -129,7 +129,9 @@ class Format:
     packages: tuple[str, ...] = ()
 
 
-FORMATS = {".onnx": Format(_write_onnx, ("onnx", "onnxscript")), ".pt2": Format(_write_pt2)}
+ONNX = Format(_write_onnx, ("onnx", "onnxscript"))
+PT2 = Format(_write_pt2)
+FORMATS = {".onnx": ONNX, ".pt2": PT2}
 
 
 def predict_files(source: Path, images: Iterable[Path], trust: bool = False) -> tuple[list[str], Tensor]:
@@ -163,8 +165,5 @@ def _find(source: str | Path, trust: bool) -> Path:
     """The .safetensors or .pkl file that `source` stands for."""
     file = find_file(source, trust)
     if file is None:
-        raise UserError(
-            f"no model at {source}; give a learner.pkl, a model.safetensors, a run's folder, or dmsresnet, whose "
-            f"weights come with this package"
-        )
+        raise no_model(source)
     return file

@@ -44,6 +44,8 @@ def load_data(
         UserError: Data that are missing or cannot be trained on, or a setting out of range.
     """
     chosen = Data(bs, size, valid)
+    if crops.get("flip") is None:
+        crops.pop("flip", None)
     if source_name(data) in NO_FLIP:
         crops.setdefault("flip", 0.0)
     cropped = Crops(**crops)

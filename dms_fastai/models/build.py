@@ -24,7 +24,7 @@ class Model:
         drop_rate: Probability of dropout, where the architecture has it.
         args: Further arguments of the entry, such as `widths = [32, 64, 128]`.
         weights: What to begin from: "timm" for timm's pretrained weights, a run's folder or a .safetensors file of the
-            same network. A classifier of other classes begins anew.
+            same network. A classifier of another size begins anew.
     """
 
     name: str = "dmsresnet"

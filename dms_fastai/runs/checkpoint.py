@@ -78,12 +78,12 @@ class Checkpoint(Callback):
                 continue
             if state["recipe"] != learn.recipe.to_table():
                 raise UserError(f"{file} belongs to a run of another recipe; remove it, or begin again with --restart")
-            learn.model.load_state_dict(state["model"])
-            learn.model.to(learn.dls.device)  # before the optimiser, whose state goes where the parameters are
-            learn.create_opt()
-            learn.opt.load_state_dict(state["optimizer"])
-            for callback in keeping(learn):
-                callback.restore(state["callbacks"][callback.name])
+            try:
+                restore(learn, state)
+            except KeyError as error:
+                raise UserError(
+                    f"{file} is of another version (it has no {error}); begin again with --restart"
+                ) from None
             self.resumed, self.history.rows = state, state["rows"]
             for unsound in damaged:
                 unsound.rename(unsound.with_suffix(".damaged"))  # otherwise they would be kept in place of sound ones
@@ -228,6 +228,16 @@ def plain(value: Any) -> Any:
     if isinstance(value, list):
         return [plain(v) for v in value]
     return value.item() if isinstance(value, np.generic) else value
+
+
+def restore(learn: Any, state: dict[str, Any]) -> None:
+    """Put model, optimiser and what callbacks keep back to where a checkpoint left them."""
+    learn.model.load_state_dict(state["model"])
+    learn.model.to(learn.dls.device)  # before the optimiser, whose state goes where the parameters are
+    learn.create_opt()
+    learn.opt.load_state_dict(state["optimizer"])
+    for callback in keeping(learn):
+        callback.restore(state["callbacks"][callback.name])
 
 
 def keeping(learn: Any) -> list[Any]:
