@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import platform
 import re
 import shutil
 
@@ -21,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dms_fastai import dms_learner, load_data
 from dms_fastai.callbacks import torch_compile
 from dms_fastai.callbacks.bf16 import fast_kernels
+from dms_fastai.learner import memory
 from dms_fastai.learner.recorder import accuracy
 from dms_fastai.runs import progress
 from dms_fastai.runs.profile import PARTS, STEPS, StepProfile
@@ -444,3 +446,27 @@ def test_too_few_steps_for_a_profile_are_said(dls, tmp_path):
         quiet(dms_learner(dls, "se")).fit(1, cbs=profile.edges)
     assert f"takes {STEPS} training steps, and there were {len(dls.train)}" in out.getvalue()
     assert list(tmp_path.iterdir()) == []
+
+
+# Memory
+
+
+def test_freed_memory_is_returned_once_a_minute_at_most(dls, monkeypatch):
+    calls, clock = [], [0.0]
+    monkeypatch.setattr(memory, "_malloc_trim", lambda: calls.append)
+    monkeypatch.setattr(memory.time, "monotonic", lambda: clock[0])
+    trimmer = memory.Trimmer()
+    for seconds in (59.0, 60.0, 61.0, 119.0, 120.0):
+        clock[0] = seconds
+        trimmer.trim()
+    assert calls == [0, 0]
+    monkeypatch.setattr(memory, "SECONDS", 0.0)
+    quiet(dms_learner(dls, "se")).fit(2)
+    assert len(calls) == 4
+
+
+def test_glibc_is_found_where_it_is():
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("another C library")
+    memory.Trimmer().trim()
+    assert memory._malloc_trim()(0) in (0, 1)

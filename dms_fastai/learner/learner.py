@@ -23,6 +23,7 @@ from ..trained import begin_from
 from ..training.optimizers import optimizer
 from ..training.parts import PARTS
 from .events import EventLearner
+from .memory import Trimmer
 from .recorder import Recorder, accuracy, lazy
 
 __all__ = ["DMSLearner", "dms_learner"]
@@ -64,11 +65,13 @@ class DMSLearner(EventLearner):
                 self.torch_compile.release()
 
     def _do_fit(self) -> None:
+        trimmer = Trimmer()
         for epoch in range(self.first_epoch, self.n_epoch):
             self.epoch = epoch
             if isinstance(self.dls.train, BatchLoader):
                 self.dls.train.passes = epoch  # not counting batches drawn for display
             self._with_events(self._do_epoch, "epoch", CancelEpochException)
+            trimmer.trim()
 
     def all_batches(self) -> None:
         self.n_iter = len(self.dl)
