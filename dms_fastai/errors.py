@@ -1,9 +1,10 @@
 """Errors that the user can fix: one line that says what was wrong, with which value, and what to do."""
 
+import warnings
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-__all__ = ["UserError", "no_format", "no_model", "unknown"]
+__all__ = ["Notice", "UserError", "either", "no_format", "no_model", "notice", "unknown"]
 
 MANY = 24  # names in a message
 
@@ -14,6 +15,21 @@ class UserError(ValueError):
     def __init__(self, message: str):
         super().__init__(message)
         self.message = message  # fastai changes the arguments of an exception that a callback raises
+
+
+class Notice(UserWarning):
+    """What the user should know and need not mend: what was converted, or left out. The command line prints it alone."""
+
+
+def notice(message: str) -> None:
+    """Say something that the user should know, in one line."""
+    warnings.warn(message, Notice, stacklevel=2)
+
+
+def either(words: Iterable[str]) -> str:
+    """The words as "A, B or C"."""
+    *words, last = words
+    return f"{', '.join(words)} or {last}" if words else last
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:

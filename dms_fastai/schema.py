@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, get_args, get_origin
 
 from . import settings
-from .errors import UserError, unknown
+from .errors import UserError, either, unknown
 from .settings import OneOf, convert
 
 __all__ = ["Table", "choices_of", "keys_of", "load", "read_table", "settings_of", "table_of"]
@@ -115,7 +115,7 @@ def read_table(at: str, table: Any, where: str, known_keys: Sequence[str] = ()) 
     if several is not None:
         chosen = table.get("name", next(iter(several)))
         if not isinstance(chosen, str) or chosen not in several:
-            raise UserError(f"{where}.name is {chosen!r}; it must be {' or '.join(map(repr, several))}")
+            raise UserError(f"{where}.name is {chosen!r}; it must be {either(map(repr, several))}")
         at = several[chosen]
     known, values = settings_of(at), {}
     for key, value in table.items():

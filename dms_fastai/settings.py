@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-from .errors import UserError
+from .errors import UserError, either
 
 __all__ = [
     "Count",
@@ -116,7 +116,7 @@ def convert(value: Any, hint: Any, where: str) -> Any:
                 raise UserError(f"{where} is {value!r}; it must be {rule.words}")
         return found
     kinds = [_describe(option.type) for option in _options(hint) if option.type is not type(None)]
-    raise UserError(f"{where} is {value!r}; it must be {' or '.join(kinds)}")
+    raise UserError(f"{where} is {value!r}; it must be {either(kinds)}")
 
 
 REFUSED = object()
@@ -168,6 +168,6 @@ def _is_union(hint: Any) -> bool:
 
 def _describe(option: Any) -> str:
     if get_origin(option) is Literal:
-        return " or ".join(repr(choice) for choice in get_args(option))
+        return either(map(repr, get_args(option)))
     kinds = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text", dict: "a table"}
     return kinds.get(get_origin(option) or option, str(option))

@@ -9,9 +9,10 @@ import torch
 from fastai.optimizer import OptimWrapper
 from torch import nn
 
+from ..errors import UserError
 from ..settings import Count, Momentum, NotNegative, Positive, Share, checked
 
-__all__ = ["OPTIMIZERS", "SGD", "GroupedOptimWrapper", "Lookahead", "optimizer"]
+__all__ = ["OPTIMIZERS", "SGD", "GroupedOptimWrapper", "Lookahead", "Muon", "optimizer"]
 
 FASTAI_NAMES = {"lr": "lr", "mom": "momentum", "wd": "weight_decay"}
 
@@ -28,16 +29,64 @@ class SGD:
         momentum: Momentum as in torch, without dampening.
         weight_decay: Factor with which the weights are added to their gradients.
         wd_bn_bias: Whether batch norms and biases decay, too, as in the paper.
+        nesterov: Whether the step looks ahead along the momentum (Nesterov, 1983).
     """
 
     lr: Positive = 0.1
     momentum: Momentum = 0.9
     weight_decay: NotNegative = 5e-4
     wd_bn_bias: bool = True
+    nesterov: bool = False
 
     def over(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
-        """torch's optimiser for these parameter groups."""
-        return torch.optim.SGD(groups, lr=lr, momentum=self.momentum, weight_decay=self.weight_decay, fused=True)
+        """torch's optimiser for these parameter groups.
+
+        Raises:
+            UserError: Nesterov's step without momentum.
+        """
+        if self.nesterov and not self.momentum:
+            raise UserError("optimizer.nesterov needs a momentum, and optimizer.momentum is 0")
+        return torch.optim.SGD(
+            groups, lr, self.momentum, weight_decay=self.weight_decay, nesterov=self.nesterov, fused=True
+        )
+
+
+@checked
+@dataclass(frozen=True)
+class Muon:
+    """timm's Muon: each matrix moves by its momentum, orthogonalised by a Newton-Schulz iteration (Jordan et al., 2024).
+
+    A convolution is the matrix of its filters. Norms, biases and thin matrices get NAdam's step.
+
+    Attributes:
+        lr: Highest learning rate of the matrices.
+        momentum: Nesterov's momentum of the matrices.
+        weight_decay: Share of lr by which each step shrinks what decays.
+        wd_bn_bias: Whether norms and biases decay, too.
+        rest: Learning rate of the rest, as a multiple of `lr`.
+        steps: Newton-Schulz iterations.
+    """
+
+    lr: Positive = 0.05
+    momentum: Momentum = 0.6
+    weight_decay: NotNegative = 0.01
+    wd_bn_bias: bool = False
+    rest: Positive = 0.1
+    steps: Count = 3
+
+    def over(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+        """timm's optimiser for these parameter groups."""
+        return timm.optim.Muon(
+            groups,
+            lr,
+            weight_decay=self.weight_decay,
+            momentum=self.momentum,
+            nesterov=True,
+            ns_steps=self.steps,
+            ns_coefficients="original",
+            adjust_lr_fn="original",
+            fallback_lr_scale=self.rest,
+        )
 
 
 @checked
@@ -57,7 +106,7 @@ class Lookahead:
         return timm.optim.Lookahead(fast, self.alpha, self.k)
 
 
-OPTIMIZERS = {"sgd": SGD}
+OPTIMIZERS = {"sgd": SGD, "muon": Muon}
 
 
 def optimizer(params: Any, lr: float, settings: Any, lookahead: Lookahead | None = None) -> "GroupedOptimWrapper":
@@ -124,12 +173,12 @@ class GroupedOptimWrapper(OptimWrapper):
 
 def _get(group: dict[str, Any], name: str) -> float:
     """A hyperparameter under fastai's name; the momentum of Adam and its like is the first of two betas."""
-    return group["betas"][0] if name == "mom" and "betas" in group else group[FASTAI_NAMES[name]]
+    return group["betas"][0] if name == "mom" and "momentum" not in group else group[FASTAI_NAMES[name]]
 
 
 def _set(group: dict[str, Any], name: str, value: float) -> None:
     value = float(value)  # schedules compute NumPy's, which a checkpoint would not load
-    if name == "mom" and "betas" in group:
+    if name == "mom" and "momentum" not in group:
         group["betas"] = (value, *group["betas"][1:])
     else:
         group[FASTAI_NAMES[name]] = value

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from ..settings import Count, checked
+from ..settings import Count, Fraction, checked
 
-__all__ = ["SCHEDULES", "Cosine", "OneCycle", "cosine", "cosine_annealing", "one_cycle"]
+__all__ = ["SCHEDULES", "Cosine", "Linear", "OneCycle", "cosine", "cosine_annealing", "one_cycle", "triangle"]
 
 Hypers = dict[str, Callable[[float], float]]
 
@@ -30,6 +30,11 @@ def one_cycle(start: float, middle: float, end: float, pct: float, pct_start: fl
     if pct < pct_start:
         return cosine(start, middle, pct / pct_start)
     return cosine(middle, end, (pct - pct_start) / (1 - pct_start))
+
+
+def triangle(lr: float, warmup: float, pct: float) -> float:
+    """From 0 to `lr` in the share `warmup` of training, then to 0, along two lines."""
+    return lr * (pct / warmup if pct < warmup else (1 - pct) / (1 - warmup))
 
 
 @checked
@@ -73,4 +78,22 @@ class OneCycle:
         }
 
 
-SCHEDULES = {"cosine": Cosine, "one-cycle": OneCycle}
+@checked
+@dataclass(frozen=True)
+class Linear:
+    """Up to the learning rate along a line, then down to 0 along another; the momentum stays.
+
+    Attributes:
+        epochs: Length of the training.
+        warmup: Share of training in which the learning rate rises.
+    """
+
+    epochs: Count = 200
+    warmup: Fraction = 0.2
+
+    def hypers(self, lr: float, momentum: float) -> Hypers:
+        """As in `Cosine`."""
+        return {"lr": partial(triangle, lr, self.warmup)}
+
+
+SCHEDULES = {"cosine": Cosine, "one-cycle": OneCycle, "linear": Linear}
