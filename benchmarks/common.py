@@ -30,7 +30,7 @@ def arguments(description: str, rounds: int | None = None, on_device: bool = Tru
         parser.add_argument("--rounds", type=int, default=rounds, help="how often each contender is timed, in turn")
     if on_device:
         parser.add_argument("--threads", type=int, default=None, help="CPU threads for torch")
-        parser.add_argument("--device", type=choose_device, default="auto", help="auto, cpu or cuda")
+        parser.add_argument("--device", type=choose_device, default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--out", type=Path, default=ARTIFACTS, help="folder of the JSON")
     return parser
 
@@ -88,8 +88,8 @@ def wall(call: Callable[[], Any], device: torch.device) -> Callable[[], float]:
 
 def now(device: torch.device) -> float:
     """Seconds on the clock, once `device` has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
     return time.perf_counter()
 
 
@@ -153,7 +153,8 @@ def summary(
 
 
 def write(name: str, facts: dict[str, Any], device: torch.device, out: Path) -> None:
-    """Write NAME.json, or NAME-cuda.json from a GPU."""
+    """Write NAME.json, or NAME-cuda.json from such a GPU."""
     out.mkdir(parents=True, exist_ok=True)
-    file = out / f"{name}{'-cuda' if device.type == 'cuda' else ''}.json"
-    file.write_text(json.dumps({"benchmark": name, **where(device), **facts}, indent=2) + "\n")
+    file = out / f"{name}{'' if device.type == 'cpu' else f'-{device.type}'}.json"
+    text = json.dumps({"benchmark": name, **where(device), **facts}, indent=2) + "\n"
+    file.write_text(text, encoding="utf-8")

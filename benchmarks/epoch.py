@@ -51,7 +51,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    on_gpu = args.device.type == "cuda"
+    on_gpu = args.device.type != "cpu"
     images, epochs = args.images or (EPOCH if on_gpu else 1024), args.epochs or (5 if on_gpu else 2)
     skipped = 2 if on_gpu else 1
 

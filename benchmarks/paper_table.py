@@ -143,7 +143,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=200)
     parser.add_argument("--at-once", type=int, default=1, help="stages side by side")
     parser.add_argument("--time-limit", default=None, help="stop cleanly in time: 90s, 9m, 2h")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--out", type=Path, default=None, help="artifacts/DATA if not given")
     parser.add_argument(
         "--pilot", action="store_true", help=f"{PILOT_EPOCHS} epochs a stage, and how long the rest will take"
@@ -165,7 +165,7 @@ def main() -> None:
         console.print(f"{args.at_once} at once: {clock(time.monotonic() - began)} in all", highlight=False)
     elif runs:
         console.print(table(runs))
-        (wanted.root / "table.md").write_text(markdown(runs, wanted, args.more))
+        (wanted.root / "table.md").write_text(markdown(runs, wanted, args.more), encoding="utf-8")
     sys.exit(code)
 
 

@@ -3,7 +3,7 @@
     python -m benchmarks.start [--rounds 7]
 
 Measures processor time, user and system together, which a busy machine changes least, and time by the clock. The last
-two commands are mistyped, and are refused with exit code 2.
+two commands are mistyped, and are refused with exit code 2. Windows does not tell processor time in this way.
 """
 
 import platform

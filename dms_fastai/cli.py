@@ -7,22 +7,25 @@ the report of a typing mistake.
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from errno import ENOSPC
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from .clock import seconds_of
-from .errors import UserError, no_format, no_model
+from .errors import Notice, UserError, no_format, no_model
 from .names import DATA_SETS, DEVICES, architectures, check_device, entries, shipped
 from .recipes import ablation_of, added_by, flat, load_recipe, parse_setting, recipe_names
 from .run_folder import RunFolder
 from .runs.wanted import ABLATION, Wanted
 from .schema import choices_of
+from .terminal import Terminal, any_encoding
 
 if TYPE_CHECKING:
     from .run_folder import Run
@@ -30,10 +33,11 @@ if TYPE_CHECKING:
     from .runs.stage import Manner
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
-console = Console()
+console, errors = Terminal(), Terminal(stderr=True)
 
 SIGNAL_CODES = {"SIGHUP": 129, "SIGINT": 130, "SIGUSR1": 138, "SIGUSR2": 140, "SIGTERM": 143, "SIGXCPU": 152}
 EXIT_CODES = {**SIGNAL_CODES, "time limit": 75}
+MANY = 500  # images that take long enough for a bar
 TRUST = typer.Option("--trust-pickle", help="Load a .pkl, which runs the code in it; only for files that you trust.")
 
 
@@ -61,12 +65,16 @@ def run(
     recipe: Annotated[
         list[str],
         typer.Argument(
-            help="baseline, se, mixup, kd, teacher, ablation, authors/..., or a .toml", autocompletion=recipe_words
+            help="baseline, se, mixup, kd, teacher, ablation, fast, authors/..., or a .toml",
+            autocompletion=recipe_words,
         ),
     ],
     data: Annotated[
-        str, typer.Option(help="A data set's name, a folder or an .npz file.", autocompletion=data_words)
+        str, typer.Option(help="A data set's name, a folder, an .npz file or an archive.", autocompletion=data_words)
     ] = "digits",
+    labels: Annotated[
+        Path | None, typer.Option(help="A .csv table with the labels of the images in the folder --data.")
+    ] = None,
     arch: Annotated[
         str | None, typer.Option(help="Any timm architecture, in place of the recipe's.", autocompletion=arch_words)
     ] = None,
@@ -76,12 +84,12 @@ def run(
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs of every stage, in place of the recipe's.")] = None,
     schedule: Annotated[
-        str | None, typer.Option(help="cosine or one-cycle, for every stage.", autocompletion=schedule_words)
+        str | None, typer.Option(help="cosine, one-cycle or linear, for every stage.", autocompletion=schedule_words)
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the weights, the batches and the augmentation.")] = 0,
     seeds: Annotated[str | None, typer.Option(help="Several seeds, each trained: 0,1,2.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="table.key=value; may be repeated.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.", autocompletion=device_words)] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.", autocompletion=device_words)] = "auto",
     out: Annotated[Path | None, typer.Option(help="Folder of the runs, instead of artifacts/DATA.")] = None,
     time_limit: Annotated[str | None, typer.Option(help="Stop cleanly after 90s, 9m or 2h.")] = None,
     at_once: Annotated[int, typer.Option(min=1, help="How many stages to train side by side.")] = 1,
@@ -93,16 +101,18 @@ def run(
 ) -> None:
     """Train recipes and the teachers that they need, and print the results. After a stop, the same command resumes."""
     deadline = None if time_limit is None else time.monotonic() + seconds_of(time_limit)
+    data = os.path.expanduser(data)
+    teacher = None if teacher is None else ",".join(map(os.path.expanduser, teacher.split(",")))
     wanted = Wanted(
-        recipes=tuple(recipe),
+        recipes=tuple(map(os.path.expanduser, recipe)),
         data=data,
         seeds=(seed,) if seeds is None else parse_seeds(seeds),
-        out=out,
+        out=None if out is None else _home(out),
         arch=arch,
         teacher=teacher,
         epochs=epochs,
         schedule=schedule,
-        settings=dict(parse_setting(text) for text in set_ or []),
+        settings=dict(parse_setting(text) for text in set_ or []) | _labelled(labels),
     )
     check_device(device)
     wanted.resolved()  # whatever is mistyped is refused before torch is imported
@@ -132,7 +142,7 @@ def run(
         _train_in_turn(stages, opened, manner)
     for seed in wanted.seeds:
         last = [stage for stage in stages if stage.seed == seed][-1].folder.learner
-        console.print(f"learner: {last}", soft_wrap=True, highlight=False, markup=False)
+        console.say(f"learner: {last}")
 
 
 def _train_in_turn(stages: "list[Stage]", opened: "Opened", manner: "Manner") -> None:
@@ -143,13 +153,11 @@ def _train_in_turn(stages: "list[Stage]", opened: "Opened", manner: "Manner") ->
     several = len({stage.seed for stage in stages}) > 1
     for place, stage in enumerate(stages, start=1):
         if several:
-            console.print(f"seed {stage.seed}", highlight=False)
+            console.say(f"seed {stage.seed}")
         teacher = None if stage.teacher is None else RunFolder(Path(stage.teacher))
         if teacher is not None and teacher.finished and teacher.path not in runs:
             runs[teacher.path] = Run.read(teacher.path)
-            console.print(
-                f"taught by the finished run in {teacher.path}", soft_wrap=True, highlight=False, markup=False
-            )
+            console.say(f"taught by the finished run in {teacher.path}")
         result = run_stage(stage, opened, manner, console)
         reason = result.facts.stopped_by
         if reason is not None and (not result.finished or place < len(stages)):
@@ -180,7 +188,7 @@ def _train_at_once(stages: "list[Stage]", root: Path, at_once: int, options: lis
 
 def _stopped(reason: str, state: str, restart: bool) -> None:
     again = "without --restart the same command" if restart else "the same command"
-    console.print(f"stopped ({reason}): {state}; {again} goes on from there", markup=False, soft_wrap=True)
+    console.say(f"stopped ({reason}): {state}; {again} goes on from there")
     raise typer.Exit(EXIT_CODES[reason])
 
 
@@ -204,31 +212,75 @@ def models() -> None:
     for entry in entries():
         listing.add_row(entry.name, entry.parameters, entry.weights or "-", entry.what)
     console.print(listing)
-    console.print("Any other timm architecture works as well: dms-fastai run se --arch resnet18", highlight=False)
+    console.print("Any other timm architecture works as well: dms-fastai run se --arch resnet18")
 
 
 @app.command()
 def predict(
     learner: Annotated[Path, typer.Argument(help="A learner.pkl, a model.safetensors, a run's folder, or dmsresnet.")],
-    images: Annotated[list[Path], typer.Argument(help="Images.")],
+    images: Annotated[list[str], typer.Argument(help="Images, folders of images, or quoted patterns: 'new/*.png'.")],
     top: Annotated[int, typer.Option(min=1, help="How many classes to print.")] = 3,
+    csv: Annotated[Path | None, typer.Option(help="Write a table to this file, or to - for standard output.")] = None,
     trust_pickle: Annotated[bool, TRUST] = False,
 ) -> None:
-    """Classify images: the likeliest classes of each, with their probabilities."""
-    if _check_model(learner):
-        for image in images:
-            if not image.exists():
-                raise UserError(f"no such image: {image}")
+    """Classify images: the likeliest classes of each, with their probabilities.
 
-    from .export import predict_files
+    If a folder has sub-folders that are called as the classes, the accuracy follows. The table of --csv has the file,
+    its class, the probability, and a column for each class, and is printed in place of the rest. Exit code 1: some
+    images could not be read; 2: none could.
+    """
+    from .predict import check_table, image_files, table
+
+    learner = _home(learner)
+    csv = None if csv is None else _home(csv)
+    if csv is not None:
+        check_table(csv)
+    files = image_files(images) if _check_model(learner) else {}  # if not, `classify_files` says so
+
+    from .data.folder import class_name
+    from .export import classify_files
 
     _say_what_is_read(learner, trust_pickle)
-    vocab, probabilities = predict_files(learner, images, trust_pickle)
-    for image, row in zip(images, probabilities, strict=True):
-        best = row.topk(min(top, len(vocab)))
-        classes = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        line = ", ".join(f"{vocab[index]} {100 * share:.1f} %" for index, share in classes)
-        console.print(f"{image}: {line}", soft_wrap=True, highlight=False, markup=False)
+    bad: list[UserError] = []
+    vocab, found = classify_files(learner, files, trust_pickle, bad)
+
+    def say(image: Path, probabilities: list[float]) -> None:
+        best = sorted(zip(probabilities, vocab, strict=True), key=lambda pair: -pair[0])[:top]
+        console.say(f"{image}: {', '.join(f'{name} {100 * share:.1f} %' for share, name in best)}")
+
+    right: list[bool] = []
+    with nullcontext(say) if csv is None else table(csv, vocab) as write, _progress(len(files), csv) as progress:
+        for image, probabilities in progress.track(found, total=len(files), description="classifying"):
+            write(image, probabilities.tolist())
+            classes = [name for name in map(class_name, files[image]) if name in vocab]
+            if classes:
+                right.append(classes[0] == vocab[probabilities.argmax()])
+        if len(bad) == len(files):
+            raise _unread(bad, len(files))
+    if right:
+        told = f"accuracy: {100 * sum(right) / len(right):.2f} %, of {len(right):,} images in folders called as classes"
+        (errors if str(csv) == "-" else console).say(told)
+    if csv is not None and str(csv) != "-":
+        console.say(f"table: {csv}")
+    if bad:
+        errors.say(f"dms-fastai: {_unread(bad, len(files)).message}")
+        raise typer.Exit(1)
+
+
+def _progress(images: int, csv: Path | None) -> Progress:
+    """A bar on standard error for many images, unless their lines show on the same terminal how it goes."""
+    lines = console.is_terminal and (csv is None or str(csv) == "-")
+    shown = images >= MANY and errors.is_terminal and not lines
+    return Progress(console=errors, transient=True, redirect_stdout=False, redirect_stderr=False, disable=not shown)
+
+
+def _unread(bad: list[UserError], images: int) -> UserError:
+    """Print why images could not be read; gives the error that says how many these were, or the reason if it is all."""
+    if images == 1:
+        return bad[0]
+    for error in bad:
+        errors.say(error.message)
+    return UserError(f"{len(bad):,} of {images:,} images could not be read")
 
 
 @app.command()
@@ -238,6 +290,7 @@ def export(
     trust_pickle: Annotated[bool, TRUST] = False,
 ) -> None:
     """Write a model for other runtimes: pixels go in, probabilities come out."""
+    learner, file = _home(learner), _home(file)
     _check_model(learner)
     formats = choices_of("export:FORMATS")
     if file.suffix not in formats:
@@ -247,7 +300,7 @@ def export(
 
     _say_what_is_read(learner, trust_pickle)
     written = export_model(learner, file, trust_pickle)
-    console.print(f"{written}: {written.stat().st_size / 1e6:.1f} MB", soft_wrap=True, highlight=False, markup=False)
+    console.say(f"{written}: {written.stat().st_size / 1e6:.1f} MB")
 
 
 @app.command()
@@ -258,16 +311,16 @@ def report(
     """Show all runs in the folders, finished or not: tables in the terminal, and a page with tables and plots."""
     from .run_folder import find_runs
 
-    runs, problems = find_runs(folders or [Path("artifacts")])
+    runs, problems = find_runs([_home(folder) for folder in folders or [Path("artifacts")]])
 
     from .report.page import write_report
     from .report.rows import sections
 
     _show(runs)
     for problem in problems:
-        console.print(f"left out: {problem.what}", soft_wrap=True, highlight=False, markup=False)
-    page = write_report(sections(runs), problems, out)
-    console.print(f"report: {page}", soft_wrap=True, highlight=False, markup=False)
+        console.say(f"left out: {problem.what}")
+    page = write_report(sections(runs), problems, _home(out))
+    console.say(f"report: {page}")
 
 
 def _show(runs: "Iterable[Run]") -> None:
@@ -278,7 +331,16 @@ def _show(runs: "Iterable[Run]") -> None:
     for section in sections(runs):
         console.print(table(section))
         for line in difference_lines(section.differences):
-            console.print(line, highlight=False, markup=False)
+            console.print(line)
+
+
+def _labelled(labels: Path | None) -> dict[str, str]:
+    return {} if labels is None else {"data.labels": str(_home(labels))}
+
+
+def _home(path: Path) -> Path:
+    """The path with ~ replaced by the home folder, which a shell does not do in --out=~/runs."""
+    return Path(os.path.expanduser(path))
 
 
 def _check_model(source: Path) -> bool:
@@ -295,7 +357,7 @@ def _say_what_is_read(source: Path, trust_pickle: bool) -> None:
 
     read = without_code(source, trust_pickle)
     if read != source:
-        print(f"reading {read} in place of {source.name}, which could run code", file=sys.stderr)
+        errors.say(f"reading {read} in place of {source.name}, which could run code")
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
@@ -313,18 +375,32 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     return seeds
 
 
+def _show_warning(message: Warning | str, category: type[Warning], *where: object, **more: object) -> None:
+    """Print a warning: in one line, if it is for users."""
+    if issubclass(category, Notice):
+        errors.say(f"dms-fastai: {message}")
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, *where[:2]))
+
+
 def main() -> None:
     """Run the console script. An error that the user can fix gives one line and exit code 2."""
+    any_encoding()
     try:
-        app()
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            app()
     except UserError as error:
-        print(f"dms-fastai: {error.message}", file=sys.stderr)
+        errors.say(f"dms-fastai: {error.message}")
+        sys.exit(2)
+    except UnicodeEncodeError as error:
+        errors.say(f"dms-fastai: the name {error.object} is not UTF-8, and a file has to hold it; rename it")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(EXIT_CODES["SIGINT"])
     except OSError as error:  # a folder that cannot be written, a full disk
         kept = "; what was finished is kept: make room, and the same command goes on" if error.errno == ENOSPC else ""
-        print(f"dms-fastai: {error}{kept}", file=sys.stderr)
+        errors.say(f"dms-fastai: {error}{kept}")
         sys.exit(2)
 
 

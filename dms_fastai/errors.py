@@ -13,12 +13,13 @@ class UserError(ValueError):
     """An error that the user can fix. The command line prints `message` alone and exits with code 2."""
 
     def __init__(self, message: str):
+        message = " ".join(message.split("\n")) if "\n" in message else message  # other libraries' reasons have several
         super().__init__(message)
         self.message = message  # fastai changes the arguments of an exception that a callback raises
 
 
 class Notice(UserWarning):
-    """What the user should know and need not mend: what was converted, or left out. The command line prints it alone."""
+    """What the user should know and need not mend: what was converted, or left out. A command prints it in a line."""
 
 
 def notice(message: str) -> None:

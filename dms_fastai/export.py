@@ -1,40 +1,48 @@
 """Exports of a run: a .pkl for fastai, safetensors, ONNX and torch.export's .pt2; and classification of image files."""
 
+import io
 import json
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
+from fastai.data.core import DataLoaders
 from fastai.learner import Learner
+from fastai.torch_core import no_random
 from fastcore.basics import chunked
+from PIL import Image, ImageOps
 from torch import Tensor, nn
-from torch.onnx.errors import OnnxExporterError
+from torchvision.transforms.functional import pil_to_tensor
 
 from .data.augment import affine, normalize
 from .data.images import read_image
+from .data.imageset import ImageSet
+from .data.loader import vocabulary
 from .errors import UserError, no_format, no_model
 from .files import whole
 from .learner import DMSLearner
 from .models.card import ModelCard
 from .models.fold import fold_batch_norms
-from .models.weights import load_weights, save_weights
+from .models.weights import all_finite, load_weights, save_weights
 from .run_folder import RunFolder
-from .trained import find_file, open_learner
+from .trained import Inputs, find_file, inputs_of, open_learner
 
-__all__ = ["Classifier", "export_model", "export_run", "predict_files"]
+__all__ = ["Classifier", "classify_files", "export_model", "export_run", "predict_files"]
 
 BATCH = 64  # images to predict at once
+GREY = 128
 
 
 def export_run(learn: DMSLearner, folder: RunFolder) -> None:
     """Write the Learner and the weights into a run's folder, each whole or not at all."""
     save_weights(learn.model, learn.card, folder.weights)
     rates = vars(learn.recorder).pop("hps", {})  # every step's rate, which fastai would take along
-    with whole(folder.learner) as partial:
-        learn.export(partial.resolve())
+    learn.export(folder.learner.resolve())
     learn.recorder.hps = rates
 
 
@@ -47,25 +55,25 @@ class Classifier(nn.Module):
         self.scale, self.shift = (nn.Buffer(v) for v in affine(card.mean, card.std, 1, torch.device("cpu")))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Probabilities, float32 of shape (B, C), of uint8 images in RGB order, shape (B, 3, H, W)."""
+        """Probabilities, float32 of shape (B, classes), of uint8 images, shape (B, C, H, W), in RGB order."""
         return self.model(pixels.float() * self.scale + self.shift).softmax(1)
 
 
-def export_model(source: str | Path | DMSLearner, file: str | Path, trust: bool = False) -> Path:
+def export_model(source: str | Path | Learner, file: str | Path, trust: bool = False) -> Path:
     """Write a model that runs without this package: pixels 0...255 go in, probabilities of the classes come out.
 
-    The input "pixels" is uint8 of shape (batch, 3, size, size), in RGB order. The output "probabilities" is float32 of
-    shape (batch, classes). The file holds the names of the classes as JSON: an .onnx in its metadata "classes", a .pt2
-    in its extra file "classes.json".
+    The input "pixels" is uint8 of shape (batch, channels, height, width), in RGB order. The output "probabilities" is
+    float32 of shape (batch, classes). The file holds the names of the classes as JSON: an .onnx in its metadata
+    "classes", a .pt2 in its extra file "classes.json".
 
     Args:
-        source: As in `predict_files`, or a Learner of `dms_learner`.
+        source: As in `predict_files`, or a Learner that classifies images.
         file: NAME.onnx, or NAME.pt2, which `torch.export.load` reads. Written whole or not at all.
         trust: As in `predict_files`.
 
     Raises:
-        UserError: As in `predict_files`; or `file` has another ending, or ONNX's packages are missing or cannot express
-            the network.
+        UserError: As in `predict_files`; or `file` has another ending, the Learner does not say what images its model
+            takes, weights are NaN or infinite, or ONNX's packages are missing or cannot express the network.
     """
     file = Path(file)
     if file.suffix not in FORMATS:
@@ -76,27 +84,74 @@ def export_model(source: str | Path | DMSLearner, file: str | Path, trust: bool 
     if not isinstance(source, Learner):
         source = _find(source, trust)
         source = open_learner(source, trust) if source.suffix == ".pkl" else source
-    if isinstance(source, DMSLearner):
-        model, card = source.model, source.card
-    elif isinstance(source, Learner):
-        raise UserError("this Learner does not say what images its model takes; give one that dms_learner made")
+    if isinstance(source, Learner):
+        model, card = source.model, source.card if isinstance(source, DMSLearner) else _card_of(source)
+        if not all_finite(model):
+            raise UserError("the Learner's weights are NaN or infinite; train it again")
     else:
         model, card = load_weights(source)
-    classifier = Classifier(model, card).cpu().eval()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with whole(file) as partial, warnings.catch_warnings():
+    classifier = Classifier(model, card).cpu().float().eval()
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, of its own deprecations
         try:
-            written.write(_traced(classifier, card.size), json.dumps(card.vocab), partial)
-        except (RuntimeError, OnnxExporterError) as error:
-            reason = str(error).strip().splitlines()[0]
+            content = written.content(_traced(classifier, card.shape), json.dumps(card.vocab))
+        except Exception as error:  # the network may be anybody's
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"{card.arch} cannot be written as {file.suffix}: {reason}") from error
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with whole(file) as partial:
+        partial.write_bytes(content)
     return file
 
 
-def _traced(classifier: Classifier, size: int) -> torch.export.ExportedProgram:
+def _card_of(learn: Learner) -> ModelCard:
+    """What the model of a stock Learner expects, found by what its DataLoaders make of a grey image.
+
+    Raises:
+        UserError: It does not classify images of one size by one label, or does more to them than resize and normalise.
+    """
+    name, vocab, dls = type(learn.model).__name__, vocabulary(learn.dls), learn.dls
+    if not vocab:
+        raise UserError("this Learner's DataLoaders have no vocab; give one that classifies images")
+    activation = getattr(learn.loss_func, "activation", None)
+    logits = torch.eye(len(vocab))
+    if activation is not None and not torch.allclose(activation(logits).as_subclass(Tensor), logits.softmax(1)):
+        raise UserError(
+            f"this Learner's loss, {learn.loss_func}, is not of one label an image; only such can be written"
+        )
+    if isinstance(dls.train_ds, ImageSet):
+        images = inputs_of(dls)
+        return ModelCard(name, vocab, images.mean, images.std, images.shape)
+    small, large = (_made_of_grey(dls, size) for size in ((61, 97), (120, 80)))
+    if any(len(dl.dataset) for dl in dls.loaders):
+        images = inputs_of(dls)
+    elif small.shape == large.shape:
+        images = Inputs.seen(small.shape, dls)
+    else:
+        raise UserError("this Learner's transforms do not give images one size; export it with a Resize among them")
+    middle = small[:, small.shape[1] // 2, small.shape[2] // 2].cpu()
+    mean, std = torch.tensor(images.mean), torch.tensor(images.std)
+    if small.shape[0] != images.shape[0] or not torch.allclose(middle, (GREY / 255 - mean) / std, atol=1e-3):
+        raise UserError("this Learner's transforms do more than resize and normalise; such a model cannot be written")
+    return ModelCard(name, vocab, images.mean, images.std, images.shape)
+
+
+def _made_of_grey(dls: DataLoaders, size: tuple[int, int]) -> Tensor:
+    """What DataLoaders make of the file of a grey image of (width, height) pixels: shape (C, H, W)."""
+    with TemporaryDirectory() as folder, no_random(reproducible=False):
+        file = Path(folder) / "grey.png"
+        Image.new("RGB", size, (GREY,) * 3).save(file)
+        try:
+            [image] = dls.test_dl([file], num_workers=0).one_batch()[0]
+        except Exception as error:  # the transforms are the user's
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"this Learner's DataLoaders do not read the file of an image: {reason}") from None
+    return image.as_subclass(Tensor)
+
+
+def _traced(classifier: Classifier, shape: tuple[int, int, int]) -> torch.export.ExportedProgram:
     """The classifier as a graph for batches of any size, without this machine's file paths."""
-    example = torch.zeros(2, 3, size, size, dtype=torch.uint8)
+    example = torch.zeros(2, *shape, dtype=torch.uint8)
     batch = {"pixels": {0: torch.export.Dim("batch")}}
     program = torch.export.export(classifier, (example,), dynamic_shapes=batch)
     for node in program.graph.nodes:
@@ -104,16 +159,17 @@ def _traced(classifier: Classifier, size: int) -> torch.export.ExportedProgram:
     return program
 
 
-def _write_onnx(program: torch.export.ExportedProgram, classes: str, file: Path) -> None:
+def _onnx(program: torch.export.ExportedProgram, classes: str) -> bytes:
     names = {"input_names": ["pixels"], "output_names": ["probabilities"], "dynamic_shapes": {"pixels": {0: "batch"}}}
     onnx = torch.onnx.export(program, dynamo=True, verbose=False, **names)
     onnx.model.metadata_props["classes"] = classes
-    onnx.save(str(file), external_data=False)
+    return onnx.model_proto.SerializeToString()
 
 
-def _write_pt2(program: torch.export.ExportedProgram, classes: str, file: Path) -> None:
-    with file.open("wb") as opened:  # a path would have to end in .pt2
-        torch.export.save(program, opened, extra_files={"classes.json": classes})
+def _pt2(program: torch.export.ExportedProgram, classes: str) -> bytes:
+    buffer = io.BytesIO()  # to a full disk, torch's writer would end the process
+    torch.export.save(program, buffer, extra_files={"classes.json": classes})
+    return buffer.getvalue()
 
 
 @dataclass(frozen=True)
@@ -121,20 +177,22 @@ class Format:
     """A kind of file to export to.
 
     Attributes:
-        write: Writes the classifier's graph, and the names of the classes as JSON, to a file.
+        content: The file's content, of the classifier's graph and the names of the classes as JSON.
         packages: Further packages that this needs.
     """
 
-    write: Callable[[torch.export.ExportedProgram, str, Path], None]
+    content: Callable[[torch.export.ExportedProgram, str], bytes]
     packages: tuple[str, ...] = ()
 
 
-ONNX = Format(_write_onnx, ("onnx", "onnxscript"))
-PT2 = Format(_write_pt2)
+ONNX = Format(_onnx, ("onnx", "onnxscript"))
+PT2 = Format(_pt2)
 FORMATS = {".onnx": ONNX, ".pt2": PT2}
 
 
-def predict_files(source: Path, images: Iterable[Path], trust: bool = False) -> tuple[list[str], Tensor]:
+def predict_files(
+    source: str | Path, images: Iterable[Path], trust: bool = False, errors: list[UserError] | None = None
+) -> tuple[list[str], Tensor]:
     """Classify image files: gives the class names, and the probabilities of each image, shape (N, C).
 
     Args:
@@ -142,23 +200,84 @@ def predict_files(source: Path, images: Iterable[Path], trust: bool = False) -> 
             weights come with this package.
         images: Image files.
         trust: Load a .pkl, which runs the code in it. Otherwise, for a run's .pkl, the weights beside it are read.
+        errors: Gets the error of each file that is no image; such files have no row. None: the first error is raised.
 
     Raises:
         UserError: There is no model at `source`, it is a .pkl that is not trusted, or a file is no image.
+    """
+    vocab, found = classify_files(source, images, trust, errors)
+    rows = [probabilities for _, probabilities in found]
+    return vocab, torch.stack(rows) if rows else torch.empty(0, len(vocab))
+
+
+def classify_files(
+    source: str | Path, images: Iterable[Path], trust: bool = False, errors: list[UserError] | None = None
+) -> tuple[list[str], Iterator[tuple[Path, Tensor]]]:
+    """`predict_files` for any number of images, of which only a batch is in memory.
+
+    Returns:
+        The class names, and an iterator over the files that are images, each with its probabilities, shape (C,).
     """
     source = _find(source, trust)
     if source.suffix == ".pkl":
         learn = open_learner(source, trust)
         learn.remove_cbs([cb for cb in learn.cbs if cb.name == "progress"])
-        probabilities, _ = learn.get_preds(dl=learn.dls.test_dl(list(images)))
-        return [str(name) for name in learn.dls.vocab], probabilities
-    model, card = load_weights(source)
-    scaling, found = affine(card.mean, card.std, card.size, torch.device("cpu")), []
-    with torch.inference_mode():
-        for batch in chunked(images, BATCH):
-            x = torch.stack([read_image(image, card.size) for image in batch])
-            found.append(model(normalize(x, *scaling)).softmax(1))
-    return card.vocab, torch.cat(found)
+        vocab = [str(name) for name in learn.dls.vocab]
+
+        def read(file: Path) -> Path:
+            read_image(file)  # what fastai raises need not name the file
+            return file
+
+        def classify(files: list[Path]) -> Tensor:
+            return learn.get_preds(dl=learn.dls.test_dl(files))[0]
+    else:
+        model, card = load_weights(source)
+        vocab, scaling = card.vocab, affine(card.mean, card.std, 1, torch.device("cpu"))
+
+        def read(file: Path) -> Tensor:
+            return read_pixels(file, card.shape, card.white)
+
+        @torch.inference_mode()
+        def classify(pixels: list[Tensor]) -> Tensor:
+            return model(normalize(torch.stack(pixels), *scaling)).softmax(1)
+
+    return vocab, _classified(images, read, classify, errors)
+
+
+def _classified(
+    images: Iterable[Path],
+    read: Callable[[Path], Any],
+    classify: Callable[[list[Any]], Tensor],
+    errors: list[UserError] | None,
+) -> Iterator[tuple[Path, Tensor]]:
+    for batch in chunked(images, BATCH):
+        files, items = [], []
+        for file in batch:
+            try:
+                items.append(read(file))
+                files.append(file)
+            except UserError as error:
+                if errors is None:
+                    raise
+                errors.append(error)
+        if items:
+            yield from zip(files, classify(items), strict=True)
+
+
+def read_pixels(image: str | Path, shape: tuple[int, int, int], white: float | None = None) -> Tensor:
+    """The middle of an image file, resized to uint8 of `shape` (C, H, W), in colour or grey; `white` becomes 255.
+
+    Raises:
+        UserError: The file is no image, or `shape` has neither 1 channel nor 3.
+    """
+    channels, height, width = shape
+    if channels not in (1, 3):
+        raise UserError(f"the model takes images of {channels} channels; files are in colour (3) or grey (1)")
+    if channels == 3 and height == width:
+        return read_image(image, height, white)
+    colours = Image.fromarray(read_image(image, None, white).permute(1, 2, 0).numpy())
+    fitted = ImageOps.fit(colours, (width, height), method=Image.Resampling.BILINEAR)
+    return pil_to_tensor(fitted if channels == 3 else fitted.convert("L"))
 
 
 def _find(source: str | Path, trust: bool) -> Path:

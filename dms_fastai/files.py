@@ -2,26 +2,35 @@
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 __all__ = ["partials", "whole"]
 
 PARTIAL = ".partial"
+PATIENCE, PAUSE = 2.0, 0.05  # seconds in which a file that is in use may come free, and between two tries
 
 
 @contextlib.contextmanager
-def whole(file: Path) -> Iterator[Path]:
+def whole(file: Path, durable: bool = True) -> Iterator[Path]:
     """A temporary path beside `file` to write to. When the block has succeeded, it is flushed to disk and replaces
     `file`. Nobody ever reads half a file, and a full disk leaves the old one unchanged.
+
+    Args:
+        file: The file to write.
+        durable: Flush it. False for a file that is soon written again, and that nothing depends on: a power cut may
+            leave it empty.
     """
     partial = file.with_name(f"{file.name}.{os.getpid()}{PARTIAL}")
     try:
         yield partial
-        with partial.open("rb") as written:
-            os.fsync(written.fileno())
-        partial.replace(file)
-        _flush_folder(file.parent)
+        if durable:
+            with partial.open("r+b") as written:  # Windows flushes only what is open for writing
+                os.fsync(written.fileno())
+        _replace(partial, file)
+        if durable:
+            _flush_folder(file.parent)
     except BaseException:
         with contextlib.suppress(OSError):
             partial.unlink()
@@ -32,6 +41,19 @@ def partials(folder: Path, name: str) -> list[Path]:
     """What `whole` has left beside a file when its process was killed; `name` may be a pattern of files."""
     left = folder.glob(f"{name}.*{PARTIAL}")
     return [file for file in left if file.name.removesuffix(PARTIAL).rpartition(".")[2].isdecimal()]
+
+
+def _replace(partial: Path, file: Path) -> None:
+    """Rename `partial` to `file`. Windows refuses this while somebody reads `file`, so it is tried for a while."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            partial.replace(file)
+            return
+        except PermissionError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(PAUSE)
 
 
 def _flush_folder(folder: Path) -> None:

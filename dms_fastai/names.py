@@ -13,6 +13,8 @@ from pathlib import Path
 from .errors import UserError, unknown
 
 __all__ = [
+    "ARCHIVES",
+    "DATA_FILES",
     "DATA_SETS",
     "DEVICES",
     "Entry",
@@ -25,7 +27,9 @@ __all__ = [
 ]
 
 DATA_SETS = ("digits", "cifar10", "cifar100", "imagenette")
-DEVICES = ("auto", "cpu", "cuda")
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+DATA_FILES = (".npz", ".parquet", *ARCHIVES)
+DEVICES = ("auto", "cpu", "cuda", "mps")
 
 MODELS = Path(__file__).parent / "models"
 DEPRECATED = re.compile(r"^register_model_deprecations\(__name__, \{(.*?)^\}\)", re.M | re.S)
@@ -113,17 +117,21 @@ def source_name(data: str | Path) -> str:
     """The name of a data set: its own, or that of its folder or file.
 
     Raises:
-        UserError: `data` is neither a known name nor a folder nor an .npz file; suggests the nearest known name.
+        UserError: `data` is neither a known name nor a folder nor a file of a known kind; suggests the nearest name.
     """
     if str(data) in DATA_SETS:
         return str(data)
-    path = Path(data)
+    path = Path(data).expanduser()
     if path.is_dir():
         return path.resolve().name
     if path.is_file():
-        if path.suffix != ".npz":
-            raise UserError(f"{path} is neither a folder nor an .npz file; known data sets: {', '.join(DATA_SETS)}")
-        return path.stem
+        ending = next((ending for ending in DATA_FILES if path.name.lower().endswith(ending)), None)
+        if ending is None:
+            raise UserError(
+                f"{path} is neither a folder nor a file of images ({', '.join(DATA_FILES)}); known data sets: "
+                f"{', '.join(DATA_SETS)}"
+            )
+        return path.name[: -len(ending)]
     raise unknown("data set, folder or .npz file", str(data), DATA_SETS)
 
 

@@ -14,7 +14,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any
 
 import tomli_w
@@ -26,7 +26,17 @@ from .schema import Table, choices_of, keys_of, read_table, settings_of, unknown
 from .settings import Rule, convert
 from .training.parts import PARTS, Part
 
-__all__ = ["Recipe", "ablation_of", "added_by", "all_keys", "flat", "load_recipe", "parse_setting", "recipe_names"]
+__all__ = [
+    "Recipe",
+    "ablation_of",
+    "added_by",
+    "all_keys",
+    "cut_path",
+    "flat",
+    "load_recipe",
+    "parse_setting",
+    "recipe_names",
+]
 
 Nested = dict[str, Any]
 
@@ -74,6 +84,22 @@ class Recipe(Tables):
     def to_toml(self) -> str:
         """The whole recipe as TOML; `load_recipe` reads it back to an equal one."""
         return tomli_w.dumps(self.to_table())
+
+    def without_folders(self) -> "Recipe":
+        """The recipe for other machines: of absolute paths, only the ends are left."""
+        cut = {"data": {"labels": cut_path(self.data.labels)}, "model": {"weights": cut_path(self.model.weights)}}
+        tables = {name: dataclasses.replace(getattr(self, name), **ends) for name, ends in cut.items()}
+        return dataclasses.replace(self, teacher=cut_path(self.teacher), **tables)
+
+
+def cut_path(source: str | PurePath | None) -> str | None:
+    """Where something is, as other machines have it, too: an absolute path is cut to DATA/RECIPE/seedS, or to the name
+    of its file. In a text, several paths have commas between them.
+    """
+    if not source:
+        return source
+    paths = map(PurePath, source.split(",")) if isinstance(source, str) else [source]
+    return ",".join("/".join(p.parts[-1 if p.suffix else -3 :]) if p.is_absolute() else p.as_posix() for p in paths)
 
 
 SCALARS = {"name": RelativePath, "title": str, "teacher": str | None}

@@ -32,9 +32,9 @@ def correct(file: Path, data: str, device: torch.device) -> tuple[torch.Tensor, 
     model, card = load_weights(file)
     model = model.to(device, memory_format=torch.channels_last)
     test = load_data(data, device=device).valid_ds
-    scale = affine(card.mean, card.std, card.size, device)
+    scale = affine(card.mean, card.std, 1, device)
     right = []
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         for start in track(range(0, len(test), BATCH), "classifying", transient=True):
             x = normalize(test.images[start : start + BATCH].to(device), *scale)
             right.append(model(x).argmax(1).cpu() == test.labels[start : start + BATCH].cpu())
@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("--tag", required=True, help="tells these weights from others of the architecture")
     parser.add_argument("--data", default="cifar10", help="data set with the test images")
-    parser.add_argument("--device", type=choose_device, default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--device", type=choose_device, default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--out", type=Path, default=PRETRAINED, help="folder of the weights")
     args = parser.parse_args()
     run = Run.read(args.run)
@@ -127,7 +127,7 @@ def main() -> None:
     save_weights(model, card, file, torch.float16)
     facts = measure(file, run, args.data, args.device)
     file.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n")
-    file.with_suffix(".md").write_text(card_text(name, facts))
+    file.with_suffix(".md").write_text(card_text(name, facts), encoding="utf-8")
     print(f"{file}: {facts['megabytes']} MB, {100 * facts['test_accuracy']:.2f} % of {facts['test_images']:,} images")
 
 

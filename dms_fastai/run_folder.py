@@ -2,33 +2,42 @@
 
 import csv
 import dataclasses
+import io
 import json
+import math
+import reprlib
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from .errors import UserError
 from .files import partials, whole
 from .legacy import modern_facts
 from .recipes import Recipe, load_recipe
-from .settings import convert
+from .settings import Rule, Share, convert
 
 __all__ = ["Facts", "Figures", "Problem", "Run", "RunFolder", "find_runs"]
 
 Row = dict[str, float]
 
+MOST = 2**53  # no number of a run is larger
+Number = Annotated[int, Rule(lambda v: 0 <= v <= MOST, "0 or more")]
+Several = Annotated[int, Rule(lambda v: 1 <= v <= MOST, "at least 1")]
+Seconds = Annotated[float, Rule(lambda v: 0 <= v <= MOST, "0 or more")]
+Loss = Annotated[float, Rule(lambda v: abs(v) < 3.5e38, "a float32")]
+
 
 @dataclass(frozen=True)
 class Figures:
-    """The results of an epoch."""
+    """The results of an epoch. A loss may be NaN or infinite."""
 
-    epoch: int
+    epoch: Number
     train_loss: float
-    train_accuracy: float
+    train_accuracy: Share
     valid_loss: float
-    valid_accuracy: float
+    valid_accuracy: Share
 
 
 @dataclass(frozen=True)
@@ -51,28 +60,28 @@ class Facts:
         stopped_by: Why it was stopped, if it was; not written to the file.
     """
 
-    status: str
+    status: Literal["running", "interrupted", "finished"]
     recipe: str
     title: str
     model: str
-    parameters: int
+    parameters: Several
     data: str
     valid: str
-    validation_images: int
-    seed: int
-    epochs: int
+    validation_images: Several
+    seed: Number
+    epochs: Number
     started: str
-    epochs_done: int
-    seconds: float
-    training_images: int | None = None
-    classes: int | None = None
-    size: int | None = None
+    epochs_done: Number
+    seconds: Seconds
+    training_images: Number | None = None
+    classes: Number | None = None
+    size: Number | None = None
     mixup: bool = False
     teacher: str | None = None
     teacher_digest: str | None = None
     data_digest: list[str] | None = None
     device: str | None = None
-    threads: int | None = None
+    threads: Number | None = None
     versions: dict[str, str] = field(default_factory=dict)
     python: str | None = None
     commit: str | None = None
@@ -159,7 +168,10 @@ class RunFolder:
         Raises:
             UserError: The file is missing or damaged.
         """
-        return load_recipe(self.recipe_file)
+        try:
+            return load_recipe(self.recipe_file)
+        except (OSError, RecursionError) as error:
+            raise UserError(f"{self.recipe_file} is damaged: {error}") from None
 
     def facts(self) -> Facts:
         """What run.json says.
@@ -167,11 +179,11 @@ class RunFolder:
         Raises:
             UserError: There is none, or it is damaged.
         """
+        if not self.facts_file.is_file():
+            raise UserError(f"{self.path} holds no run: it has no {self.facts_file.name}")
         try:
             told = json.loads(self.facts_file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(f"{self.path} holds no run: it has no {self.facts_file.name}") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{self.facts_file} is damaged: {error}") from None
         if not isinstance(told, dict):
             raise UserError(f"{self.facts_file} is damaged: it is no table of facts")
@@ -185,8 +197,9 @@ class RunFolder:
         """Write run.json, whole or not at all."""
         told = {key: value for key, value in dataclasses.asdict(facts).items() if value is not None}
         told.pop("stopped_by", None)
-        with whole(self.facts_file) as partial:
-            partial.write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(told, indent=2, ensure_ascii=False) + "\n"
+        with whole(self.facts_file) as partial:  # a name that is not UTF-8 gets JSON's escapes, which are Python's, too
+            partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
     def rows(self) -> list[Row]:
         """The epochs: the rows of metrics.csv as numbers.
@@ -194,16 +207,16 @@ class RunFolder:
         Raises:
             UserError: The file is missing or damaged.
         """
+        if not self.metrics.is_file():
+            raise UserError(f"{self.metrics} is missing")
         try:
-            with self.metrics.open(newline="", encoding="utf-8") as opened:
-                rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(opened)]
-        except FileNotFoundError:
-            raise UserError(f"{self.metrics} is missing") from None
-        except (OSError, ValueError, TypeError, AttributeError, csv.Error) as error:
+            rows = _numbers(self.metrics.read_bytes().decode())
+        except (OSError, ValueError, csv.Error) as error:
             raise UserError(f"{self.metrics} is damaged: {error}") from None
-        needed = [f.name for f in dataclasses.fields(Figures)]
-        if any(key not in row for row in rows for key in needed):
-            raise UserError(f"{self.metrics} is damaged: a row lacks one of {', '.join(needed)}")
+        for epoch, row in enumerate(rows, start=1):
+            if row.get("epoch") != epoch:
+                raise UserError(f"{self.metrics} is damaged: its row {epoch} is not that of epoch {epoch}")
+            _read(Figures, row | {"epoch": epoch}, self.metrics)
         return rows
 
 
@@ -266,22 +279,36 @@ def find_runs(folders: Iterable[Path]) -> tuple[list[Run], list[Problem]]:
     return sorted(runs, key=lambda run: run.facts.started), problems
 
 
+def _numbers(text: str) -> list[Row]:
+    """The rows of a .csv of numbers; empty cells are left out."""
+    if not text.endswith("\n"):
+        raise ValueError("it has been cut short")
+    names, *lines = csv.reader(io.StringIO(text, newline=""))
+    return [{name: float(value) for name, value in zip(names, line, strict=True) if value} for line in lines if line]
+
+
 def _read(cls: type, told: Mapping[str, Any], file: Path) -> Any:
     """The dataclass with a table's values; keys that it does not have are left out."""
-    hints, values = typing.get_type_hints(cls), {}
+    hints, values = typing.get_type_hints(cls, include_extras=True), {}
     for f in dataclasses.fields(cls):
         value = told.get(f.name)
         needed = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if value is None and not needed:
             continue
-        if f.type is float and isinstance(value, float):  # a loss that has been NaN, too
-            values[f.name] = value
-            continue
         if hints[f.name] == Figures | None and isinstance(value, Mapping):
             values[f.name] = _read(Figures, value, file)
             continue
         try:
-            values[f.name] = convert(value, hints[f.name], f.name)
+            values[f.name] = _loss(value) if hints[f.name] is float else convert(value, hints[f.name], f.name)
+            for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+                convert(part, str, f.name)
         except UserError:
-            raise UserError(f"{file} is damaged: {f.name!r} is {value!r}") from None
+            raise UserError(f"{file} is damaged: {f.name!r} is {reprlib.repr(value)}") from None
     return cls(**values)
+
+
+def _loss(value: Any) -> float:
+    """A loss, which may have been NaN or infinite."""
+    if not isinstance(value, float) or math.isfinite(value):
+        value = convert(value, Loss, "loss")
+    return value

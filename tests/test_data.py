@@ -10,7 +10,7 @@ from fastai.data.load import DataLoader
 from PIL import Image
 
 from dms_fastai import UserError, load_data
-from dms_fastai.data import folder as folder_module
+from dms_fastai.data import decoded as decoded_module
 from dms_fastai.data.augment import Cropper, Crops, affine, normalize
 from dms_fastai.data.images import read_image, resize
 from dms_fastai.data.sources import load_splits, split_by_class
@@ -83,11 +83,11 @@ def test_classes_may_lie_deeper_and_other_files_are_passed_over(tmp_path):
 def test_a_folder_is_decoded_once_and_again_when_it_changes(tmp_path, monkeypatch):
     root, decoded = make_folder(tmp_path / "colours"), []
     monkeypatch.setenv("DMS_FASTAI_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(folder_module, "read_image", lambda *a: decoded.append(a) or read_image(*a))
+    monkeypatch.setattr(decoded_module, "read_image", lambda *a: decoded.append(a) or read_image(*a))
 
     def count():
         decoded.clear()
-        load_splits(root, 8)
+        dict(load_splits(root, 8))
         return len(decoded)
 
     assert count() == 24
@@ -101,7 +101,7 @@ def test_a_folder_is_decoded_once_and_again_when_it_changes(tmp_path, monkeypatc
     assert count() == 11
     Image.new("RGB", (20, 12)).save(root / "test" / "red" / "new.png")
     assert count() == 13
-    next(folder_module.cache_dir().glob("colours-train-8-*")).write_bytes(b"damaged")
+    next(decoded_module.cache_dir().glob("colours-train-8-*")).write_bytes(b"damaged")
     assert count() == 11
 
 
@@ -188,8 +188,10 @@ def test_arrays_and_tensors_are_images_too():
     assert torch.equal(read_image(array), expected)
     assert torch.equal(read_image(expected), expected)
     assert torch.equal(read_image(array[..., 0])[2], expected[0])
-    with pytest.raises(UserError, match="float32"):
-        read_image(array.astype(np.float32))
+    assert torch.equal(read_image(array[..., ::-1]), expected.flip(0))  # OpenCV's order, turned round
+    assert torch.equal(read_image(array.astype(np.float32)), expected)
+    assert torch.equal(read_image((array / 255).astype(np.float32)), expected)
+    assert torch.equal(read_image(array.astype(np.uint16) * 257), expected)
 
 
 def test_resizing_keeps_the_middle():
@@ -331,7 +333,7 @@ def test_settings_that_cannot_be(kwargs, words):
 def test_no_network_names_the_folder_to_fill(tmp_path, monkeypatch):
     from dms_fastai.data import sources
 
-    def offline(url):
+    def offline(url, data):
         raise OSError("Name or service not known")
 
     monkeypatch.setattr(sources, "untar_data", offline)
@@ -414,11 +416,11 @@ def test_all_files_that_are_no_images_are_named_at_once(tmp_path):
         ({"train_labels": np.arange(30) % 3 - 1}, "train_labels has -1"),
         ({"class_names": np.array(["a", "b"])}, "train_labels has 2, out of range for 2 classes"),
         ({"test_labels": np.arange(9) % 2 + 5, "class_names": np.array(["a", "b", "c"])}, "test_labels has 5"),
-        ({"train_labels": np.zeros(30)}, "give whole numbers"),
+        ({"train_labels": np.arange(30) / 2}, "give whole numbers"),
         ({"train_labels": np.arange(29) % 3}, "30 images and 29 labels"),
         ({"train_labels": None}, "has no 'train_labels'"),
         ({"test_labels": None}, "without test_labels"),
-        ({"train_images": np.zeros((30, 28, 28, 3))}, "float64"),
+        ({"train_images": np.full((30, 28, 28, 3), "x")}, "<U1"),
         ({"train_images": np.zeros((30, 28, 28, 5), np.uint8)}, "(28, 28, 5)"),
         ({"train_labels": np.zeros(30, int), "test_labels": np.zeros(9, int)}, "at least 2"),
         ({"class_names": np.array([print, 1], dtype=object)}, "plain arrays"),

@@ -27,7 +27,10 @@ from tests.conftest import quiet
 
 
 class Witness(nn.Module):
-    """A teacher that keeps what it was shown, and always says class 3. Its copies are itself: tests can ask it."""
+    """A teacher that keeps what it was shown, and always says class 3. Its copies are itself: tests can ask it.
+
+    What it is shown first, before training, is two black images.
+    """
 
     def __init__(self, classes=10):
         super().__init__()
@@ -64,8 +67,10 @@ def stock(dls, cbs, loss_func=None, lr=0.01):
 def test_the_teacher_sees_the_mixed_images_without_gradients_in_evaluation_mode(dls):
     witness, images = Witness(), Images()
     stock(dls, [TeacherDistill(witness), MixUp(), images]).fit(1)
-    assert len(witness.seen) == len(images.seen) == len(dls.train)  # and not in validation
-    for (x, training, grad), shown in zip(witness.seen, images.seen, strict=True):
+    tried, *seen = witness.seen
+    assert torch.equal(tried[0], torch.zeros(2, 3, 8, 8))
+    assert len(seen) == len(images.seen) == len(dls.train)  # and not in validation
+    for (x, training, grad), shown in zip(seen, images.seen, strict=True):
         assert torch.equal(x, shown)
         assert not training
         assert not grad
@@ -118,7 +123,7 @@ def test_a_teacher_gets_its_own_normalisation(dls, mean):
         m, s = (torch.tensor(v).view(1, 3, 1, 1) for v in (m, s))
         return x * s + m
 
-    theirs = pixels(witness.seen[0][0], mean, std)
+    theirs = pixels(witness.seen[1][0], mean, std)
     torch.testing.assert_close(theirs, pixels(images.seen[0], dls.train.mean, dls.train.std))
     assert 0 <= theirs.min() + 1e-5
     assert theirs.max() <= 1 + 1e-5
@@ -164,7 +169,7 @@ def test_damaged_weights_are_no_teacher(tmp_path):
 
 def test_a_teacher_of_other_classes_is_refused_with_both(dls, tmp_path):
     mean, std = dls.train.mean, dls.train.std
-    card = ModelCard("test_dmsresnet", ["zero", *map(str, range(1, 10))], mean, std, 8)
+    card = ModelCard("test_dmsresnet", ["zero", *map(str, range(1, 10))], mean, std, (3, 8, 8))
     save_weights(card.build(), card, tmp_path / "names.safetensors")
     with pytest.raises(UserError) as error:
         stock(dls, [TeacherDistill(tmp_path / "names.safetensors")]).fit(1)
@@ -216,7 +221,7 @@ def native_dls(tmp_path_factory):
             Image.new("RGB", (16, 16), tuple(max(0, v - index) for v in colour)).save(file)
     files = sorted(Path(root).rglob("*.png"))
     stats = Normalize.from_stats((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), cuda=False)
-    return ImageDataLoaders.from_name_func(
+    return ImageDataLoaders.from_path_func(
         root, files, parent_label, valid_pct=0.25, seed=0, bs=8, num_workers=0, batch_tfms=stats, device="cpu"
     )
 
@@ -228,7 +233,7 @@ def test_in_a_stock_learner_with_stock_data(native_dls):
     model = timm.create_model("test_dmsresnet", num_classes=4)
     learn = quiet(Learner(native_dls, model, CrossEntropyLossFlat(), opt_func=SGD, cbs=cbs))
     learn.fit(1)
-    x = witness.seen[0][0]
+    x = witness.seen[1][0]
     assert type(x) is torch.Tensor
     assert -1e-5 <= x.min()
     assert x.max() <= 1 + 1e-5

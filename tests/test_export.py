@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from fastai.learner import Learner
+from fastai.losses import MSELossFlat
 from PIL import Image
 
 from dms_fastai import UserError, export, load_data
@@ -109,8 +110,8 @@ def test_many_images_are_predicted_a_few_at_a_time(folder, examples, monkeypatch
 def test_what_cannot_be_written_is_said(folder, dls, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"the formats are \.onnx and \.pt2"):
         export_model(folder, tmp_path / "kd.tflite")
-    with pytest.raises(UserError, match="does not say what images"):
-        export_model(Learner(dls, timm.create_model("test_dmsresnet")), tmp_path / "kd.onnx")
+    with pytest.raises(UserError, match="not of one label an image"):
+        export_model(Learner(dls, timm.create_model("test_dmsresnet"), MSELossFlat()), tmp_path / "kd.onnx")
     with pytest.raises(UserError, match="no model at"):
         export_model(tmp_path / "nowhere", tmp_path / "kd.onnx")
     monkeypatch.setattr(export, "find_spec", lambda name: None)

@@ -182,7 +182,7 @@ def test_fastais_own_dataloaders_will_do(dls, tmp_path):
     teaching.fit_recipe(1)
     learn = quiet(dms_learner(stock, "kd", teacher=teaching, arch="test_dmsresnet", settings={"augment.trivial": True}))
     learn.fit_recipe(2)
-    assert (learn.card.size, learn.card.mean) == (8, (0.5,) * 3)
+    assert (learn.card.shape, learn.card.mean) == ((3, 8, 8), (0.5,) * 3)
     learn.path = tmp_path
     learn.export("x.pkl")
     assert learn.predict(file)[0] == load_learner(tmp_path / "x.pkl").predict(file)[0]

@@ -57,7 +57,7 @@ def batches(draw):
         "y_a": y_a,
         "y_b": y_a[rng.permutation(n)],
         "lam": draw(st.floats(0, 1)),
-        "weight": draw(st.sampled_from([None, rng.uniform(0.1, 3, c)])),
+        "weight": draw(st.sampled_from([None, rng.uniform(0.1, 3, c).astype(np.float32).astype(float)])),
         "smoothing": draw(st.sampled_from([0.0, 0.1, 1.0])),
         "alpha": draw(st.floats(0, 1)),
         "T": draw(st.floats(0.5, 20)),
@@ -259,3 +259,26 @@ def test_an_unknown_divergence():
     for make in (lambda: KL("sum"), lambda: DKD(-1.0), lambda: DMSLoss(divergence=3), lambda: DMSLoss(divergence=KL)):
         with pytest.raises(UserError):
             make()
+
+
+@pytest.mark.parametrize("made", [list, np.array, torch.tensor, lambda w: torch.tensor(w, dtype=torch.float64)])
+def test_class_weights_in_any_form_are_the_same(made):
+    """Three samples by hand: sum of w_y * loss, divided by the sum of w_y."""
+    weight, z, y = [0.5, 2.0, 0.0], np.array([[1.0, 0.0, 2.0], [0.0, 1.0, 0.0], [3.0, 0.0, 0.0]]), np.array([0, 1, 2])
+    w = np.array(weight)[y]
+    expected = -(w * log_softmax(z)[np.arange(3), y]).sum() / w.sum()
+    loss = DMSLoss(weight=made(weight))
+    assert loss.weight.dtype == torch.float32
+    logits, targets = torch.tensor(z, dtype=torch.float32), torch.tensor(y)
+    np.testing.assert_allclose(loss(logits, targets), expected, rtol=1e-6)
+    np.testing.assert_allclose(loss(logits, targets, targets, 0.3), expected, rtol=1e-6)
+    np.testing.assert_allclose(loss(logits.bfloat16(), targets), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "weight", [[1.0, -1.0], [1.0, float("nan")], [float("inf"), 1.0], [0.0, 0.0], [[1.0, 2.0]], [], 3.0, ["a"], "ab"]
+)
+def test_what_are_no_class_weights_is_refused(weight):
+    with pytest.raises(UserError, match="weight") as error:
+        DMSLoss(weight=weight)
+    assert "\n" not in error.value.message

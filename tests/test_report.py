@@ -1,7 +1,9 @@
 """The report: its arithmetic against known values, its files against the runs, and what it makes of broken ones."""
 
+import io
 import json
 import math
+import random
 import re
 import shutil
 import subprocess
@@ -14,12 +16,14 @@ import pytest
 import torch
 from PIL import Image
 
-from dms_fastai import dms_learner, load_data
+from dms_fastai import UserError, dms_learner, load_data
+from dms_fastai.report import page, plots
 from dms_fastai.report.plots import DARK, LIGHT, PLOTS, apart, by_epoch, class_accuracies, confusion_matrix
 from dms_fastai.report.rows import sections
 from dms_fastai.report.statistics import binomial, calibrate, over_seeds, paired_images
-from dms_fastai.report.tables import notes
-from dms_fastai.run_folder import Run, find_runs
+from dms_fastai.report.tables import mistake_cells, notes
+from dms_fastai.run_folder import Run, RunFolder, find_runs
+from dms_fastai.runs.lock import locked
 from dms_fastai.runs.plan import Opened, plan
 from dms_fastai.runs.predictions import read_predictions, write_predictions
 from dms_fastai.runs.stage import run_stage
@@ -322,13 +326,229 @@ def test_broken_folders_are_named_and_the_rest_is_reported(dms, runs, tmp_path):
         "se/seed1/metrics.csv is damaged",
         "se/seed1/predictions.npz is damaged",
         "lost holds no run: it has no run.json",
-        "mixup/seed1: running, epoch 1/2",
+        "mixup/seed1: interrupted, epoch 1/2",
         "odd/run.json is damaged: 'seed' is None",
         "list/run.json is damaged",
     ):
         assert words in text, words
     assert "left out: " in out
-    assert "+ SE + MixUp [seed 1 running, epoch 1/2]" in text
+    assert "+ SE + MixUp [seed 1 interrupted, epoch 1/2]" in text
+
+
+JSON_JUNK = [
+    *(None, True, -1, 0, 0.5, 10**30, 10**400, 1e308, float("nan"), float("-inf"), "", "7", "[/]", "[red]", "_x", "\n"),
+    *("<script>\x1b[31m\u202e", "\ud800", "x" * 3000, [], {}, [[]], {"a": {"b": [1]}}),
+]
+
+
+@pytest.mark.parametrize("value", JSON_JUNK, ids=lambda v: repr(v)[:20])
+def test_each_fact_may_be_nonsense(runs, value):
+    folder = runs / "se" / "seed0"
+    told = json.loads((folder / "run.json").read_text())
+    for key in [*told, "last.valid_accuracy", "last.valid_loss", "best.epoch"]:
+        facts = json.loads(json.dumps(told))
+        inner, _, outer = key.rpartition(".")
+        (facts[inner] if inner else facts)[outer] = value
+        (folder / "run.json").write_text(json.dumps(facts))
+        found, problems = find_runs([runs])
+        assert len(found) + len(problems) == 5
+        assert all("se/seed0/run.json is damaged" in problem.what for problem in problems)
+        assert ("ResNet", [0, 1]) in [(row.label, row.seeds) for section in sections(found) for row in section.rows]
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"\xff\x00", b"", b"[]", b"3", b'"finished"', b"{}"])
+def test_what_is_no_json_is_damaged(tmp_path, content):
+    (tmp_path / "run.json").write_bytes(content)
+    with pytest.raises(UserError, match="is damaged"):
+        RunFolder(tmp_path).facts()
+
+
+METRICS = """epoch,lr,train_loss,train_accuracy,valid_loss,valid_accuracy,seconds,images_per_second
+1,0.1,2.0,0.2,2.1,0.3,1.0,100.0
+2,0.1,1.0,0.4,1.1,0.5,1.0,100.0
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda text: text[:-1], "cut short"),
+        (lambda text: text[:-30], "cut short"),
+        (lambda text: "", "cut short"),
+        (lambda text: text[: text.index("\n2") + 1], "1 of 2 epochs"),
+        (lambda text: text[: text.index("\n") + 1], "0 of 2 epochs"),
+        (lambda text: text.replace("\n2,", "\n3,"), "row 2 is not that of epoch 2"),
+        (lambda text: "".join(sorted(text.splitlines(keepends=True), reverse=True)[i] for i in (0, 1, 2)), "row 1"),
+        (lambda text: text.replace("valid_loss", "loss"), "'valid_loss' is None"),
+        (lambda text: text.replace(",2.1,", ",,"), "'valid_loss' is None"),
+        (lambda text: text.replace(",2.1,", ","), "shorter"),
+        (lambda text: text.replace("0.3", "much"), "much"),
+        (lambda text: text.replace("0.3", "3"), "'valid_accuracy' is 3.0"),
+        (lambda text: text.replace("0.3", "nan"), "'valid_accuracy' is nan"),
+        (lambda text: text.replace("2.1", "1e300"), "'valid_loss' is 1e+300"),
+        (lambda text: "\0\x01" + text, "is damaged"),
+    ],
+)
+def test_a_damaged_history_costs_its_own_curve(runs, change, words):
+    file = runs / "mixup" / "seed1" / "metrics.csv"
+    file.write_text(METRICS)
+    (section,) = sections(find_runs([runs])[0])
+    assert section.problems == []
+    assert [row["valid_accuracy"] for row in section.rows[2].epochs[0][0]] == [0.3, 0.5]
+    file.write_text(change(METRICS))
+    (section,) = sections(find_runs([runs])[0])
+    assert len(section.rows[2].epochs[0]) == 0
+    assert len(section.rows[1].epochs[0]) == 2
+    (problem,) = section.problems
+    assert "mixup/seed1/metrics.csv is damaged" in problem.what
+    assert words in problem.what
+
+
+@pytest.mark.parametrize("loss", ["nan", "inf", "-inf", "3e38"])
+def test_a_loss_that_is_no_number_leaves_a_gap_in_its_curve(runs, loss):
+    (runs / "mixup" / "seed1" / "metrics.csv").write_text(METRICS.replace("1.1", loss))
+    figures = {"epoch": 2, "train_loss": 1.0, "train_accuracy": 0.4, "valid_accuracy": 0.5}
+    rewrite(runs / "mixup" / "seed1", last=figures | {"valid_loss": float(loss)})
+    found, problems = find_runs([runs])
+    (section,) = sections(found)
+    assert problems == section.problems == []
+    _, mean, sd = by_epoch(section.rows[2], "valid_loss")
+    assert mean[0] == pytest.approx(2.1)
+    assert np.isnan([mean[1], sd[1]]).all() == (loss != "3e38")
+    assert section.rows[2].accuracy.mean == 0.5
+    curves = next(plot for plot in PLOTS if plot.name == "curves")
+    assert Image.open(io.BytesIO(plots.draw(curves, section, LIGHT))).format == "PNG"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda p: p.update(more=p["labels"]),
+        lambda p: p.pop("vocab"),
+        lambda p: p.update(labels=p["labels"].astype(float)),
+        lambda p: p.update(labels=p["labels"] + 1),
+        lambda p: p.update(predicted=p["predicted"] - 100),
+        lambda p: p.update(mistakes=p["mistakes"] + 1000),
+        lambda p: p.update(mistakes=np.array(0)),
+        lambda p: p.update(images=p["images"][..., :1]),
+        lambda p: p.update(images=p["images"].astype(np.float32)),
+        lambda p: p.update(vocab=np.arange(10)),
+        lambda p: p.update(log_probabilities=np.full_like(p["log_probabilities"], np.nan)),
+        lambda p: p.update(log_probabilities=p["log_probabilities"] + 100),
+        lambda p: p.update(files=np.array(["one"])),
+        lambda p: p.update({key: p[key][:9] for key in ("log_probabilities", "predicted", "labels")}),
+        lambda p: p.update({key: value[:0] for key, value in p.items()}),
+    ],
+)
+def test_damaged_predictions_cost_their_own_row_of_the_plots(runs, change):
+    file = runs / "se" / "seed1" / "predictions.npz"
+    arrays = dict(np.load(file))
+    change(arrays)
+    np.savez_compressed(file, **arrays)
+    (section,) = sections(find_runs([runs])[0])
+    assert [len(row.predictions[0]) for row in section.rows] == [2, 1, 1]
+    (problem,) = section.problems
+    assert "se/seed1/predictions.npz is" in problem.what
+
+
+def test_seeds_with_other_classes_are_not_added_up(runs):
+    file = runs / "se" / "seed1" / "predictions.npz"
+    arrays = dict(np.load(file))
+    np.savez_compressed(file, **(arrays | {"vocab": arrays["vocab"][::-1]}))
+    (section,) = sections(find_runs([runs])[0])
+    assert [problem.what for problem in section.problems] == [f"{file} has other classes than another seed's"]
+
+
+@pytest.mark.parametrize(
+    "content", [b"=", b"\xff", b'extends = "nowhere"', b"x = " + b"[" * 5000, b"[optimizer]\nlr = -1"]
+)
+def test_a_broken_recipe_is_said(runs, content):
+    (runs / "mixup" / "seed1" / "recipe.toml").write_bytes(content)
+    (section,) = sections(find_runs([runs])[0])
+    assert [row.label for row in section.rows] == ["ResNet", "+ SE", "+ SE + MixUp"]
+    (problem,) = section.problems
+    assert problem.folder == runs / "mixup" / "seed1"
+
+
+def damage(chance, folder):
+    """Change a file of a run's folder: a value, or some bytes."""
+    file = folder / chance.choice(["run.json"] * 4 + ["metrics.csv", "predictions.npz", "recipe.toml"])
+    if file.name == "run.json" and chance.random() < 0.7:
+        facts = json.loads(file.read_text())
+        table = facts[chance.choice(["last", "best"])] if chance.random() < 0.3 else facts
+        table[chance.choice(sorted(table))] = chance.choice(JSON_JUNK)
+        file.write_text(json.dumps(facts))
+        return
+    content = bytearray(file.read_bytes())
+    if chance.random() < 0.3:
+        del content[chance.randrange(len(content)) :]
+    for _ in range(min(chance.choice([1, 3, 30]), len(content))):
+        content[chance.randrange(len(content))] = chance.randrange(256)
+    file.write_bytes(content)
+
+
+def test_two_hundred_damaged_folders_leave_the_report_of_the_others(dms, runs, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(plots, "DPI", 20)
+    bright, drawn = page.draw, {}
+
+    def once(plot, section, theme):
+        """Each plot in one theme: it is the rows that are tried here."""
+        if (plot.name, section.data) not in drawn:
+            drawn[plot.name, section.data] = bright(plot, section, theme)
+        return drawn[plot.name, section.data]
+
+    monkeypatch.setattr(page, "draw", once)
+    chance, good = random.Random(0), runs / "se" / "seed0"
+    for index in range(200):
+        weights = shutil.ignore_patterns("*.pkl", "*.safetensors", "*.png")
+        damage(chance, shutil.copytree(good, runs / f"damaged{index}" / "seed0", ignore=weights))
+    found, problems = find_runs([runs])
+    assert len(found) + len(problems) == 205
+    assert 50 < len(problems) < 150
+    code, out, err = dms("report")
+    assert (code, err) == (0, "")
+    both = [100 * last(runs / "se" / f"seed{s}") for s in (0, 1)]
+    html = (tmp_path / "report" / "index.html").read_text()
+    for text in (out, html, (tmp_path / "report" / "report.md").read_text()):
+        assert f"{np.mean(both):.2f} ± {np.std(both, ddof=1):.2f}" in text
+        assert all(c == "\n" or c.isprintable() for c in text)
+        assert text is out or "<script>" not in text
+    assert out.count("left out: ") == len(problems)
+
+
+def test_a_run_whose_process_is_dead_is_not_running(runs):
+    folder = runs / "mixup" / "seed1"
+    rewrite(folder, status="running", epochs_done=1)
+    with locked(folder):
+        (section,) = sections(find_runs([runs])[0])
+        assert section.problems[-1].what == "running, epoch 1/2"
+    files = sorted(folder.iterdir())
+    (folder / ".lock").write_text("process 1 on a machine that was switched off")
+    (section,) = sections(find_runs([runs])[0])
+    assert section.problems[-1].what == "interrupted, epoch 1/2"
+    (folder / ".lock").unlink()
+    (section,) = sections(find_runs([runs])[0])
+    assert section.problems[-1].what == "interrupted, epoch 1/2"
+    assert sorted(folder.iterdir()) == files  # a report writes nothing there
+
+
+def test_mistakes_are_named_where_the_images_have_files(trained, tmp_path):
+    learn = quiet(dms_learner(load_data("digits"), "se"))
+    images = learn.dls.valid_ds
+    images.files = [f"{images.vocab[label]}/<{index}>\x1b.png" for index, label in enumerate(images.labels)]
+    write_predictions(learn, tmp_path / "predictions.npz")
+    p = read_predictions(tmp_path / "predictions.npz")
+    assert p.files.tolist() == images.files
+    section = SimpleNamespace(headline=SimpleNamespace(predictions=([p], [])))
+    rows = mistake_cells(section)
+    assert len(rows) == 24
+    for index, (file, said, sure, true) in zip(p.mistakes, rows, strict=True):
+        assert file == rf"{true}/<{index}>\x1b.png"
+        assert (said, true) == (p.vocab[p.predicted[index]], str(images.vocab[images.labels[index]]))
+        assert float(sure) == pytest.approx(100 * np.exp(p.log_probabilities[index].max()), abs=0.6)
+    old = read_predictions(trained / "se" / "seed0" / "predictions.npz")
+    assert old.files is None
+    assert mistake_cells(SimpleNamespace(headline=SimpleNamespace(predictions=([old], [])))) == []
 
 
 def test_runs_that_have_not_begun_to_learn_are_no_trouble(dms, runs, tmp_path):  # noqa: F811
@@ -338,7 +558,7 @@ def test_runs_that_have_not_begun_to_learn_are_no_trouble(dms, runs, tmp_path): 
         (folder / "run.json").write_text(json.dumps(facts | {"status": "running", "epochs_done": 0}))
         (folder / "metrics.csv").unlink()
     assert dms("report")[0] == 0
-    assert "running, epoch 0/2" in (tmp_path / "report" / "report.md").read_text()
+    assert "interrupted, epoch 0/2" in (tmp_path / "report" / "report.md").read_text()
 
 
 def test_names_that_mean_something_elsewhere_are_only_names(dms, tmp_path):  # noqa: F811

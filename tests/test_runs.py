@@ -353,7 +353,7 @@ def test_the_lists(dms):
 
 
 def make_bad_teacher(folder):
-    card = ModelCard("test_dmsresnet", ["cat", "dog"], (0.5,) * 3, (0.5,) * 3, 8)
+    card = ModelCard("test_dmsresnet", ["cat", "dog"], (0.5,) * 3, (0.5,) * 3, (3, 8, 8))
     save_weights(card.build(), card, folder / "cats.safetensors")
 
 
@@ -378,7 +378,7 @@ def make_bad_folders(folder):
         ("run kd --set schedule.epoch=3", "did you mean 'schedule.epochs'?"),
         ("run kd --set lr", "write table.key=value"),
         ("run kd --epochs 0", "schedule.epochs is 0"),
-        ("run kd --schedule linear", "'cosine' or 'one-cycle'"),
+        ("run kd --schedule trapezoid", "'cosine', 'one-cycle' or 'linear'"),
         ("run kd --set distill.alpha=1.5", "between 0 and 1"),
         ("run kd --set distill.T=0", "above 0"),
         ("run se --set distill.alpha=0.5", "without a teacher"),
@@ -387,13 +387,13 @@ def make_bad_folders(folder):
         ("run kd --teacher gone.toml", "recipe 'kd' names the teacher 'gone.toml', and there is no such file"),
         ("run kd --teacher timm:resnet18", "know 1000 classes and the data have 10; train it"),
         ("run kd --set lr=0.1", "did you mean 'optimizer.lr'?"),
-        ("predict cats.safetensors bad", "bad is a folder; give the images in it"),
+        ("predict cats.safetensors empty", "no images in empty"),
         ("run kd --teacher kd", "needs a teacher itself"),
         ("run ablation --teacher cats.safetensors", "2 classes and the data have 10"),
         ("run se --teacher cats.safetensors", "does not distil"),
         ("run se --set teacher=teacher", "does not distil"),
         ("run kd --device cuda", "no GPU"),
-        ("run kd --device tpu", "auto, cpu or cuda"),
+        ("run kd --device tpu", "auto, cpu, cuda or mps"),
         ("run se --time-limit 9", "90s, 9m or 2h"),
         ("run se --seed -1", "seed is -1"),
         ("run se --epochs 1 --out cats.safetensors", "Not a directory"),

@@ -23,10 +23,10 @@ def has_bf16(device: torch.device) -> bool:
 
 
 @contextmanager
-def fast_kernels(device: torch.device | None) -> Iterator[None]:
+def fast_kernels(device: torch.device | str | None) -> Iterator[None]:
     """On a GPU, multiply float32 matrices in TF32 and use the fastest convolution kernels, until the block ends."""
     cudnn = torch.backends.cudnn
-    if device is None or device.type != "cuda":
+    if device is None or torch.device(device).type != "cuda":
         yield
         return
     precision, benchmark = torch.get_float32_matmul_precision(), cudnn.benchmark

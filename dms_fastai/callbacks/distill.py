@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..data.loader import statistics, vocabulary
 from ..errors import UserError
 from ..models.fold import fold_batch_norms
-from ..trained import check_classes, load_teacher, renormalize
+from ..trained import check_teacher, images_of, load_teacher, renormalize
 from ..training.losses import Distillation, DMSLoss, Targets
 from ..training.parts import order_of
 from .bf16 import has_bf16
@@ -52,11 +52,12 @@ class TeacherDistill(Callback):
             )
         if self.given and isinstance(self.learn.loss_func, DMSLoss):
             raise UserError(f"{', '.join(self.given)} given to TeacherDistill, but DMSLoss has its own; set it there")
-        check_classes(self.teacher, vocabulary(self.learn.dls))
-        if not all(p.isfinite().all() for p in self.teacher.model.parameters()):
-            raise UserError("the teacher's weights are NaN or infinite; train it again")
         if self.network is not None and self.made_of is self.teacher:
             return
+        dls = self.learn.dls
+        images = images_of(dls)
+        if images is not None:
+            check_teacher(self.teacher, getattr(dls, "c", None), images, vocabulary(dls))
         device = next(self.learn.model.parameters()).device
         self.made_of = self.teacher
         self.network = fold_batch_norms(self.teacher.model).to(device, memory_format=torch.channels_last)

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import sys
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from ..training.losses import DMSLoss
 from ..training.parts import order_of
 from .distill import TeacherDistill
 
-__all__ = ["TorchCompile", "can_compile"]
+__all__ = ["TorchCompile", "can_compile", "rehearse"]
 
 
 def can_compile(device: torch.device) -> bool:
@@ -32,28 +34,43 @@ class TorchCompile(Callback):
     """Compile student, teacher and loss, with CUDA graphs, if training on a GPU is long enough to be worth it.
 
     They are compiled in place, for the training batches alone. Weights keep their names. Validation, prediction and
-    export, whose batches may have any size, use the modules as they were.
+    export, whose batches may have any size, use the modules as they were. If a line of code cannot be compiled here,
+    nothing is, and a line on standard error says why.
     """
 
     order = order_of("compile")
     compiled: tuple[tuple[nn.Module, Any], ...] | None = None
+    graphs = True  # also of Learners that were exported before there was a choice
     _stateattrs = ("compiled",)
 
-    def __init__(self, steps: Steps = 5_000):
+    def __init__(self, steps: Steps = 5_000, graphs: bool = True):
         """
         Args:
             steps: Compile if the fit has at least so many training steps, and if `can_compile`. Compiling takes a
                 minute or two, and a compiled step saves milliseconds.
+            graphs: Whether to use CUDA graphs, too.
         """
         super().__init__()
-        self.steps = steps
+        self.steps, self.graphs = steps, graphs
 
     def before_train(self) -> None:
         if self.compiled is None:
-            # Without CUDA graphs where gradients are accumulated: the next step would write over them.
-            graphs = not any(isinstance(cb, GradientAccumulation) for cb in self.learn.cbs)
-            self.compiled = tuple((module, compiled_call(module, graphs)) for module in self.worth_compiling())
+            self.compiled = self.calls()
         self.switch(on=True)
+
+    def calls(self) -> tuple[tuple[nn.Module, Any], ...]:
+        """The modules to compile, each with its compiled call."""
+        modules = self.worth_compiling()
+        if not modules:
+            return ()
+        # Without CUDA graphs where gradients are accumulated: the next step would write over them.
+        graphs = self.graphs and not any(isinstance(cb, GradientAccumulation) for cb in self.learn.cbs)
+        failure = rehearse(next(self.learn.model.parameters()).device, mode_of(graphs))
+        if failure is not None:
+            hint = "; --set compile.graphs=false compiles without CUDA graphs" if graphs else ""
+            print(f"training is not compiled, because that fails here: {failure}{hint}", file=sys.stderr)
+            return ()
+        return tuple((module, compiled_call(module, graphs)) for module in modules)
 
     def worth_compiling(self) -> list[nn.Module]:
         learn = self.learn
@@ -83,7 +100,32 @@ class TorchCompile(Callback):
         self.compiled = None
 
 
+def mode_of(graphs: bool) -> str:
+    """torch's name for compiling with or without CUDA graphs."""
+    return "reduce-overhead" if graphs else "default"
+
+
 def compiled_call(module: nn.Module, graphs: bool) -> Any:
-    """The call of the compiled module, in place of the module's; `reduce-overhead` is torch's name for CUDA graphs."""
-    module.compile(dynamic=False, mode="reduce-overhead" if graphs else "default")
+    """The call of the compiled module, in place of the module's."""
+    module.compile(dynamic=False, mode=mode_of(graphs))
     return module._compiled_call_impl
+
+
+@cache
+def rehearse(device: torch.device, mode: str) -> str | None:
+    """Compile a line of code and its gradient, and run them a few times; gives what fails, None if nothing does.
+
+    A compiler without a header or a driver without graphs fails here as it would in training, where nothing could
+    catch it any more. Draws no random numbers.
+    """
+    try:
+        line = torch.compile(lambda x: (2 * x).relu().sum(), dynamic=False, mode=mode)
+        for _ in range(4):  # a graph is recorded in the second, and replayed from the third
+            torch.compiler.cudagraph_mark_step_begin()
+            x = torch.ones(64, device=device, requires_grad=True)
+            line(x).backward()
+            if x.grad.tolist() != [2.0] * 64:
+                return "a compiled gradient is wrong"
+    except Exception as error:  # whatever the compiler, the driver or the system raises
+        return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+    return None

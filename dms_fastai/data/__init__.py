@@ -27,23 +27,26 @@ def load_data(
     mean: tuple[float, ...] = MEAN,
     std: tuple[float, ...] = STD,
     device: str | torch.device | None = None,
+    labels: str | Path | None = None,
     **crops: Any,
 ) -> DataLoaders:
     """fastai `DataLoaders` over a data set, with crops and flips in training.
 
     Args:
-        data: "digits", "cifar10", "cifar100", "imagenette"; a folder with train/CLASS/*.png and test/, valid/ or
-            val/CLASS/*.png; or an .npz file with train_images, train_labels, test_images, test_labels.
+        data: "digits", "cifar10", "cifar100", "imagenette"; a folder with train/CLASS/*.png and test/, valid/, val/ or
+            validation/CLASS/*.png, or with CLASS/*.png alone; an .npz file with train_images, train_labels,
+            test_images, test_labels; CIFAR's own files, parquet files of Hugging Face's, or a .zip or .tar of a folder.
         bs, size, valid: As in `Data`; `bs` is its `batch_size`.
         seed: Chooses the held-out images, and nothing else.
         mean, std: What pixels (0...1) are normalised with, a value for each channel.
         device: Where images and batches are. None: the GPU if there is one.
+        labels: A .csv table with the labels of the images in a folder.
         crops: As in `Crops`; digits are not flipped unless `flip` is given.
 
     Raises:
         UserError: Data that are missing or cannot be trained on, or a setting out of range.
     """
-    chosen = Data(bs, size, valid)
+    chosen = Data(bs, size, valid, None if labels is None else str(labels))
     if crops.get("flip") is None:
         crops.pop("flip", None)
     if source_name(data) in NO_FLIP:

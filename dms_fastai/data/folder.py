@@ -1,154 +1,223 @@
-"""Folders of images, `train/CLASS/*.png` and the like: decoded once, then cached beside the user's other caches."""
+"""Folders of images: which splits there are, and which class each image is of."""
 
-import contextlib
-import hashlib
-import json
 import os
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path, PurePath
 
-import torch
 from PIL import Image
-from rich.progress import track
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from ..errors import UserError
-from ..files import whole
-from .images import read_image
-from .imageset import ImageSet
+from ..errors import UserError, notice
+from .decoded import Listing, decoded_image_set
+from .splits import Splits, UnlabelledError
 
-__all__ = ["cache_dir", "read_folder"]
+__all__ = ["class_name", "find_images", "list_names", "read_folder"]
 
-SPLIT_FOLDERS = {"train": ("train",), "test": ("test",), "val": ("valid", "val")}
-SHOW_PROGRESS_FROM = 2000
-NAMED = 10  # unreadable files in one message
-READING = b"2"  # to be counted up when images are read in another way, so that older caches are not used
+SPLIT_FOLDERS = {"train": ("train",), "test": ("test",), "val": ("valid", "val", "validation")}
+PASSED_OVER = {"__MACOSX"}  # beside hidden files and folders
+ENDINGS = 5  # in one message
 
 
-def cache_dir() -> Path:
-    """Where decoded folders are cached: DMS_FASTAI_CACHE, or dms_fastai in XDG_CACHE_HOME or ~/.cache."""
-    own = os.environ.get("DMS_FASTAI_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "dms_fastai"
-
-
-def read_folder(folder: Path, size: int) -> dict[str, ImageSet]:
-    """The splits of an image folder; an image's class is the name of the folder that it lies in.
-
-    Decoded images are cached; any file added, removed, resized or touched makes the cache stale.
+def read_folder(folder: Path, size: int) -> Splits:
+    """The splits of an image folder.
 
     Args:
-        folder: A folder with train/CLASS/ and, optionally, test/CLASS/ and valid/CLASS/ or val/CLASS/.
+        folder: A folder with train/CLASS/ and, optionally, test/CLASS/ and valid/, val/ or validation/CLASS/; or one
+            with CLASS/ alone, all of whose images are for training.
         size: Height and width that every image is cropped and resized to.
 
-    Raises:
-        UserError: There is no train folder, a class is empty or the only one, a split has a class that train has not,
-            or a file cannot be read as an image.
+    Raises, some of it when a split is read:
+        UserError: There are no classes, a class is empty or the only one, a split has a class that train has not, it
+            is unclear which folders are the classes, or a file cannot be read as an image.
     """
-    found = {split: _first_dir(folder, names) for split, names in SPLIT_FOLDERS.items()}
-    if found["train"] is None:
+    folder = _inner(folder)
+    found = _split_folders(folder)
+    if not found:
+        found = {"train": [folder]}
+    elif "train" not in found:
         raise UserError(f"{folder} has no folder 'train'; the layout is train/CLASS/*.png and test/CLASS/*.png")
-    files = {split: _list_images(path) for split, path in found.items() if path is not None}
-    files = {split: classes for split, classes in files.items() if classes or split == "train"}
-    vocab = sorted(files["train"])
-    if len(vocab) < 2:
-        have = f"only the class {vocab[0]!r}" if vocab else "no class folders"
-        raise UserError(f"{found['train']} has {have}; a classifier needs at least 2 folders of images")
-    for split, classes in files.items():
-        strange = sorted(set(classes) - set(vocab))
-        if strange:
-            raise UserError(f"{found[split]} has a class {strange[0]!r} that {found['train']} does not have")
-        empty = sorted(name for name, paths in classes.items() if not paths)
-        if empty:
-            raise UserError(f"{found[split] / empty[0]} holds no images; fill it or remove it")
-    return {split: _read_split(found[split], classes, vocab, size) for split, classes in files.items()}
+    splits = Splits()
+    vocab: list[str] = []
+
+    def read(split: str):
+        if split != "train" and not vocab:
+            splits["train"]  # its folders are the classes
+        if len(found[split]) > 1:
+            first, second, *_ = found[split]
+            raise UserError(f"{folder} has both {first.name!r} and {second.name!r}; remove or rename one")
+        [root] = found[split]
+        classes = _classes(_walk(root), root, split)
+        if split == "train":
+            vocab[:] = _vocab_of(classes, root)
+        elif not set(classes) <= set(vocab):
+            train = found["train"][0]
+            strange = min(set(classes) - set(vocab))
+            raise UserError(f"{root} has a class {strange!r} that {train} does not have")
+        listing = Listing(
+            root,
+            [file for name in vocab for file in classes.get(name, [])],
+            [label for label, name in enumerate(vocab) for _ in classes.get(name, [])],
+            vocab,
+        )
+        return decoded_image_set(listing, size, None if split == "train" else splits["train"])
+
+    for split in found:
+        splits.add(split, partial(read, split))
+    return splits
 
 
-def _first_dir(folder: Path, names: tuple[str, ...]) -> Path | None:
-    return next((folder / name for name in names if (folder / name).is_dir()), None)
+def list_names(folder: Path) -> list[str]:
+    """The names in a folder that are not passed over, sorted.
+
+    Raises:
+        UserError: The folder cannot be listed.
+    """
+    try:
+        names = os.listdir(folder)
+    except OSError as error:
+        raise _unlistable(folder, error) from None
+    return sorted(name for name in names if not _hidden(name))
 
 
-def _list_images(split: Path) -> dict[str, list[Path]]:
-    """The image files of each class, sorted. Class folders may lie in other folders; hidden files are skipped."""
-    suffixes = Image.registered_extensions()
-    classes: dict[str, list[Path]] = {}
-    seen: set[str] = set()
-    for where, folders, names in os.walk(split, followlinks=True):
-        here = Path(where)
-        if os.path.realpath(here) in seen:  # a link back
+def find_images(folder: Path) -> list[str]:
+    """All image files in a folder, at any depth, relative to it."""
+    found = _walk(folder)
+    return sorted(str(where / name) for where, names in found.images.items() for name in names)
+
+
+def class_name(text: str) -> str:
+    """The name of a class as every system and file format has it: composed Unicode, other bytes escaped."""
+    return unicodedata.normalize("NFC", os.fsencode(text).decode("utf-8", "backslashreplace"))
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name in PASSED_OVER
+
+
+def _unlistable(folder: Path, error: OSError) -> UserError:
+    return UserError(f"{folder} cannot be listed ({error.strerror}); make it readable, or remove it")
+
+
+def _inner(folder: Path) -> Path:
+    """The folder itself, or the only one in it, as in an archive."""
+    names = list_names(folder)
+    only = folder / names[0] if len(names) == 1 else folder
+    return only if only != folder and only.is_dir() and _split_folders(only) else folder
+
+
+def _split_folders(folder: Path) -> dict[str, list[Path]]:
+    """The folders that may be each split, whatever their case."""
+    folders = [folder / name for name in list_names(folder) if (folder / name).is_dir()]
+    found = {split: [f for f in folders if f.name.lower() in names] for split, names in SPLIT_FOLDERS.items()}
+    return {split: folders for split, folders in found.items() if folders}
+
+
+@dataclass
+class _Tree:
+    """What a folder holds.
+
+    Attributes:
+        images: The image files in each folder that has some, by the folder's path relative to the root.
+        empty: Folders without images and without other folders in them.
+        endings: How many files have an ending that is no image's.
+    """
+
+    images: dict[PurePath, list[str]] = field(default_factory=dict)
+    empty: list[PurePath] = field(default_factory=list)
+    endings: Counter = field(default_factory=Counter)
+
+
+def _walk(root: Path) -> _Tree:
+    """List a folder. Links are followed, but not back to where they come from.
+
+    Raises:
+        UserError: A folder in it cannot be listed.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise _unlistable(Path(error.filename), error) from None
+
+    tree, seen, endings = _Tree(), set(), Image.registered_extensions()
+    for where, folders, names in os.walk(root, onerror=refuse, followlinks=True):
+        real = os.path.realpath(where)
+        if real in seen:
             folders.clear()
             continue
-        seen.add(os.path.realpath(here))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        images = [here / n for n in sorted(names) if Path(n).suffix.lower() in suffixes and not n.startswith(".")]
-        if here != split and (images or not folders):
-            classes.setdefault(here.name, []).extend(images)
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not _hidden(name))
+        files = sorted(name for name in names if not _hidden(name))
+        images = [name for name in files if PurePath(name).suffix.lower() in endings]
+        tree.endings.update(PurePath(name).suffix.lower() for name in set(files) - set(images))
+        here = PurePath(os.path.relpath(where, root))
+        if images:
+            tree.images[here] = images
+        elif not folders and where != str(root):
+            tree.empty.append(here)
+    return tree
+
+
+def _classes(tree: _Tree, root: Path, split: str) -> dict[str, list[str]]:
+    """The files of each class, relative to the root.
+
+    Raises:
+        UserError: A class is empty, or it is unclear which folders are the classes.
+        UnlabelledError: There are no class folders.
+    """
+    loose = tree.images.pop(PurePath("."), [])
+    passed_over = ", ".join(f"{ending or 'none'} ({count})" for ending, count in tree.endings.most_common(ENDINGS))
+    if tree.empty and (tree.images or split == "train"):
+        hint = f" (files with other endings: {passed_over})" if passed_over else ""
+        raise UserError(f"{root / min(tree.empty)} holds no images{hint}; fill it or remove it")
+    if not tree.images:
+        if split == "train":
+            raise UserError(f"{root} has no class folders; a classifier needs at least 2 folders of images")
+        raise UnlabelledError(f"{root} has no images in class folders")
+    level = _class_level(tree.images, root)
+    classes: dict[str, list[str]] = {}
+    for where, names in sorted(tree.images.items()):
+        classes.setdefault(class_name(where.parts[level]), []).extend(str(where / name) for name in names)
+    if passed_over:
+        total = tree.endings.total()
+        files = "1 file is" if total == 1 else f"{total} files are"
+        notice(f"{root}: {files} passed over, by endings that no image has: {passed_over}")
+    if loose:
+        images = f"the image {loose[0]} is" if len(loose) == 1 else f"{len(loose)} images are"
+        notice(f"{root}: {images} in no class folder, and passed over")
     return classes
 
 
-def _read_split(folder: Path, classes: dict[str, list[Path]], vocab: list[str], size: int) -> ImageSet:
-    paths = [path for name in vocab for path in classes.get(name, [])]
-    labels = torch.tensor([label for label, name in enumerate(vocab) for _ in classes.get(name, [])])
-    stamp = _stamp(folder, paths)
-    where = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    cache = cache_dir() / f"{folder.resolve().parent.name}-{folder.name}-{size}-{where}.safetensors"
-    images = _load_cache(cache, stamp)
-    if images is None:
-        images = _decode(paths, size, folder)
-        _save_cache(cache, images, stamp)
-    return ImageSet(images, labels, vocab)
+def _class_level(folders: Iterable[PurePath], root: Path) -> int:
+    """Which part of the folders' paths names the class: the innermost part in which they differ.
+
+    Raises:
+        UserError: The folders lie at different depths, or folders of one name in different folders.
+    """
+    folders = sorted(folders, key=lambda folder: (len(folder.parts), folder))
+    first, last = folders[0], folders[-1]
+    depth = len(first.parts)
+    if depth != len(last.parts):
+        raise UserError(
+            f"{root / first} and {root / last} hold images at different depths, so that either could be a class; put "
+            f"the images of each class into one folder, train/CLASS"
+        )
+    level = next((k for k in reversed(range(depth)) if len({folder.parts[k] for folder in folders}) > 1), 0)
+    where: dict[str, PurePath] = {}
+    for folder in folders:
+        inside = PurePath(*folder.parts[: level + 1])
+        other = where.setdefault(folder.parts[level], inside)
+        if other != inside:
+            raise UserError(
+                f"{root / other} and {root / inside} have the same name, so that either {other.name!r} or "
+                f"{other.parent.name!r} could be a class; put the images of each class into one folder, train/CLASS"
+            )
+    return level
 
 
-def _stamp(folder: Path, paths: list[Path]) -> str:
-    """A digest of every file's name, size and time of change, and of how files are read."""
-    digest = hashlib.sha256(READING)
-    for path in paths:
-        try:
-            stat = path.stat()
-        except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror}); remove or replace it") from None
-        digest.update(json.dumps([str(path.relative_to(folder)), stat.st_size, stat.st_mtime_ns]).encode())
-    return digest.hexdigest()
-
-
-def _decode(paths: list[Path], size: int, folder: Path) -> torch.Tensor:
-    images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
-    errors: dict[str, UserError] = {}
-    with ThreadPoolExecutor() as pool:
-        decoded = pool.map(lambda path: _image_or_error(path, size), paths)
-        if len(paths) >= SHOW_PROGRESS_FROM:
-            decoded = track(decoded, f"reading {folder}", total=len(paths), transient=True)
-        for index, image in enumerate(decoded):
-            if isinstance(image, UserError):
-                errors[str(paths[index].relative_to(folder))] = image
-            else:
-                images[index] = image
-    if errors:
-        _, *more = errors
-        named = ", ".join(more[:NAMED]) + (", ..." if len(more) > NAMED else "")
-        first = next(iter(errors.values())).message
-        raise UserError(first + (f"; so it is with {len(more)} more in {folder}: {named}" if more else ""))
-    return images
-
-
-def _image_or_error(path: Path, size: int) -> torch.Tensor | UserError:
-    try:
-        return read_image(path, size)
-    except UserError as error:
-        return error
-
-
-def _load_cache(cache: Path, stamp: str) -> torch.Tensor | None:
-    try:
-        with safe_open(cache, "pt") as file:
-            return file.get_tensor("images") if file.metadata().get("stamp") == stamp else None
-    except (OSError, SafetensorError):
-        return None
-
-
-def _save_cache(cache: Path, images: torch.Tensor, stamp: str) -> None:
-    """Cache decoded images. A cache that cannot be written is no error."""
-    with contextlib.suppress(OSError, SafetensorError):
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with whole(cache) as partial:
-            save_file({"images": images}, partial, {"stamp": stamp})
+def _vocab_of(classes: dict[str, list[str]], root: Path) -> list[str]:
+    vocab = sorted(classes)
+    if len(vocab) < 2:
+        raise UserError(f"{root} has only the class {vocab[0]!r}; a classifier needs at least 2 folders of images")
+    return vocab

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,13 +27,27 @@ class ImageSet:
         vocab: Class names, as fastai keeps them; a label is an index into it.
         name: The data set's name, "" if it has none; recipes may have settings for this name.
         split: Which split of it: "train", "test", "val" or "held out" of train; "" if it is none of them.
+        files: The images' files, relative to `root`; None if they come from none.
+        root: The folder of the files.
+        white: The value that became 255, if pixels were no bytes; None if they were.
         split_idx: 0 for images that are augmented (training), 1 for those that are not.
     """
 
     n_inp = 1
 
-    def __init__(self, images: Tensor, labels: Tensor | None, vocab: Sequence[str], name: str = "", split_idx: int = 1):
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor | None,
+        vocab: Sequence[str],
+        name: str = "",
+        split_idx: int = 1,
+        files: Sequence[str] | None = None,
+        root: Path | None = None,
+        white: float | None = None,
+    ):
         self.images, self.labels = images, labels
+        self.files, self.root, self.white = files, root, white
         self.vocab = CategoryMap(vocab, sort=False)
         self.name, self.split, self.split_idx = name, "", split_idx
         self._resident: dict[tuple, Any] = {}
@@ -69,9 +84,20 @@ class ImageSet:
         return CrossEntropyLossFlat()
 
     @property
-    def items(self) -> "ImageSet":
-        """The items for `test_dl`: fastai's Interpretation picks some and builds a loader from them."""
-        return self
+    def items(self) -> "ImageSet | list[Path]":
+        """The images' files, or the set itself if they have none.
+
+        fastai shows them, lets a user delete them, and picks some for `test_dl`.
+        """
+        return self if self.files is None else [self.root / file for file in self.files]
+
+    def places_of(self, items: Iterable[Any]) -> list[int] | None:
+        """The indices of images that are given by the files that `items` lists; None if one is none of these."""
+        if self.files is None:
+            return None
+        place = {path: index for index, path in enumerate(self.items)}
+        found = [place.get(item) if isinstance(item, Path) else None for item in items]
+        return None if None in found else found
 
     @contextmanager
     def set_split_idx(self, index: int):
@@ -98,10 +124,14 @@ class ImageSet:
     def new_empty(self) -> "ImageSet":
         """A set with the same size and classes but no images, for an exported Learner."""
         labels = None if self.labels is None else self.labels.new_empty(0)
-        return ImageSet(self.images.new_empty(0, *self.images.shape[1:]), labels, self.vocab, self.name, self.split_idx)
+        images = self.images.new_empty(0, *self.images.shape[1:])
+        return ImageSet(images, labels, self.vocab, self.name, self.split_idx, white=self.white)
 
     def subset(self, index: Tensor) -> "ImageSet":
-        return ImageSet(self.images[index], self.labels[index], self.vocab, self.name, self.split_idx)
+        files = None if self.files is None else [self.files[i] for i in index.tolist()]
+        labels = None if self.labels is None else self.labels[index]
+        kept = {"files": files, "root": self.root, "white": self.white}
+        return ImageSet(self.images[index], labels, self.vocab, self.name, self.split_idx, **kept)
 
     def digest(self) -> str:
         """A short hash of all images and labels: what tells one data set from another of the same name."""
@@ -124,9 +154,9 @@ class ImageSet:
         images, labels = [], []
         for item in items:
             image, *label = item if isinstance(item, tuple) else (item,)
-            images.append(read_image(image, self.size))
+            images.append(read_image(image, self.size, self.white))
             labels += [self._label(value) for value in label]
         if labels and len(labels) < len(images):
             raise UserError(f"{len(images)} images come with {len(labels)} labels; give each a label, or none")
         stacked = torch.stack(images) if images else self.images.new_empty(0, *self.images.shape[1:])
-        return ImageSet(stacked, torch.tensor(labels) if labels else None, self.vocab, self.name)
+        return ImageSet(stacked, torch.tensor(labels) if labels else None, self.vocab, self.name, white=self.white)

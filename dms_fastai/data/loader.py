@@ -67,12 +67,18 @@ class BatchLoader(TfmdDL):
         # TfmdDL.new would draw a batch here to learn its types; they are known.
         return DataLoader.new(self, dataset, cls, **{"do_setup": False, **own, **kwargs})
 
-    def get_idxs(self) -> list[int]:
-        order = torch.randperm(self.n) if self.shuffle else torch.arange(self.n)
-        return order.tolist()
+    def get_idxs(self) -> Tensor:
+        """The order of the next pass: int64, shape (n,)."""
+        return torch.randperm(self.n) if self.shuffle else torch.arange(self.n)
 
-    def create_batches(self, samps: Iterator[int]) -> Iterator[tuple[Tensor, ...]]:
-        index = torch.tensor(list(islice(samps, self.n)), dtype=torch.long).to(self._where())
+    def sample(self) -> Tensor | Iterator[int]:
+        """What `create_batches` is given: the order as it is, and not number by number as in fastai."""
+        order = self._DataLoader__idxs  # where fastai's __iter__ keeps what get_idxs gave it
+        return order if isinstance(order, Tensor) else super().sample()
+
+    def create_batches(self, samps: Tensor | Iterator[int]) -> Iterator[tuple[Tensor, ...]]:
+        order = samps if isinstance(samps, Tensor) else torch.tensor(list(islice(samps, self.n)), dtype=torch.long)
+        index = order.to(self._where())
         if self.drop_last:
             index = index[: len(index) // self.bs * self.bs]
         batches = index.split(self.bs)[self.first_batch :] if len(index) else ()
@@ -123,12 +129,26 @@ class ImageLoaders(DataLoaders):
         Args:
             test_items: The images.
             rm_type_tfms: fastai's argument, ignored here.
-            with_labels: Label files by the folder that they are in, unless they come with a label.
+            with_labels: Label files by the folder that they are in, unless they come with a label or are files of
+                these loaders' own.
             kwargs: As in `BatchLoader`.
         """
+        own = self._own(test_items) if with_labels else None
+        if own is not None:
+            return self.valid.new(own, **kwargs)
         if with_labels:
             test_items = [item if isinstance(item, tuple) else (item, Path(item).parent.name) for item in test_items]
         return self.valid.new(test_items, **kwargs)
+
+    def _own(self, items: Any) -> ImageSet | None:
+        """The images of these loaders that are in the files `items`, not augmented; None if others are among them."""
+        for images in (self.valid.dataset, self.train.dataset):
+            places = images.places_of(items)
+            if places is not None:
+                found = images.subset(torch.tensor(places, dtype=torch.long))
+                found.split_idx = 1
+                return found
+        return None
 
 
 def vocabulary(dls: DataLoaders) -> list[str] | None:

@@ -7,16 +7,18 @@ from pathlib import Path
 import torch
 from fastai.data.core import DataLoaders
 
-from ..errors import UserError
+from ..errors import UserError, notice
 from ..models.dmsresnet import MEAN, STD
 from ..settings import Count, Pixels, ValidSplit, checked
 from .augment import Crops
 from .imageset import ImageSet
 from .loader import BatchLoader, ImageLoaders
 from .sources import load_splits, split_by_class
+from .splits import Splits, UnlabelledError
 
 __all__ = ["Data", "Sets"]
 
+DARK = 16  # a brighter pixel than this is in any image that can be seen
 VALID_BATCH = {"cpu": 128, "cuda": 512}  # a CPU is slower with tensors that outgrow its allocator's pools
 
 
@@ -69,11 +71,13 @@ class Data:
         size: Height and width in pixels. None: the data set's own size if it has one, else 32.
         valid: What to validate on: "test" or "val" (either stands in for the other where it is missing), or the share
             of the training images to hold out instead.
+        labels: A .csv table with the labels of the images in a folder; None: the images lie in folders of classes.
     """
 
     batch_size: Count = 128
     size: Pixels | None = None
     valid: ValidSplit = "test"
+    labels: str | None = None
 
     def open(self, data: str | Path, seed: int = 0) -> Sets:
         """Read a data set. `seed` chooses the held-out images, and nothing else.
@@ -81,24 +85,41 @@ class Data:
         Raises:
             UserError: Data that are missing or cannot be trained on.
         """
-        splits = load_splits(data, self.size)
+        splits = load_splits(data, self.size, self.labels)
         train, valid = self._split(splits, seed, data)
         train.split_idx = 0
+        if train.images.max() < DARK:
+            notice(f"{data}: the brightest pixel of all training images is {int(train.images.max())} of 255")
         return Sets(train, valid)
 
-    def _split(self, splits: dict[str, ImageSet], seed: int, data: str | Path) -> tuple[ImageSet, ImageSet]:
+    def _split(self, splits: Splits, seed: int, data: str | Path) -> tuple[ImageSet, ImageSet]:
         """The training and the validation set out of the splits that there are."""
         train, valid = splits["train"], self.valid
         if isinstance(valid, str):
-            found = splits.get(valid, splits.get({"test": "val", "val": "test"}[valid]))
-            if found is None:
-                raise UserError(
-                    f"{data} has no test or validation images; hold some out: --set data.valid=0.1, valid=0.1 in Python"
-                )
-            return train, found
+            return train, _valid(splits, valid, data)
         held_out, rest = split_by_class(train.labels, valid, seed)
         if not len(held_out) or not len(rest):
             raise UserError(f"valid is {valid}; with {len(train)} training images, that leaves one side empty")
         train, found = train.subset(rest), train.subset(held_out)
         found.split = "held out"
         return train, found
+
+
+def _valid(splits: Splits, wanted: str, data: str | Path) -> ImageSet:
+    """The split to validate on, or the one that stands in for it."""
+    other = {"test": "val", "val": "test"}[wanted]
+    unlabelled = ""
+    for split in (wanted, other):
+        if split in splits:
+            try:
+                found = splits[split]
+            except UnlabelledError as error:
+                unlabelled = f" ({error.message})"
+            else:
+                if unlabelled:
+                    notice(f"validating on {split!r}{unlabelled}")
+                return found
+    raise UserError(
+        f"{data} has no test or validation images with labels{unlabelled}; hold some out: --set data.valid=0.1, "
+        f"valid=0.1 in Python"
+    )

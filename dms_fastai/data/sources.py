@@ -1,35 +1,44 @@
-"""Where images come from: digits, named data sets, folders and .npz files, each as splits in memory."""
+"""Where images come from: digits, named data sets, folders, arrays, tables and archives, each as splits in memory."""
 
-import zipfile
-import zlib
+import contextlib
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from fastai.data.external import URLs, fastai_path, untar_data
+from filelock import FileLock
 
-from ..errors import UserError
+from ..errors import UserError, notice
 from ..names import source_name
-from .folder import read_folder
+from .archive import count_files, is_archive, unpacked
+from .cifar import is_cifar, read_cifar
+from .folder import find_images, read_folder
 from .images import resize, to_rgb
 from .imageset import ImageSet
+from .npz import read_npz
+from .parquet import LABELS, parquet_files, unpack_parquet
+from .splits import Splits
+from .table import read_table
 
 __all__ = ["NAMED", "load_splits", "split_by_class"]
 
-Splits = dict[str, ImageSet]
 URL = {"cifar10": URLs.CIFAR, "cifar100": URLs.CIFAR_100, "imagenette": URLs.IMAGENETTE_160}
+IMAGES = {"cifar10": 60_000, "cifar100": 60_000, "imagenette": 13_394}
 DEFAULT_SIZE = {"digits": 8, "imagenette": 64}
 DIGITS_TEST_SHARE = 0.2
 DIGITS_SEED = 0
 
 
-def load_splits(data: str | Path, size: int | None = None) -> Splits:
-    """Read a data set: "train" and, where there are any, "test" and "val".
+def load_splits(data: str | Path, size: int | None = None, labels: str | Path | None = None) -> Splits:
+    """Open a data set: "train" and, where there are any, "test" and "val", each read when it is asked for.
 
     Args:
-        data: A name in `NAMED`, a folder with train/CLASS/ and test/, valid/ or val/CLASS/, or an .npz file.
+        data: A name in `NAMED`, a folder, a file or an archive, as in `load_data`.
         size: Height and width in pixels. None: the data set's own size if it has one, else 32.
+        labels: A table of the images' labels, if `data` is a folder without them.
 
     Raises:
         UserError: Data that are missing or cannot be trained on; says which and why.
@@ -37,13 +46,31 @@ def load_splits(data: str | Path, size: int | None = None) -> Splits:
     name = source_name(data)
     if str(data) in NAMED:
         splits = NAMED[name](name, size or DEFAULT_SIZE.get(name, 32))
-    elif Path(data).is_dir():
-        splits = read_folder(Path(data), size or 32)
     else:
-        splits = _read_npz(Path(data), size)
-    for key, split in splits.items():
-        split.name, split.split = name, key
+        splits = _read(Path(data).expanduser(), size, None if labels is None else Path(labels).expanduser())
+    splits.name = name
     return splits
+
+
+def _read(path: Path, size: int | None, labels: Path | None) -> Splits:
+    if path.is_file() and is_archive(path):
+        path = _only(unpacked(path))
+    if labels is not None:
+        if not path.is_dir():
+            raise UserError(f"labels is {labels}, and {path} is no folder of images")
+        return read_table(path, labels, size or 32)
+    if path.suffix == ".npz" and path.is_file():
+        return read_npz(path, size)
+    if parquet_files(path):
+        images = unpacked(path, unpack_parquet)
+        return read_table(images, images / LABELS, size or 32)
+    return read_cifar(path, size) if is_cifar(path) else read_folder(path, size or 32)
+
+
+def _only(folder: Path) -> Path:
+    """The folder, or the only one in it: archives often hold one."""
+    inside = [path for path in folder.iterdir() if not path.name.startswith((".", "__MACOSX"))]
+    return inside[0] if len(inside) == 1 and inside[0].is_dir() else folder
 
 
 def _digits(name: str, size: int) -> Splits:
@@ -55,23 +82,61 @@ def _digits(name: str, size: int) -> Splits:
     labels = torch.from_numpy(bunch.target).long()
     every = ImageSet(resize(to_rgb(pixels), size), labels, [str(i) for i in bunch.target_names])
     test, train = split_by_class(labels, DIGITS_TEST_SHARE, DIGITS_SEED)
-    return {"train": every.subset(train), "test": every.subset(test)}
+    splits = Splits()
+    splits.add("train", lambda: every.subset(train))
+    splits.add("test", lambda: every.subset(test))
+    return splits
 
 
 def _fastai(name: str, size: int) -> Splits:
     """A data set at fastai's own address, downloaded once into fastai's data folder."""
-    url = URL[name]
-    folder = fastai_path("data") / Path(url).stem
+    folder = fastai_path("data") / Path(URL[name]).stem
     if not folder.is_dir():
+        _download(name, folder)
+    _check_complete(name, folder)
+    return read_folder(folder, size)
+
+
+def _download(name: str, folder: Path) -> None:
+    """Download a data set and unpack it beside `folder`, which is there when all of it is."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        if folder.is_dir():  # another process has been faster
+            return
+        partial = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
         try:
-            folder = untar_data(url)
+            untar_data(URL[name], data=partial).rename(folder)
         except Exception as error:  # the downloader may raise whatever its libraries raise
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(
                 f"{name} could not be downloaded ({reason}); put train/CLASS/*.png and test/CLASS/*.png into {folder}, "
                 f"or give a folder or an .npz file with --data"
             ) from None
-    return read_folder(folder, size)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_complete(name: str, folder: Path) -> None:
+    """Raise a UserError if the folder has fewer files than the archive that it comes from.
+
+    Stock fastai, if it is killed while it unpacks, leaves such a folder.
+    """
+    checked = folder / ".complete"
+    if checked.is_file():
+        return
+    archive = fastai_path("archive") / Path(URL[name]).name
+    found = sum(len(files) for _, _, files in os.walk(folder))
+    if archive.is_file() and found < (whole := count_files(archive)):
+        raise UserError(
+            f"{folder} has {found:,} of the {whole:,} files in {archive}: it is still being unpacked, or that was "
+            f"stopped; wait, or remove the folder, and the same command unpacks it again"
+        )
+    if not archive.is_file() and len(find_images(folder)) < IMAGES[name]:
+        notice(f"{folder} has {len(find_images(folder)):,} of the {IMAGES[name]:,} images of {name}")
+        return
+    with contextlib.suppress(OSError):
+        checked.touch()
 
 
 NAMED: dict[str, Callable[[str, int], Splits]] = {
@@ -91,51 +156,3 @@ def split_by_class(labels: torch.Tensor, share: float, seed: int) -> tuple[torch
         order = torch.randperm(len(members), generator=generator)
         taken[members[order[: round(share * len(members))]]] = True
     return taken.nonzero().flatten(), (~taken).nonzero().flatten()
-
-
-def _read_npz(file: Path, size: int | None) -> Splits:
-    """`train_images`, `train_labels` and the same for test and val, `class_names` optional: MedMNIST's convention."""
-    try:
-        with np.load(file, allow_pickle=False) as archive:
-            arrays = {key: archive[key] for key in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{file} cannot be read as an .npz file of plain arrays: {error}") from None
-    for key in ("train_images", "train_labels"):
-        if key not in arrays:
-            raise UserError(f"{file} has no {key!r}; it has {', '.join(sorted(arrays)) or 'nothing'}")
-    splits = [split for split in ("train", "test", "val") if f"{split}_images" in arrays]
-    labels = {split: _npz_labels(file, arrays, split) for split in splits}
-    names = arrays.get("class_names")
-    if names is None:
-        names = [str(i) for i in range(max(int(v.max()) for v in labels.values() if len(v)) + 1)]
-    vocab = [str(name) for name in names]
-    if len(vocab) < 2:
-        raise UserError(f"{file} has one class; a classifier needs at least 2")
-    if len(set(vocab)) < len(vocab):
-        twice = next(name for name in vocab if vocab.count(name) > 1)
-        raise UserError(f"{file}: class_names has {twice!r} more than once")
-    result = {}
-    for split in splits:
-        where, y = f"{file}: {split}", labels[split]
-        if len(y) and not (0 <= y.min() and y.max() < len(vocab)):
-            bad = y[(y < 0) | (y >= len(vocab))][0]
-            raise UserError(f"{where}_labels has {bad}, out of range for {len(vocab)} classes (0 to {len(vocab) - 1})")
-        try:
-            pixels = to_rgb(torch.from_numpy(arrays[f"{split}_images"]))
-        except (UserError, TypeError) as error:
-            raise UserError(f"{where}_images: {error}") from None
-        if len(pixels) != len(y) or not len(y):
-            raise UserError(f"{where} has {len(pixels)} images and {len(y)} labels; give equally many, at least 1")
-        result[split] = ImageSet(resize(pixels, size or min(pixels.shape[-2:])), y, vocab)
-    return result
-
-
-def _npz_labels(file: Path, arrays: dict[str, np.ndarray], split: str) -> torch.Tensor:
-    labels = arrays.get(f"{split}_labels")
-    if labels is None:
-        raise UserError(f"{file} has {split}_images without {split}_labels")
-    if labels.ndim == 2 and labels.shape[1] == 1:
-        labels = labels[:, 0]
-    if labels.ndim != 1 or labels.dtype.kind not in "iu":
-        raise UserError(f"{file}: {split}_labels is {labels.dtype} {labels.shape}; give whole numbers, one an image")
-    return torch.from_numpy(labels.astype(np.int64))

@@ -1,29 +1,37 @@
 """`dms_learner`: the parts of a recipe, put together into a fastai Learner."""
 
+import io
+import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from fastai.callback.core import CancelEpochException
 from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import ParamScheduler
 from fastai.data.core import DataLoaders
 from fastai.learner import CastToTensor
-from torch import Tensor
+from fastai.torch_core import rank_distrib
+from torch import Tensor, nn
 
 from ..callbacks.bf16 import fast_kernels
 from ..data.imageset import ImageSet
-from ..data.loader import BatchLoader, statistics
+from ..data.loader import BatchLoader, vocabulary
 from ..errors import UserError
+from ..files import whole
+from ..models.build import needs_more_than_one
 from ..models.card import ModelCard
 from ..recipes import Recipe, load_recipe
 from ..schema import load
-from ..trained import begin_from
+from ..trained import Inputs, begin_from, check_teacher, inputs_of
+from ..training.losses import check_class_weights
 from ..training.optimizers import optimizer
 from ..training.parts import PARTS
 from .events import EventLearner
 from .memory import Trimmer
+from .portable import PORTABLE
 from .recorder import Recorder, accuracy, lazy
 
 __all__ = ["DMSLearner", "dms_learner"]
@@ -34,6 +42,7 @@ class DMSLearner(EventLearner):
 
     recipe: Recipe
     first_epoch = 0
+    exported_inputs: Inputs | None = None  # of an exported Learner, which has no images any more
 
     def fit_recipe(self, epochs: int | None = None, lr: float | None = None, **kwargs: Any) -> None:
         """Train by the recipe's schedule.
@@ -53,7 +62,14 @@ class DMSLearner(EventLearner):
         self.fit(epochs, lr, cbs=[scheduler, *_listed(kwargs.pop("cbs", None))], **kwargs)
 
     def fit(self, n_epoch: int, *args: Any, start_epoch: int = 0, **kwargs: Any) -> None:
-        """`Learner.fit`, whose skipped epochs leave no trace in the recorder."""
+        """`Learner.fit`, whose skipped epochs leave no trace in the recorder.
+
+        Raises:
+            UserError: The images, their classes, the batches or the loss's class weights do not fit the model.
+        """
+        inputs = inputs_of(self.dls)
+        check_class_weights(self.loss_func, self.dls.c)
+        _check_batches(self.dls.train, self.model, inputs)
         self.first_epoch = start_epoch
         try:
             with fast_kernels(getattr(self.dls, "device", None)):
@@ -95,11 +111,38 @@ class DMSLearner(EventLearner):
     @property
     def card(self) -> ModelCard:
         """What the model is and what images it expects, to be saved with its weights."""
-        mean, std = statistics(self.dls)
-        model, data = self.recipe.model, self.dls.train_ds
-        size = data.size if isinstance(data, ImageSet) else self.dls.one_batch()[0].shape[-1]
+        model, dls = self.recipe.model, self.dls
+        there = len(dls.train_ds) or self.exported_inputs is None
+        inputs = inputs_of(dls) if there else self.exported_inputs
         args = {"drop_rate": model.drop_rate, **(model.args or {})}
-        return ModelCard(model.name, [str(v) for v in self.dls.vocab], mean, std, size, args)
+        vocab = vocabulary(dls) or [str(index) for index in range(dls.c)]
+        white = getattr(dls.train_ds, "white", None)
+        return ModelCard(model.name, vocab, inputs.mean, inputs.std, inputs.shape, args, white)
+
+    def export(self, fname: str | Path = "export.pkl", pickle_module: Any = PORTABLE, pickle_protocol: int = 2) -> None:
+        """`Learner.export`, whole or not at all, and without the folders of this machine."""
+        if rank_distrib():
+            return
+        self._end_cleanup()
+        exported = {
+            "dls": self.dls.new_empty(),
+            "opt": None,
+            "path": Path(),
+            "model_dir": Path(self.model_dir).name,
+            "recipe": self.recipe.without_folders(),
+            "exported_inputs": inputs_of(self.dls) if len(self.dls.train_ds) else self.exported_inputs,
+        }
+        exported["dls"].path = Path()
+        file, buffer, own = Path(self.path) / fname, io.BytesIO(), {name: getattr(self, name) for name in exported}
+        try:
+            vars(self).update(exported)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # PyTorch's, that the model is not checked
+                torch.save(self, buffer, pickle_module=pickle_module, pickle_protocol=pickle_protocol)
+        finally:
+            vars(self).update(own)
+        with whole(file) as partial_file:
+            partial_file.write_bytes(buffer.getbuffer())
 
 
 def dms_learner(
@@ -128,9 +171,10 @@ def dms_learner(
         begun: Leave the weights fresh where the recipe begins from trained ones: others will be put in their place.
 
     Raises:
-        UserError: An unknown recipe, key or architecture, a value out of range, a teacher or weights to begin from
-            that are missing or do not fit.
+        UserError: DataLoaders of anything but images with one class each, an unknown recipe, key or architecture, a
+            value out of range, a teacher or weights to begin from that are missing or do not fit.
     """
+    inputs = inputs_of(dls)
     if not isinstance(recipe, Recipe):
         own = isinstance(dls.train_ds, ImageSet)  # fastai's Datasets have any attribute that one asks for
         recipe = load_recipe(recipe, dls.train_ds.name if own else "", arch, settings)
@@ -138,8 +182,7 @@ def dms_learner(
         raise UserError("arch and settings are for recipes by name; change the Recipe itself instead")
     _refuse_stock_mixers(_listed(cbs))
     lookahead = None if recipe.lookahead is None else recipe.lookahead.build()
-    size = dls.train_ds.size if isinstance(dls.train_ds, ImageSet) else None
-    model = recipe.model.build().create(dls.c, size)
+    model = recipe.model.build().create(dls.c, inputs.shape)
     if recipe.model.weights is not None and not begun:
         begin_from(model, recipe.model.weights, recipe.model.name)
     learn = DMSLearner(
@@ -152,9 +195,24 @@ def dms_learner(
         metrics=[lazy(metric) for metric in _listed(metrics)],
         path=path,
     )
+    if recipe.distill is not None:
+        check_teacher(learn.teacher_distill.teacher, dls.c, inputs, vocabulary(dls))
     learn.recipe = recipe
     learn.remove_cbs([learn.recorder, CastToTensor])
     return learn.add_cb(Recorder())
+
+
+def _check_batches(loader: Any, model: nn.Module, inputs: Inputs) -> None:
+    """Raise a UserError if there are no batches, or one of one image, of which a batch norm cannot learn."""
+    images, bs = getattr(loader, "n", None), getattr(loader, "bs", None)
+    if images is None or bs is None:  # torch's loader, or one of unknown length
+        return
+    if not len(loader):
+        raise UserError(f"{images} training images make no batch of {bs}; take a smaller batch size")
+    last = bs if loader.drop_last or not images % bs else images % bs
+    if 1 in (bs, last) and needs_more_than_one(model, inputs.shape):
+        what = "batches are" if bs == 1 else f"{images} images in batches of {bs} leave a last batch"
+        raise UserError(f"{what} of one image, too few for a batch norm of this model; take another batch size")
 
 
 def _refuse_stock_mixers(cbs: list) -> None:

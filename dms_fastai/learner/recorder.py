@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from fastai import learner as fastai
+from fastai.callback.tracker import TrackerCallback
 from fastai.learner import AvgLoss, AvgMetric, AvgSmoothLoss, Metric
 from fastai.torch_core import num_distrib
 from fastcore.foundation import L
 from torch import Tensor
 
 from ..callbacks.distill import TeacherDistill
+from ..errors import UserError
 from ..training.losses import DMSLoss
 
 __all__ = ["LazyLoss", "LazyMetric", "LazySmoothLoss", "LossPart", "Recorder", "accuracy", "lazy", "to_cpu"]
@@ -38,6 +40,22 @@ class Recorder(fastai.Recorder):
         super().before_fit()
         epoch, loss, *rest = self.metric_names
         self.metric_names = L(epoch, loss, *(f"train_{part.name}" for part in self.parts), *rest)
+        for callback in self.learn.cbs:
+            if isinstance(callback, TrackerCallback):
+                self.name_monitored(callback)
+
+    def name_monitored(self, callback: TrackerCallback) -> None:
+        """Have a callback that monitors "accuracy", which fastai records in validation alone, monitor "valid_accuracy".
+
+        Raises:
+            UserError: It monitors what is not recorded.
+        """
+        names = [name for name in self.metric_names[1:] if name != "time"]
+        if f"valid_{callback.monitor}" in names:
+            callback.monitor = f"valid_{callback.monitor}"
+        if callback.monitor not in names:
+            kind = type(callback).__name__
+            raise UserError(f"{kind} monitors {callback.monitor!r}; what is recorded: {', '.join(names)}")
 
     @property
     def _train_mets(self) -> L:

@@ -1,17 +1,19 @@
 """A recipe's network, built for its data."""
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
 import timm
 import torch
+from fastai.torch_core import no_random
 from torch import nn
 
 from ..errors import UserError
 from ..settings import Momentum, checked
-from .card import START_WEIGHTS
+from .card import START_WEIGHTS, channels_of
 
-__all__ = ["Model"]
+__all__ = ["Model", "described", "needs_more_than_one"]
 
 
 @checked
@@ -32,17 +34,17 @@ class Model:
     args: dict[str, Any] | None = None
     weights: str | None = None
 
-    def create(self, num_classes: int, size: int | None = None) -> nn.Module:
+    def create(self, num_classes: int, shape: tuple[int, int, int]) -> nn.Module:
         """The network for `num_classes` classes with fresh weights, laid out channels last.
 
         Args:
             num_classes: How many logits it gives an image.
-            size: Height and width of the images. The network is tried on one of this size; None: it is not tried.
+            shape: Channels, height and width of the images. The network is tried on one.
 
         Raises:
             UserError: The architecture does not take the `args`, or such images.
         """
-        args = self.args or {}
+        args = channels_of(shape) | (self.args or {})
         for key in START_WEIGHTS:
             if key in args:
                 raise UserError(f"model.args.{key} chooses weights to begin from; say that with model.weights")
@@ -50,23 +52,42 @@ class Model:
             built = timm.create_model(self.name, num_classes=num_classes, drop_rate=self.drop_rate, **args)
         except Exception as error:  # an architecture may raise anything; its arguments are the user's
             raise UserError(f"{self.name} cannot be built with model.args {args}: {_reason(error)}") from None
-        if size is not None:
-            self._try_on(built, size, num_classes)
+        self._try_on(built, shape, num_classes)
         return built.to(memory_format=torch.channels_last)
 
-    def _try_on(self, built: nn.Module, size: int, num_classes: int) -> None:
-        """Raise a UserError if the network does not turn an image of `size` pixels into `num_classes` logits."""
-        name = self.name
-        hint = f"try --set model.args.img_size={size} if it has that, --set data.size=N, or another architecture"
+    def _try_on(self, built: nn.Module, shape: tuple[int, int, int], num_classes: int) -> None:
+        """Raise a UserError if the network does not turn an image of `shape` into `num_classes` logits."""
+        name, height = self.name, shape[1]
+        hint = f"try --set model.args.img_size={height} if it has that, --set data.size=N, or another architecture"
         try:
             with torch.no_grad():
-                shape = tuple(built.eval()(torch.zeros(1, 3, size, size)).shape)
+                given = tuple(built.eval()(torch.zeros(1, *shape)).shape)
         except Exception as error:  # as above
-            raise UserError(f"{name} does not take images of {size}x{size} pixels ({_reason(error)}); {hint}") from None
+            raise UserError(f"{name} does not take {described(shape)} ({_reason(error)}); {hint}") from None
         finally:
             built.train()
-        if shape != (1, num_classes):
-            raise UserError(f"{name} gives {shape} for an image, not {num_classes} logits; take another architecture")
+        if given != (1, num_classes):
+            raise UserError(f"{name} gives {given} for an image, not {num_classes} logits; take another architecture")
+
+
+def described(shape: tuple[int, ...]) -> str:
+    """A shape (C, H, W) in words: "images of 24x48 pixels" if they are in colour."""
+    if len(shape) != 3:
+        return f"inputs of shape {tuple(shape)}"
+    pixels = f"images of {shape[1]}x{shape[2]} pixels"
+    return pixels if shape[0] == 3 else f"{pixels} and {shape[0]} channel{'s' if shape[0] > 1 else ''}"
+
+
+def needs_more_than_one(model: nn.Module, shape: tuple[int, ...]) -> bool:
+    """Whether a network cannot be trained on a batch of one image of `shape`: a batch norm sees one value a channel."""
+    tried = copy.deepcopy(model).train()
+    device = next(tried.parameters()).device
+    try:
+        with no_random(reproducible=False), torch.no_grad():
+            tried(torch.zeros(1, *shape, device=device))
+    except ValueError as error:
+        return "more than 1 value per channel" in str(error)
+    return False
 
 
 def _reason(error: Exception) -> str:

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..names import is_architecture
 
-__all__ = ["START_WEIGHTS", "ModelCard", "read_card"]
+__all__ = ["START_WEIGHTS", "ModelCard", "channels_of", "read_card"]
 
 # Arguments of timm's that choose the weights to begin with: they fetch, read or unpickle what they name.
 START_WEIGHTS = (
@@ -39,23 +39,31 @@ class ModelCard:
         args: Further arguments that it was built with, none of which chooses weights.
         vocab: Names of the classes, in the order of the logits.
         mean, std: What pixels (0...1) are normalised with, a value for each channel.
-        size: Height and width of the training images.
+        shape: Channels, height and width of the training images.
+        white: The value of pixels that stands for 255, if the training images were no bytes; as in `ImageSet`.
     """
 
     arch: str
     vocab: list[str]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    size: int
+    shape: tuple[int, int, int]
     args: dict[str, Any] = field(default_factory=dict)
+    white: float | None = None
 
     def build(self) -> nn.Module:
         """The model, with fresh weights, in evaluation mode."""
-        return timm.create_model(self.arch, num_classes=len(self.vocab), **self.args).eval()
+        args = channels_of(self.shape) | self.args
+        return timm.create_model(self.arch, num_classes=len(self.vocab), **args).eval()
 
     def to_json(self) -> str:
         """The card as `read_card` reads it."""
         return json.dumps(asdict(self))
+
+
+def channels_of(shape: tuple[int, int, int]) -> dict[str, int]:
+    """The argument that timm needs for images of `shape` (C, H, W): its own default is three channels."""
+    return {} if shape[0] == 3 else {"in_chans": shape[0]}
 
 
 def read_card(text: str) -> ModelCard:
@@ -70,10 +78,13 @@ def read_card(text: str) -> ModelCard:
     names = [f.name for f in fields(ModelCard)]
     if not isinstance(told, dict):
         raise ValueError("its card is no table")
+    if "size" in told and "shape" not in told:  # as earlier versions wrote it: the images were square
+        args, size = told.get("args"), told.pop("size")
+        told["shape"] = [args.get("in_chans", 3) if isinstance(args, dict) else 3, size, size]
     for name in told.keys() - set(names):
         raise ValueError(f"its card has a field {_short(name)}, which is unknown")
     for name in names:
-        if name not in told and name != "args":
+        if name not in told and name not in ("args", "white"):
             raise ValueError(f"its card has no {name!r}")
     args = told.get("args", {})
     if isinstance(args, dict):
@@ -83,7 +94,11 @@ def read_card(text: str) -> ModelCard:
             raise ValueError(f"{name!r} of its card is {_short(told[name])}")
     if len(told["mean"]) != len(told["std"]):
         raise ValueError("'mean' and 'std' of its card have different lengths")
-    return ModelCard(**told | {"mean": tuple(told["mean"]), "std": tuple(told["std"])})
+    return ModelCard(**told | {name: tuple(told[name]) for name in ("mean", "std", "shape")})
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _number(value: Any) -> bool:
@@ -122,8 +137,9 @@ _CHECKS = {
     "vocab": _names,
     "mean": _numbers,
     "std": lambda v: _numbers(v) and min(v) > 0,
-    "size": lambda v: isinstance(v, int) and not isinstance(v, bool) and 0 < v <= LARGEST,
+    "shape": lambda v: isinstance(v, list) and len(v) == 3 and all(_whole(n) and 0 < n <= LARGEST for n in v),
     "args": _args,
+    "white": lambda v: v is None or (_number(v) and 0 < v < 2**16),
 }
 
 

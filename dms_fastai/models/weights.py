@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..files import whole
 from .card import ModelCard, read_card
 
-__all__ = ["load_weights", "save_weights", "shipped_weights"]
+__all__ = ["all_finite", "load_weights", "save_weights", "shipped_weights"]
 
 KEY = "dms_fastai"
 
@@ -29,7 +29,7 @@ def load_weights(file: Path) -> tuple[nn.Module, ModelCard]:
     """The model in a file of `save_weights`, on the CPU in evaluation mode, and its card. Runs no code from the file.
 
     Raises:
-        UserError: The file is missing, damaged, or not one of `save_weights`.
+        UserError: The file is missing, damaged, not one of `save_weights`, or holds NaN or infinity.
     """
     try:
         with safe_open(file, "pt") as opened:
@@ -49,9 +49,17 @@ def load_weights(file: Path) -> tuple[nn.Module, ModelCard]:
         model.load_state_dict(
             {name: value.to(torch.float32) if value.is_floating_point() else value for name, value in state.items()}
         )
+        if not all_finite(model):
+            raise ValueError("its weights are NaN or infinite")
     except Exception as error:  # an architecture may raise anything
         raise UserError(f"{file} cannot be loaded ({_reason(error)}); train it again") from None
     return model, card
+
+
+def all_finite(model: nn.Module) -> bool:
+    """Whether every weight and statistic is a finite number; one wait for the device."""
+    floats = [t.detach() for t in model.state_dict().values() if t.is_floating_point() and t.numel()]
+    return bool(torch.stack(torch._foreach_norm(floats, float("inf"))).isfinite().all()) if floats else True
 
 
 def _compare(model: nn.Module, state: dict[str, torch.Tensor]) -> None:

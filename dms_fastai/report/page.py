@@ -1,15 +1,28 @@
 """The report on disk: `index.html`, which opens anywhere without a network, `report.md`, and the plots as .png."""
 
 import base64
+import hashlib
 from collections.abc import Iterable, Iterator
 from html import escape
 from pathlib import Path
 
 from ..files import whole
 from ..run_folder import Problem
+from ..terminal import printable
 from .plots import DARK, LIGHT, PLOTS, Plot, draw
 from .rows import Row, Section
-from .tables import COLUMNS, cells, difference_lines, heading, markdown, notes
+from .tables import (
+    COLUMNS,
+    MISTAKE_COLUMNS,
+    as_text,
+    cells,
+    difference_lines,
+    heading,
+    markdown,
+    markdown_table,
+    mistake_cells,
+    notes,
+)
 
 __all__ = ["write_report"]
 
@@ -43,7 +56,7 @@ def write_report(sections: Iterable[Section], problems: Iterable[Problem], out: 
     page, text = ["<h1>Results</h1>"], ["# Results", ""]
     for section in sections:
         page += [f"<h2>{escape(heading(section))}</h2>", _table(section)]
-        text += [f"## {heading(section)}", "", markdown(section)]
+        text += [f"## {as_text(heading(section))}", "", markdown(section)]
         for plot in PLOTS:
             light = draw(plot, section, LIGHT)
             if light is None:
@@ -52,12 +65,15 @@ def write_report(sections: Iterable[Section], problems: Iterable[Problem], out: 
             _write(out / file, light)
             page.append(_figure(plot, light, draw(plot, section, DARK)))
             text += [f"![{plot.caption}]({file})", ""]
+            if plot.name == "mistakes" and (mistakes := mistake_cells(section)):
+                page.append(_grid(MISTAKE_COLUMNS, ([f"<td>{escape(cell)}</td>" for cell in row] for row in mistakes)))
+                text += [markdown_table(MISTAKE_COLUMNS, (map(as_text, row) for row in mistakes)), ""]
         problems += section.problems
     if problems:
-        what = [f"{problem.folder}: {problem.what}" for problem in problems]
+        what = [printable(f"{problem.folder}: {problem.what}") for problem in problems]
         lines = "".join(f"<li>{escape(line)}</li>" for line in what)
         page += ["<h2>Missing, unfinished or damaged</h2>", f"<ul>{lines}</ul>"]
-        text += ["## Missing, unfinished or damaged", "", *(f"- {line}" for line in what), ""]
+        text += ["## Missing, unfinished or damaged", "", *(f"- {as_text(line)}" for line in what), ""]
     title = escape(", ".join(section.data for section in sections))
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Results: {title}</title>'
     html = f'<!doctype html>\n<html lang="en">\n<head>{head}\n<style>{STYLE}</style></head>\n<body>\n'
@@ -67,19 +83,20 @@ def write_report(sections: Iterable[Section], problems: Iterable[Problem], out: 
 
 
 def _table(section: Section) -> str:
-    head = "".join(f"<th>{escape(column)}</th>" for column in COLUMNS)
-    body = "".join(f"<tr>{''.join(_cells(row))}</tr>\n" for row in section.rows)
     small = [*notes(section.rows), *difference_lines(section.differences)]
     paragraphs = "".join(f"<p>{escape(note)}</p>" for note in small)
-    return (
-        f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>\n'
-        f'<div class="notes">{paragraphs}</div>'
-    )
+    return f'{_grid(COLUMNS, map(_cells, section.rows))}\n<div class="notes">{paragraphs}</div>'
+
+
+def _grid(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+    body = "".join(f"<tr>{''.join(row)}</tr>\n" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
 
 
 def _cells(row: Row) -> Iterator[str]:
     stage, mean, *rest = map(escape, cells(row))
-    yield f"<td>{stage}<br><small>{escape(row.first.model)}</small></td>"
+    yield f"<td>{stage}<br><small>{escape(row.model)}</small></td>"
     yield f"<td><b>{mean}</b></td>"
     yield from (f"<td>{cell}</td>" for cell in rest)
 
@@ -96,7 +113,9 @@ def _inline(png: bytes) -> str:
 
 
 def _slug(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
+    """The name as part of a file's name; where it cannot be that as it is, with a hash that tells it from others."""
+    slug = "".join(c if c.isalnum() or c in "-_." else "-" for c in name)[:60]
+    return slug if slug == name else f"{slug}-{hashlib.blake2b(name.encode(), digest_size=4).hexdigest()}"
 
 
 def _write(file: Path, content: bytes) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from ..runs.predictions import Predictions
+from ..terminal import printable
 from .published import TABLE_1
 from .rows import Row, Section
 from .statistics import calibrate
@@ -26,6 +28,8 @@ LETTER = 0.08  # width of a letter of 10 points, in inches, or a little less
 FEW = 10  # a bin of confidence with fewer images is not drawn: its accuracy says nothing yet
 FEW_CLASSES = 25  # a matrix of more classes has no room for its numbers
 SOME_CLASSES = 110  # and one of more than these no room for their names
+MANY_CLASSES = 2000  # and one of more than these has more cells than the image has pixels
+TALLEST = 300  # inches; matplotlib draws no image of 65,536 pixels
 HARDEST = 15  # how many classes the plot of classes shows
 
 
@@ -87,7 +91,8 @@ def draw(plot: Plot, section: Section, theme: Theme) -> bytes | None:
         "axes.spines.right": False,
         "grid.alpha": 0.25,
     }
-    with rc_context({**colours, **style}):
+    with rc_context({**colours, **style}), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a letter that the font lacks, a legend that leaves little room
         drawn = plot.draw(section, theme)
         if drawn is None:
             return None
@@ -98,7 +103,7 @@ def draw(plot: Plot, section: Section, theme: Theme) -> bytes | None:
 
 
 def figure(width: float, height: float) -> Figure:
-    return Figure(figsize=(width, height), layout="constrained")
+    return Figure(figsize=(width, min(height, TALLEST)), layout="constrained")
 
 
 def coloured(section: Section, theme: Theme) -> list[tuple[Row, str]]:
@@ -112,27 +117,39 @@ def columns(labels: Sequence[str], drawn: Figure) -> int:
 
 
 def shortened(name: str, most: int) -> str:
-    """The name, without its middle if it is too long: long names often differ at their ends."""
+    """The name in printable form, without its middle if it is too long: long names often differ at their ends."""
+    name = printable(name)
     return name if len(name) <= most else f"{name[: most // 2]}…{name[1 - (most - most // 2) :]}"
+
+
+def named(row: Row) -> str:
+    """The row's label as a plot shows it; matplotlib leaves labels that begin with _ out of a legend."""
+    label = shortened(row.label, 70)
+    return f" {label}" if label.startswith("_") else label
 
 
 # --- by epoch
 
 
 def by_epoch(row: Row, key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Epochs, and a figure's mean and standard deviation over the seeds that have reached each epoch."""
+    """Epochs, and a figure's mean and standard deviation over the seeds that have reached each epoch.
+
+    Both are NaN where the figure is not finite for one of these seeds.
+    """
     runs = [rows for rows in row.epochs[0] if rows]
     longest = max(map(len, runs), default=0)
-    values = np.full((len(runs), longest), np.nan)
-    for line, rows in zip(values, runs, strict=True):
-        line[: len(rows)] = [epoch[key] for epoch in rows]
-    there = np.count_nonzero(~np.isnan(values), axis=0)
-    sd = np.sqrt(np.nansum((values - np.nanmean(values, axis=0)) ** 2, axis=0) / np.maximum(there - 1, 1))
-    return np.arange(1, longest + 1), np.nanmean(values, axis=0), sd
+    values, reached = np.zeros((len(runs), longest)), np.zeros((len(runs), longest), bool)
+    for index, rows in enumerate(runs):
+        values[index, : len(rows)] = [epoch[key] if np.isfinite(epoch[key]) else np.nan for epoch in rows]
+        reached[index, : len(rows)] = True
+    there = reached.sum(axis=0)
+    mean = values.sum(axis=0) / there
+    sd = np.sqrt((np.where(reached, values - mean, 0) ** 2).sum(axis=0) / np.maximum(there - 1, 1))
+    return np.arange(1, longest + 1), mean, sd
 
 
 def curves(section: Section, theme: Theme) -> Figure | None:
-    if not any(row.measured for row in section.rows):
+    if not any(any(row.epochs[0]) for row in section.rows):
         return None
     drawn = figure(10, 4.2)
     panels = drawn.subplots(1, 2)
@@ -145,16 +162,16 @@ def curves(section: Section, theme: Theme) -> Figure | None:
                 continue
             epochs, mean, sd = by_epoch(row, key)
             mean, sd = scale * mean, scale * sd
-            axes.plot(epochs, mean, color=colour, lw=1.6, label=row.label, marker="o" if len(epochs) == 1 else None)
+            axes.plot(epochs, mean, color=colour, lw=1.6, label=named(row), marker="o" if len(epochs) == 1 else None)
             if len(row.epochs[0]) > 1:
                 axes.fill_between(epochs, mean - sd, mean + sd, color=colour, alpha=0.25, lw=0)
             late.append((mean - sd)[len(mean) // 5 :] if scale > 1 else (mean + sd)[len(mean) // 5 :])
-        if late:  # without the first fifth, which would squeeze the rest into a corner
-            every = np.concatenate(late)
-            if scale > 1:
-                axes.set_ylim(bottom=max(every.min() - 2, 0))
-            else:
-                axes.set_ylim(0, 1.1 * every.max())
+        every = np.concatenate(late)  # without the first fifth, which would squeeze the rest into a corner
+        every = every[np.isfinite(every)]
+        if scale > 1:
+            axes.set_ylim(bottom=max(every.min() - 2, 0))
+        elif every.size:
+            axes.set_ylim(0, 1.1 * every.max() or 1)
         axes.set_xlabel("epoch")
         axes.set_ylabel(label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -188,7 +205,7 @@ def ablation(section: Section, theme: Theme) -> Figure | None:
         axes.annotate(
             f"{100 * estimate.mean:.2f}", (high, place), xytext=(7, 0), textcoords="offset points", va="center"
         )
-    axes.set_yticks(range(len(rows)), [row.label for row, _ in rows])
+    axes.set_yticks(range(len(rows)), [named(row) for row, _ in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.margins(x=0.12)
     axes.set_xlabel("accuracy in the last epoch, %, and 95 % interval")
@@ -214,7 +231,7 @@ def confusion_matrix(predictions: Sequence[Predictions]) -> np.ndarray:
 
 
 def confusion(section: Section, theme: Theme) -> Figure | None:
-    predictions = section.headline.predictions[0]
+    predictions = _few_classes(section.headline)
     if not predictions:
         return None
     matrix, names = confusion_matrix(predictions), [shortened(name, 30) for name in predictions[0].vocab]
@@ -241,12 +258,17 @@ def confusion(section: Section, theme: Theme) -> Figure | None:
     axes.tick_params(length=0)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
-    axes.set_title(f"{section.headline.label}{_seeds(predictions)}", fontsize=10)
+    axes.set_title(f"{named(section.headline)}{_seeds(predictions)}", fontsize=10)
     return drawn
 
 
+def _few_classes(row: Row) -> list[Predictions]:
+    """The row's predictions, unless they have too many classes for a matrix."""
+    return [p for p in row.predictions[0] if len(p.vocab) <= MANY_CLASSES]
+
+
 def confusion_data(section: Section) -> Any:
-    predictions = section.headline.predictions[0]
+    predictions = _few_classes(section.headline)
     return confusion_matrix(predictions).tolist() if predictions else None
 
 
@@ -273,7 +295,7 @@ def classes(section: Section, theme: Theme) -> Figure | None:
     for line, (row, colour) in enumerate(rows, start=1):
         values, strong = 100 * class_accuracies(row)[order], row is section.headline
         places = np.arange(len(order)) - 0.5 + (line + 0.25) / lines
-        axes.plot(values, places, "o", color=colour, ms=6 if strong else 4.5, label=row.label, zorder=2 + strong)
+        axes.plot(values, places, "o", color=colour, ms=6 if strong else 4.5, label=named(row), zorder=2 + strong)
     for place in range(0, len(order), 2):
         axes.axhspan(place - 0.5, place + 0.5, color=theme.faint, alpha=0.1, lw=0)
     axes.set_yticks(range(len(order)), names)
@@ -281,7 +303,7 @@ def classes(section: Section, theme: Theme) -> Figure | None:
     axes.set_ylim(len(order) - 0.5, -0.5)
     axes.set_xlabel("accuracy, %" + (f"; the {len(order)} hardest classes" if len(order) < there else ""))
     axes.grid(True, axis="x")
-    ncols = columns([row.label for row, _ in rows], drawn)
+    ncols = columns([named(row) for row, _ in rows], drawn)
     drawn.legend(loc="outside lower center", ncols=ncols, frameon=False)
     return drawn
 
@@ -300,14 +322,15 @@ def mistakes(section: Section, theme: Theme) -> Figure | None:
     p = found[0]
     columns = min(len(p.mistakes), 6)
     lines = -(-len(p.mistakes) // columns)
-    drawn = figure(max(1.5 * columns, 2.5), 1.85 * lines + 0.3)
+    drawn = figure(max(1.5 * columns, 2.5), (1.85 if p.files is None else 2.0) * lines + 0.3)
     for axes in drawn.subplots(lines, columns, squeeze=False).flat:
         axes.set_axis_off()
     for axes, index, image in zip(drawn.axes, p.mistakes, p.images, strict=False):
         axes.imshow(image, interpolation="nearest")
         certain = np.exp(np.float64(p.log_probabilities[index].max()))
         true, said = (shortened(p.vocab[each[index]], 14) for each in (p.labels, p.predicted))
-        axes.set_title(f"{said}, {100 * certain:.0f} %\nis {true}", fontsize=8)
+        file = "" if p.files is None else f"\n{shortened(p.files[index], 22)}"
+        axes.set_title(f"{said}, {100 * certain:.0f} %\nis {true}{file}", fontsize=8)
     return drawn
 
 
@@ -332,7 +355,7 @@ def reliability(section: Section, theme: Theme) -> Figure | None:
         first = found[0]
         enough = first.share * len(row.predictions[0][0].labels) >= FEW
         ece, nll = (np.mean([getattr(c, key) for c in found]) for key in ("ece", "nll"))
-        label = f"{row.label}: ECE {100 * ece:.1f} points, NLL {nll:.3f}"
+        label = f"{named(row)}: ECE {100 * ece:.1f} points, NLL {nll:.3f}"
         x, y = 100 * first.confidence[enough], 100 * first.accuracy[enough]
         axes.plot(x, y, color=colour, lw=1.4, marker="o", ms=3, label=label)
         axes.scatter(x, y, s=12 + 250 * first.share[enough], color=colour, alpha=0.55, lw=0)
@@ -372,7 +395,7 @@ def parameters(section: Section, theme: Theme) -> Figure | None:
         low, high = (100 * min(max(end, 0), 1) for end in (row.accuracy.low, row.accuracy.high))
         axes.errorbar(x, y, [[max(y - low, 0)], [max(high - y, 0)]], fmt="o", color=colour, ms=8, capsize=3)
         reach += [low, high]
-        spots.append((x, y, row.label, colour))
+        spots.append((x, y, named(row), colour))
     for name, x, y in TABLE_1.get(section.data, []):
         axes.plot(x, y, "D", mfc="none", mec=theme.faint, ms=7)
         reach.append(y)

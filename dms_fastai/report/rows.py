@@ -3,14 +3,16 @@
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from ..errors import UserError
 from ..recipes import ablation_of, flat, recipe_names
 from ..run_folder import Facts, Problem, Run
+from ..runs.lock import held
 from ..runs.predictions import Predictions, read_predictions
+from ..terminal import printable
 from .statistics import Estimate, binomial, over_seeds, paired_images
 
 __all__ = ["Difference", "Row", "Section", "sections"]
@@ -20,7 +22,7 @@ ORDER = ("baseline", "se", "mixup", "teacher", "kd")  # of the paper's ablation;
 
 @dataclass(frozen=True)
 class Row:
-    """One recipe on one data set, with one seed or several.
+    """One recipe on one data set, with one seed or several. Its title, label and model are printable.
 
     Attributes:
         runs: The runs, ordered by seed.
@@ -32,7 +34,11 @@ class Row:
 
     @property
     def title(self) -> str:
-        return self.first.title
+        return printable(self.first.title)
+
+    @property
+    def model(self) -> str:
+        return printable(self.first.model)
 
     @property
     def label(self) -> str:
@@ -66,14 +72,28 @@ class Row:
         return over_seeds(values) if len(values) > 1 else binomial(values[0], self.first.validation_images)
 
     @cached_property
+    def recipe(self) -> dict[str, Any]:
+        """The first run's recipe by dotted key."""
+        return _recipe(self.runs[0])
+
+    @cached_property
     def epochs(self) -> tuple[list[list[dict[str, float]]], list[Problem]]:
         """The rows of each run's metrics.csv, and the problems of files that cannot be read."""
-        return _each(self.measured, lambda run: run.folder.rows())
+        return _each(self.measured, _epochs)
 
     @cached_property
     def predictions(self) -> tuple[list[Predictions], list[Problem]]:
-        """The predictions of the finished runs, and the problems of files that cannot be read."""
-        return _each([run for run in self.runs if run.finished], _predictions)
+        """The finished runs' predictions, all in the same classes, and the problems of files that cannot be read."""
+        vocab: list[str] = []
+
+        def read(run: Run) -> Predictions:
+            found = _predictions(run)
+            if vocab and found.vocab.tolist() != vocab:
+                raise UserError(f"{run.folder.predictions} has other classes than another seed's")
+            vocab[:] = found.vocab.tolist()
+            return found
+
+        return _each([run for run in self.runs if run.finished], read)
 
 
 @dataclass(frozen=True)
@@ -120,17 +140,26 @@ class Section:
 
     @property
     def problems(self) -> list[Problem]:
+        runs = [run for row in self.rows for run in row.runs]
         found = [problem for row in self.rows for problem in (*row.epochs[1], *row.predictions[1])]
-        unfinished = [run for row in self.rows for run in row.runs if not run.finished]
+        found += _each(runs, lambda run: run.folder.recipe())[1]
+        unfinished = [run for run in runs if not run.finished]
         return [*found, *(Problem(run.folder.path, run.state) for run in unfinished)]
 
 
 def sections(runs: Iterable[Run]) -> list[Section]:
     """The runs, grouped by data set and then by recipe."""
     by_data: dict[str, dict[str, list[Run]]] = {}
-    for run in runs:
+    for run in map(_as_it_is, runs):
         by_data.setdefault(run.facts.data, {}).setdefault(_kind(run), []).append(run)
-    return [Section(data, _noted(_rows(groups.values()))) for data, groups in sorted(by_data.items())]
+    return [Section(printable(data), _noted(_rows(groups.values()))) for data, groups in sorted(by_data.items())]
+
+
+def _as_it_is(run: Run) -> Run:
+    """The run; one that says that it is running has been killed, if no process holds its folder."""
+    if run.facts.status == "running" and not held(run.folder.path):
+        return replace(run, facts=replace(run.facts, status="interrupted"))
+    return run
 
 
 def difference(row: Row, base: Row) -> Estimate | None:
@@ -162,7 +191,7 @@ def _comparable(row: Row, other: Row) -> bool:
 
 def _distance(row: Row, other: Row) -> int:
     """In how many keys two rows' recipes differ."""
-    ours, theirs = (_recipe(r.runs[0]) | {"model.name": _network(r)} for r in (row, other))
+    ours, theirs = (r.recipe | {"model.name": _network(r)} for r in (row, other))
     return sum(ours.get(key) != theirs.get(key) for key in ours.keys() | theirs.keys())
 
 
@@ -185,8 +214,18 @@ def _each(runs: list[Run], read: Any) -> tuple[list[Any], list[Problem]]:
     return found, problems
 
 
+def _epochs(run: Run) -> list[dict[str, float]]:
+    rows, done = run.folder.rows(), run.facts.epochs_done
+    if len(rows) < done:
+        raise UserError(f"{run.folder.metrics} is damaged: it has {len(rows)} of {done} epochs")
+    return rows
+
+
 def _predictions(run: Run) -> Predictions:
-    return read_predictions(run.folder.predictions)
+    found, images = read_predictions(run.folder.predictions), run.facts.validation_images
+    if len(found.labels) != images:
+        raise UserError(f"{run.folder.predictions} is another run's: it has {len(found.labels)} of {images} images")
+    return found
 
 
 def _recipe(run: Run) -> dict[str, Any]:
@@ -248,12 +287,12 @@ def _noted(rows: list[Row]) -> list[Row]:
 
 
 def _model(row: Row, others: list[Row]) -> list[str]:
-    return [row.first.model] if others else []
+    return [row.model] if others else []
 
 
 def _changes(row: Row, others: list[Row]) -> list[str]:
     """The values in the row's recipe that differ from those of one of the others."""
-    ours, *theirs = (_recipe(r.runs[0]) for r in (row, *others))
+    ours, *theirs = (r.recipe for r in (row, *others))
     differ = [key for key in ours if any(ours[key] != recipe.get(key) for recipe in theirs)]
     return [_said(key, ours[key]) for key in differ]
 
@@ -261,9 +300,9 @@ def _changes(row: Row, others: list[Row]) -> list[str]:
 def _said(key: str, value: Any) -> str:
     """A setting in a few words: drop_rate 0.1, schedule one-cycle, bf16."""
     name = key.removesuffix(".name").rsplit(".", 1)[-1]
-    return name if value is True and "." not in key else f"{name} {value}"
+    return printable(name if value is True and "." not in key else f"{name} {value}")
 
 
 def _folder(row: Row, others: list[Row]) -> list[str]:
     ours, *theirs = (r.runs[0].folder.path for r in (row, *others))
-    return list(dict.fromkeys(str(ours if ours.parent == folder.parent else ours.parent) for folder in theirs))
+    return list(dict.fromkeys(printable(ours if ours.parent == folder.parent else ours.parent) for folder in theirs))

@@ -1,18 +1,36 @@
 """The table of results: for the terminal, as Markdown, and as cells for other layouts."""
 
+import re
 from collections.abc import Iterable, Sequence
+from html import escape
 
+import numpy as np
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from ..clock import clock
+from ..terminal import printable
 from .rows import Difference, Row, Section
 from .statistics import Estimate
 
-__all__ = ["COLUMNS", "cells", "difference_lines", "markdown", "notes", "points", "share", "table"]
+__all__ = [
+    "COLUMNS",
+    "MISTAKE_COLUMNS",
+    "as_text",
+    "cells",
+    "difference_lines",
+    "markdown",
+    "markdown_table",
+    "mistake_cells",
+    "notes",
+    "points",
+    "share",
+    "table",
+]
 
 COLUMNS = ("stage", "last epoch, %", "95 % interval", "best*, %", "training, %", "parameters", "epochs", "time")
+MISTAKE_COLUMNS = ("file", "predicted", "confidence, %", "is")
 
 
 def share(value: float | None) -> str:
@@ -102,7 +120,7 @@ def _span(counts: Iterable[int]) -> str:
 
 def table(section: Section) -> Table:
     """The table for a terminal of 80 columns."""
-    shown = Table(title=escape(heading(section)), caption="\n".join(notes(section.rows)), box=SIMPLE_HEAD)
+    shown = Table(title=Text(heading(section), "table.title"), caption="\n".join(notes(section.rows)), box=SIMPLE_HEAD)
     shown.title_justify = shown.caption_justify = "left"
     shown.padding, shown.collapse_padding = (0, 1), True
     shown.add_column("stage")
@@ -112,11 +130,16 @@ def table(section: Section) -> Table:
         stage, mean, ends, best, training, parameters, epochs, time = cells(row)
         training += "" if training.endswith("+") else " "
         shown.add_row(
-            f"{escape(stage)}\n[dim]{row.first.model}[/]",
-            f"[bold]{mean}[/]\n[dim]{ends}[/]",
-            *(best, training, parameters, f"{epochs}\n[dim]{time}[/]"),
+            _two(stage, row.model),
+            _two(mean, ends, "bold"),
+            *(best, training, parameters, _two(epochs, time)),
         )
     return shown
+
+
+def _two(first: str, second: str, style: str = "") -> Text:
+    """A cell of two lines."""
+    return Text.assemble((first, style), "\n", (second, "dim"))
 
 
 def difference_lines(differences: Sequence[Difference]) -> list[str]:
@@ -134,16 +157,37 @@ def difference_lines(differences: Sequence[Difference]) -> list[str]:
 
 def markdown(section: Section) -> str:
     """The table, its notes and the differences, as Markdown."""
-    lines = [f"| {' | '.join(COLUMNS)} |", f"|---|{'---:|' * (len(COLUMNS) - 1)}"]
+    lines = []
     for row in section.rows:
-        stage, mean, *rest = (cell.replace("|", "\\|").replace("*", "\\*") for cell in cells(row))
-        named = f"{stage}<br>`{row.first.model}`"
-        lines.append(f"| {' | '.join([named, f'**{mean}**', *rest])} |")
+        stage, mean, *rest = map(as_text, cells(row))
+        lines.append([f"{stage}<br>`{as_text(row.model)}`", f"**{mean}**", *rest])
     paragraphs = [_plain(note) for note in notes(section.rows)]
-    gains = "".join(f"- {_plain(line)}\n" for line in difference_lines(section.differences))
+    gains = "".join(f"- {_plain(as_text(line))}\n" for line in difference_lines(section.differences))
     if gains:
         paragraphs += ["Differences of the last epochs, with 95 % intervals:", gains]
-    return "\n\n".join(["\n".join(lines), *paragraphs]).rstrip() + "\n"
+    return "\n\n".join([markdown_table(COLUMNS, lines), *paragraphs]).rstrip() + "\n"
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Rows of cells, which are Markdown, as a table."""
+    lines = [f"| {' | '.join(columns)} |", f"|---|{'---:|' * (len(columns) - 1)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def as_text(text: str) -> str:
+    """Text in printable form, without a meaning in Markdown or HTML."""
+    return re.sub(r"([|*`])", r"\\\1", escape(printable(text), quote=False))
+
+
+def mistake_cells(section: Section) -> list[list[str]]:
+    """A row of cells for each image in the plot of mistakes; none if the images come from no files."""
+    found = section.headline.predictions[0]
+    if not found or found[0].files is None:
+        return []
+    p = found[0]
+    sure = np.exp(p.log_probabilities.max(axis=1).astype(float))
+    named = [(p.files[i], p.vocab[p.predicted[i]], f"{100 * sure[i]:.0f}", p.vocab[p.labels[i]]) for i in p.mistakes]
+    return [list(map(printable, cells)) for cells in named]
 
 
 def _plain(line: str) -> str:

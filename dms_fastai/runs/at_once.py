@@ -12,19 +12,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+import torch
 from rich.console import Console
 
+from ..callbacks.torch_compile import can_compile
 from ..errors import UserError
 from ..files import whole
 from ..run_folder import RunFolder
 from .plan import Stage
-from .stop import SIGNALS
+from .stop import SIGNALS, TIME_LIMIT, TO_COMPILE, name_of
 
 __all__ = ["Job", "complain", "train_at_once"]
 
 TO_BEGIN = 45.0  # seconds under which no stage is begun: it would stop before it has learnt anything
+TO_START = 10.0  # seconds in which a process imports what it needs, before its own clock starts
 LOOK, SAY = 0.2, 30.0  # seconds between looks at the processes, and between lines about them
 LINES = 5  # of a failed process's log
+# Windows knows no SIGTERM, but can send Ctrl-Break to a group of processes.
+OWN_GROUP = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
 
 
 @dataclass
@@ -80,10 +85,17 @@ class Job:
         command += ["--seed", str(self.stage.seed), *options]
         if self.stage.teacher is not None:
             command += ["--teacher", str(self.stage.teacher)]
-        environment = {"PYTHONUNBUFFERED": "1", **({"OMP_NUM_THREADS": str(threads)} if threads else {}), **os.environ}
-        with self.log.open("a") as log:
+        environment = {"PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"}
+        environment |= {**({"OMP_NUM_THREADS": str(threads)} if threads else {}), **os.environ}
+        with self.log.open("a", encoding="utf-8") as log:
             print("$", shlex.join(command[2:]), file=log, flush=True)
-            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, env=environment, creationflags=OWN_GROUP
+            )
+
+    def stop(self) -> None:
+        """Have the process write a checkpoint and end; the same command resumes it."""
+        self.process.send_signal(getattr(signal, "CTRL_BREAK_EVENT", signal.SIGTERM))
 
 
 def train_at_once(
@@ -113,7 +125,7 @@ def train_at_once(
     coming = {job.stage.folder.path for job in waiting}
     running: list[Job] = []
     said, reason = time.monotonic(), None
-    to_begin = 0.0 if deadline is None else min(TO_BEGIN, (deadline - said) / 2)
+    to_begin = 0.0 if deadline is None else min(_to_begin(jobs), (deadline - said) / 2)
     with _signals() as asked:
         try:
             while waiting or running:
@@ -123,13 +135,14 @@ def train_at_once(
                     _say(console, f"{job.state()}; {'finished' if job.code == 0 else f'ended with code {job.code}'}")
                 left = None if deadline is None else deadline - time.monotonic()
                 if asked or (left is not None and left < to_begin):
-                    reason = asked[0] if asked else "time limit" if waiting or running else None
+                    reason = asked[0] if asked else TIME_LIMIT if waiting or running else None
                     waiting = []
                     if asked:
                         break
                 for job in _ready(waiting, coming, at_once - len(running), console):
                     waiting.remove(job)
-                    job.start([*options, *([] if left is None else ["--time-limit", f"{left:.0f}s"])], threads)
+                    limit = [] if left is None else ["--time-limit", f"{max(left - TO_START, left / 2):.3f}s"]
+                    job.start([*options, *limit], threads)
                     running.append(job)
                 if time.monotonic() - said > SAY and running:
                     said = time.monotonic()
@@ -137,10 +150,16 @@ def train_at_once(
                 time.sleep(LOOK)
         finally:
             for job in running:
-                job.process.send_signal(signal.SIGTERM)  # a checkpoint is written, and the same command goes on
+                job.stop()
             for job in running:
                 job.process.wait()
     return reason
+
+
+def _to_begin(jobs: list[Job]) -> float:
+    """Seconds that a stage must have left to be worth beginning: more, if it is compiled first."""
+    compiled = any(job.stage.recipe.compile is not None for job in jobs) and can_compile(torch.device("cuda"))
+    return TO_COMPILE if compiled else TO_BEGIN
 
 
 def _ready(waiting: list[Job], coming: set[Path], free: int, console: Console) -> Iterable[Job]:
@@ -175,7 +194,7 @@ def _signals() -> Iterator[list[str]]:
     asked: list[str] = []
 
     def note(number: int, frame: FrameType | None) -> None:
-        asked.append(signal.Signals(number).name)
+        asked.append(name_of(number))
 
     before = {number: signal.signal(number, note) for number in SIGNALS}
     try:

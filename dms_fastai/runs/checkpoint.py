@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from fastai.callback.core import Callback
-from torch import nn
 
 from ..errors import UserError
 from ..files import whole
+from ..models.weights import all_finite
+from .guards import arithmetic
 from .history import History
 
 __all__ = ["Checkpoint", "Resumed"]
@@ -31,11 +32,13 @@ class Resumed:
         epochs: Whole epochs done.
         steps: Training steps done in the epoch after these.
         damaged: Newer checkpoints that could not be used.
+        arithmetic: What `guards.arithmetic` said when it was written; None in those of earlier versions.
     """
 
     epochs: int = 0
     steps: int = 0
     damaged: list[Path] = field(default_factory=list)
+    arithmetic: dict[str, Any] | None = None
 
 
 class Checkpoint(Callback):
@@ -86,8 +89,8 @@ class Checkpoint(Callback):
                 ) from None
             self.resumed, self.history.rows = state, state["rows"]
             for unsound in damaged:
-                unsound.rename(unsound.with_suffix(".damaged"))  # otherwise they would be kept in place of sound ones
-            return Resumed(state["epochs"], state["steps"], damaged)
+                unsound.replace(unsound.with_suffix(".damaged"))  # otherwise they would be kept in place of sound ones
+            return Resumed(state["epochs"], state["steps"], damaged, state.get("arithmetic"))
         if damaged:
             names = ", ".join(file.name for file in damaged)
             raise UserError(f"all checkpoints in {self.folder} are damaged ({names}); begin again with --restart")
@@ -186,6 +189,7 @@ class Checkpoint(Callback):
             "recorder": learn.recorder.state(),
             "random": get_random_states(),
             "rows": self.history.rows,
+            "arithmetic": arithmetic(learn),
             **inside,
         }
         buffer = io.BytesIO()
@@ -201,12 +205,6 @@ class Checkpoint(Callback):
             old.unlink()
         self.saved, self.written = (epochs, steps), time.perf_counter()
         self.cost = self.written - began
-
-
-def all_finite(model: nn.Module) -> bool:
-    """Whether every weight and statistic is a finite number; one wait for the device."""
-    floats = [t.detach() for t in model.state_dict().values() if t.is_floating_point() and t.numel()]
-    return bool(torch.stack(torch._foreach_norm(floats, float("inf"))).isfinite().all()) if floats else True
 
 
 def digest(content: Any) -> str:
@@ -253,6 +251,7 @@ def get_random_states() -> dict[str, Any]:
         "numpy": [name, keys.tolist(), *rest],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
     }
 
 
@@ -263,3 +262,5 @@ def set_random_states(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     for device, state in zip(range(torch.cuda.device_count()), states["cuda"], strict=False):
         torch.cuda.set_rng_state(state, device)
+    if states.get("mps") is not None and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(states["mps"])

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from ..terminal import printable
+
 __all__ = ["plot_curves"]
 
 TRAINING, VALIDATION, PARTS = "#8a8a8a", "#0b6e99", ("#c77d0a", "#2a9d6f")
@@ -37,5 +39,5 @@ def plot_curves(rows: list[dict[str, float]], title: str, file: Path) -> None:
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
-    drawn.suptitle(title, parse_math=False)
+    drawn.suptitle(printable(title), parse_math=False)
     FigureCanvasAgg(drawn).print_png(file)

@@ -1,13 +1,17 @@
-"""Checks before a run is resumed: its folder must have the same recipe, images, teacher and code."""
+"""Checks before a run is resumed: its folder must have the same recipe, images, teacher, code and arithmetic."""
 
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
+from ..callbacks.bf16 import has_bf16
 from ..errors import UserError
 from ..recipes import Recipe, flat
 from ..run_folder import RunFolder
+from .machine import device_name
 
-__all__ = ["refuse_other_code", "refuse_other_origin", "refuse_other_recipe"]
+__all__ = ["arithmetic", "other_arithmetic", "refuse_other_code", "refuse_other_origin", "refuse_other_recipe"]
 
 
 def refuse_other_recipe(
@@ -16,7 +20,7 @@ def refuse_other_recipe(
     """Raise a UserError if a run's recipe differs; it names the keys. Compares the keys `of` alone, if given."""
     if not folder.recipe_file.is_file() or not folder.begun:
         return
-    theirs, ours = (flat(r.to_table()) for r in (folder.recipe(), recipe))
+    theirs, ours = (flat(r.without_folders().to_table()) for r in (folder.recipe(), recipe))
     keys = sorted(key for key in of or theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
     if keys:
         changes = ", ".join(f"{key} {theirs.get(key, 'default')} -> {ours.get(key, 'default')}" for key in keys)
@@ -48,3 +52,27 @@ def refuse_other_code(versions: Mapping[str, str], folder: RunFolder) -> None:
             f"{folder.path} holds an unfinished run of other code ({', '.join(changes)}); finish it with that code, "
             f"give --out another folder, or --restart"
         )
+
+
+def arithmetic(learn: Any) -> dict[str, Any]:
+    """What decides, beside recipe and code, which bits a training step gives: kept in checkpoints."""
+    device = torch.device(learn.dls.device)
+    facts = {"device": device_name(device), "bf16": hasattr(learn, "bf16") and has_bf16(device)}
+    return facts | ({"threads": torch.get_num_threads()} if device.type == "cpu" else {})
+
+
+def other_arithmetic(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """What has changed since a checkpoint, in words; None if nothing has.
+
+    Raises:
+        UserError: Something has, and the run is to be deterministic.
+    """
+    keys = [key for key in dict.fromkeys([*before, *now]) if before.get(key) != now.get(key)]
+    if not keys:
+        return None
+    changes = ", ".join(f"{key} {before.get(key, 'unset')} -> {now.get(key, 'unset')}" for key in keys)
+    if torch.are_deterministic_algorithms_enabled():
+        raise UserError(
+            f"the run was begun with other arithmetic ({changes}); resume it there, or without --deterministic"
+        )
+    return f"resumed with other arithmetic ({changes}): its last digits will not be those of a run in one go"

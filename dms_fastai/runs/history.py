@@ -54,13 +54,13 @@ class History(Callback):
                 "images_per_second": round(self.images / self.train_seconds, 1),
             }
         )
-        write_rows(self.rows, self.file)
+        write_rows(self.rows, self.file, durable=False)  # a checkpoint holds them, too
         self.then()
 
 
-def write_rows(rows: list[dict[str, Any]], file: Path) -> None:
-    """Rows as .csv, whole or not at all."""
-    with whole(file) as partial, partial.open("w", newline="") as opened:
+def write_rows(rows: list[dict[str, Any]], file: Path, durable: bool) -> None:
+    """Rows as .csv, whole or not at all; `durable` as in `whole`."""
+    with whole(file, durable) as partial, partial.open("w", newline="", encoding="utf-8") as opened:
         writer = csv.DictWriter(opened, fieldnames=list(rows[0]) if rows else ["epoch"])
         writer.writeheader()
         writer.writerows(rows)

@@ -1,24 +1,26 @@
 """A lock that lets one process at a time use a run's folder."""
 
+import contextlib
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import UserError
 
 try:
     import fcntl
-except ImportError:  # Windows has none; nothing is locked there
+except ImportError:  # Windows has msvcrt instead
     fcntl = None
+    import msvcrt
 
-__all__ = ["LOCK", "locked"]
+__all__ = ["LOCK", "held", "locked"]
 
 LOCK = ".lock"
+FAR = 2**20  # the byte that Windows locks: nobody else could read it, so it lies behind the holder's name
 
 
-@contextmanager
+@contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Lock `folder`, made if it is missing, for this process. The system frees the lock when the process ends.
 
@@ -28,26 +30,76 @@ def locked(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / LOCK
     while True:
-        try:
-            opened = os.open(file, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
-        except OSError as error:
-            if file.is_symlink():  # what it points to is not ours to write to
-                raise UserError(f"{file} is a link; remove it") from None
-            raise error
-        try:
-            if fcntl is not None:
-                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(opened, 200).decode() or "another process"
+        opened = _open(file)
+        if not _try_to_lock(opened):
+            os.lseek(opened, 0, os.SEEK_SET)
+            holder = os.read(opened, 200).decode(errors="replace") or "another process"
             os.close(opened)
-            raise UserError(f"{folder} is in use by {holder}; wait for it, or give --out another folder") from None
-        if file.exists() and os.fstat(opened).st_ino == file.stat().st_ino:
+            raise UserError(f"{folder} is in use by {holder}; wait for it, or give --out another folder")
+        if _is_still(opened, file):
             break
         os.close(opened)  # its last holder has just removed it
-    os.truncate(opened, 0)
+    os.ftruncate(opened, 0)
+    os.lseek(opened, 0, os.SEEK_SET)
     os.write(opened, f"process {os.getpid()} on {socket.gethostname()}".encode())
     try:
         yield
     finally:
-        file.unlink(missing_ok=True)
+        # Removed while it is locked, or the next holder's file would be. Windows removes no open file.
+        removed = _remove(file)
         os.close(opened)
+        if not removed:
+            _remove(file)
+
+
+def held(folder: Path) -> bool:
+    """Whether a process has the lock of `folder`. Nothing is written there."""
+    file = folder / LOCK
+    if file.is_symlink() or not file.is_file():
+        return False
+    opened = os.open(file, os.O_RDONLY)
+    try:
+        return not _try_to_lock(opened)
+    finally:
+        os.close(opened)
+
+
+def _open(file: Path) -> int:
+    """A descriptor of the lock's file, made if it is missing; what a link points to is not ours to write to."""
+    try:
+        if not file.is_symlink():  # where there is no O_NOFOLLOW, this look is all
+            return os.open(file, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+    except OSError:
+        if not file.is_symlink():
+            raise
+    raise UserError(f"{file} is a link; remove it")
+
+
+def _try_to_lock(opened: int) -> bool:
+    """Lock an open file for this process, unless another has locked it; gives whether it is locked now."""
+    try:
+        if fcntl is not None:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            os.lseek(opened, FAR, os.SEEK_SET)
+            msvcrt.locking(opened, msvcrt.LK_NBLCK, 1)
+    except (BlockingIOError, PermissionError):  # the first is flock's, the second msvcrt's
+        return False
+    return True
+
+
+def _is_still(opened: int, file: Path) -> bool:
+    """Whether a path still leads to the open file."""
+    try:
+        return os.path.samestat(os.fstat(opened), file.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _remove(file: Path) -> bool:
+    """Remove a file, and say whether it is gone."""
+    try:
+        file.unlink(missing_ok=True)
+    except PermissionError:  # Windows: it is open
+        return False
+    return True

@@ -1,9 +1,10 @@
-"""What a run depends on: its device and the device's name, and the code."""
+"""What a run depends on: its device, with its name and its memory, and the code."""
 
 import hashlib
 import os
 import platform
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -11,25 +12,38 @@ import torch
 
 from .. import __version__
 from ..errors import UserError
-from ..names import check_device
+from ..names import DEVICES, check_device
 
-__all__ = ["be_deterministic", "choose_device", "commit", "device_name", "processor", "versions"]
+__all__ = [
+    "be_deterministic",
+    "choose_device",
+    "commit",
+    "device_name",
+    "is_out_of_memory",
+    "processor",
+    "versions",
+]
 
 PACKAGE = Path(__file__).parent.parent
+NO_MEMORY = ("you tried to allocate", "MPS backend out of memory")  # for a CPU and for mps torch has no error class
 CODE = ("callbacks", "data", "learner", "models", "trained", "training")  # folders that a result depends on
 
 
 def choose_device(name: str) -> torch.device:
-    """The device for "auto", "cpu" or "cuda".
+    """The device for "auto" or another of `DEVICES`; a line on standard error says that "mps" is not tested.
 
     Raises:
-        UserError: Another name, or "cuda" where torch finds no GPU.
+        UserError: Another name, or a device that torch does not find.
     """
     check_device(name)
-    there = torch.cuda.is_available()
-    if name == "cuda" and not there:
-        raise UserError("device is cuda, but torch finds no GPU here; take --device auto or cpu")
-    return torch.device("cuda" if there and name != "cpu" else "cpu")
+    found = torch.accelerator.current_accelerator(check_available=True)
+    there = "cpu" if found is None or found.type not in DEVICES else found.type
+    if name not in ("auto", "cpu", there):
+        raise UserError(f"device is {name}, but torch finds no GPU of this kind here; take --device auto or cpu")
+    device = torch.device(there if name == "auto" else name)
+    if device.type == "mps":
+        print("device mps: nobody has trained on it yet; --device cpu is tested", file=sys.stderr)
+    return device
 
 
 def be_deterministic() -> None:
@@ -41,7 +55,15 @@ def be_deterministic() -> None:
 
 def device_name(device: torch.device) -> str:
     """The name of the GPU or the processor."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    names = {"cuda": torch.cuda.get_device_name, "mps": lambda _: torch.backends.mps.get_name()}
+    return names[device.type](device) if device.type in names else processor()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory could not be had: Python's own, or torch's for a GPU, for mps or for a CPU."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
 
 
 def processor() -> str:

@@ -6,9 +6,11 @@ from pathlib import Path
 
 from ..data import Data, Sets
 from ..errors import UserError
+from ..models.build import needs_more_than_one
+from ..models.dmsresnet import MEAN, STD
 from ..recipes import Recipe
 from ..run_folder import RunFolder
-from ..trained import Teacher, begin_from, check_classes, check_pretrained, load_teacher
+from ..trained import Inputs, Teacher, begin_from, check_pretrained, check_teacher, load_teacher
 from .guards import refuse_other_origin, refuse_other_recipe
 from .wanted import SAME_IMAGES, Wanted
 
@@ -30,7 +32,7 @@ class Opened:
 
     def sets(self, wanted: Data) -> Sets:
         """The images, with the wanted size and split."""
-        key = (wanted.size, wanted.valid)
+        key = (wanted.size, wanted.valid, wanted.labels)
         if key not in self._sets:
             self._sets[key] = wanted.open(self.data)
         return self._sets[key]
@@ -94,7 +96,8 @@ def _with_teacher(recipe: Recipe, recipes: list[Recipe], seed: int, wanted: Want
     elif teaching is not None:  # refuse one that is missing or does not fit now, not after stages are trained
         sets = opened.sets(recipe.data.build())
         check_pretrained(teaching, len(sets.vocab))
-        check_classes(opened.teacher(teaching), sets.vocab)
+        images = Inputs(_shape(sets), MEAN, STD)
+        check_teacher(opened.teacher(teaching), len(sets.vocab), images, sets.vocab)
     return [*before, Stage(recipe, seed, _folder(recipe, seed, wanted), teaching)]
 
 
@@ -103,13 +106,19 @@ def _folder(recipe: Recipe, seed: int, wanted: Wanted) -> RunFolder:
 
 
 def _try_networks(stages: Iterable[Stage], opened: Opened) -> None:
-    """Raise a UserError if a network that is to be trained cannot be built, or does not take the images."""
+    """Raise a UserError if a network that is to be trained cannot be built, or does not take the batches."""
     tried: list[Recipe] = []
     for recipe in (stage.recipe for stage in stages if not stage.folder.finished):
         if any((recipe.model, recipe.data) == (other.model, other.data) for other in tried):
             continue
         sets, model = opened.sets(recipe.data.build()), recipe.model.build()
-        network = model.create(len(sets.vocab), sets.size)
+        network = model.create(len(sets.vocab), _shape(sets))
+        if recipe.data.batch_size == 1 and needs_more_than_one(network, _shape(sets)):
+            raise UserError(f"data.batch_size is 1, too few images for a batch norm of {model.name}; take 2 or more")
         if model.weights is not None:
             begin_from(network, model.weights, model.name)
         tried.append(recipe)
+
+
+def _shape(sets: Sets) -> tuple[int, int, int]:
+    return 3, sets.size, sets.size

@@ -1,7 +1,5 @@
 """A finished run's predictions for each validation image, kept in `predictions.npz` beside its weights."""
 
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,6 +31,8 @@ class Predictions:
         vocab: Names of the classes, shape (C,).
         mistakes: Indices of images classified wrong, the most confident mistakes first, shape (M,).
         images: These images, uint8, shape (M, H, W, 3).
+        files: The files of the validation images, relative to the data set's folder, shape (N,); None if they come from
+            none.
     """
 
     log_probabilities: np.ndarray
@@ -41,6 +41,7 @@ class Predictions:
     vocab: np.ndarray
     mistakes: np.ndarray
     images: np.ndarray
+    files: np.ndarray | None = None
 
     @property
     def right(self) -> np.ndarray:
@@ -55,7 +56,7 @@ def write_predictions(learn: "Learner", file: Path) -> None:
     confidence, predicted = logs.max(1)
     wrong = (predicted != labels).nonzero().flatten()
     mistakes = wrong[confidence[wrong].argsort(descending=True, stable=True)[:MISTAKES]]
-    images = learn.dls.valid_ds.images
+    images, files = learn.dls.valid_ds.images, getattr(learn.dls.valid_ds, "files", None)
     step = -(-images.shape[-1] // PIXELS)
     shown = images[mistakes.to(images.device)][..., ::step, ::step].permute(0, 2, 3, 1)
     small = np.int16 if logs.shape[1] < 2**15 else np.int32
@@ -68,6 +69,7 @@ def write_predictions(learn: "Learner", file: Path) -> None:
             vocab=np.array([str(name) for name in learn.dls.vocab]),
             mistakes=mistakes.cpu().numpy(),
             images=shown.cpu().numpy(),
+            **({} if files is None else {"files": np.array([str(file) for file in files])}),
         )
 
 
@@ -77,15 +79,41 @@ def read_predictions(file: Path) -> Predictions:
     Raises:
         UserError: The file is missing or damaged.
     """
+    if not file.is_file():
+        raise UserError(f"{file} is missing; repeat the run's command to write it")
     try:
         with np.load(file, allow_pickle=False) as archive:
             found = Predictions(**modern_predictions({name: archive[name] for name in archive.files}))
-    except FileNotFoundError:
-        raise UserError(f"{file} is missing; repeat the run's command to write it") from None
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # numpy, zipfile and the decompressors raise whatever they stumble over
         raise UserError(f"{file} is damaged: {error}") from None
-    n, c = found.log_probabilities.shape if found.log_probabilities.ndim == 2 else (0, 0)
-    whole_ = (n,) == found.labels.shape == found.predicted.shape and c == len(found.vocab) and n > 0
-    if not whole_ or len(found.mistakes) != len(found.images):
+    if not _is_sound(found):
         raise UserError(f"{file} is damaged: its parts do not fit each other")
     return found
+
+
+def _is_sound(p: Predictions) -> bool:
+    """Whether shapes and types are as `Predictions` says, and every index is that of an image or a class."""
+    if p.log_probabilities.ndim != 2 or p.log_probabilities.dtype.kind != "f":
+        return False
+    (n, c), m = p.log_probabilities.shape, len(np.atleast_1d(p.mistakes))
+    return (
+        n > 0
+        and c > 1
+        and bool((p.log_probabilities < 0.01).all())  # rounding aside, none is above 0
+        and all(_is_index(classes, n, c) for classes in (p.predicted, p.labels))
+        and _is_index(p.mistakes, m, n)
+        and _is_names(p.vocab, c)
+        and (p.files is None or _is_names(p.files, n))
+        and p.images.dtype == np.uint8
+        and p.images.shape == (m, *p.images.shape[1:3], 3)
+        and (m == 0 or p.images.size > 0)
+    )
+
+
+def _is_index(values: np.ndarray, count: int, end: int) -> bool:
+    """Whether these are `count` indices below `end`."""
+    return values.shape == (count,) and values.dtype.kind in "iu" and bool(((values >= 0) & (values < end)).all())
+
+
+def _is_names(values: np.ndarray, count: int) -> bool:
+    return values.shape == (count,) and values.dtype.kind == "U"

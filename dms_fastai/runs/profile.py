@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,13 @@ import torch
 from fastai.callback.core import Callback
 from rich.console import Console
 from rich.table import Table
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from ..callbacks.distill import TeacherDistill
 from ..files import whole
 
-__all__ = ["StepProfile"]
+__all__ = ["StepProfile", "busy_milliseconds"]
 
 WARM_UP, TIMED, TRACED = 10, 20, 5  # steps
 STEPS = WARM_UP + TIMED + TRACED
@@ -90,7 +91,10 @@ class StepProfile:
             self._write()
 
     def _stamp(self) -> Any:
+        if self.device.type == "cpu":
+            return time.perf_counter()
         if self.device.type != "cuda":
+            torch.accelerator.synchronize(self.device)
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
@@ -131,8 +135,7 @@ class StepProfile:
         partial.replace(self.folder / "trace.json.gz")
         facts: dict[str, Any] = {"milliseconds": {part: round(ms, 4) for part, ms in self.split.items()}}
         if self.device.type == "cuda":
-            busy = sum(event.self_device_time_total for event in self.trace.key_averages()) / 1e3 / TRACED
-            facts["gpu_busy_milliseconds"] = round(busy, 4)
+            facts["gpu_busy_milliseconds"] = round(busy_milliseconds(self.trace.key_averages()) / TRACED, 4)
         with whole(self.folder / "step.json") as file:
             file.write_text(json.dumps(facts, indent=2) + "\n")
         self._print(facts)
@@ -195,3 +198,12 @@ class LastOfAll(Edge):
 
     def after_batch(self) -> None:
         self.mark("host", self.learn)
+
+
+def busy_milliseconds(events: Iterable[Any]) -> float:
+    """The time that a GPU has computed or copied, from a profile's `key_averages()`.
+
+    A kernel's time is also that of the operation on the host which launched it, and that of each named range round it.
+    """
+    on_gpu = [event for event in events if event.device_type != DeviceType.CPU and not event.is_user_annotation]
+    return sum(event.self_device_time_total for event in on_gpu) / 1e3

@@ -4,10 +4,10 @@ import time
 
 from fastai.callback.core import Callback
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..clock import clock
+from ..terminal import printable
 from .history import History
 
 __all__ = ["RichProgress"]
@@ -22,9 +22,9 @@ class RichProgress(Callback):
 
     def __init__(self, title: str, history: History, console: Console):
         super().__init__()
-        self.title, self.history, self.console, self.shown = title, history, console, 0.0
+        self.title, self.history, self.console, self.shown = printable(title), history, console, 0.0
         self.progress = Progress(
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
             BarColumn(bar_width=None),
             TextColumn("loss {task.fields[loss]}"),
@@ -47,7 +47,7 @@ class RichProgress(Callback):
     def before_fit(self) -> None:
         learn = self.learn
         self.task = self.progress.add_task(
-            escape(self.title),
+            self.title,
             total=None,
             epoch=learn.first_epoch + 1,
             epochs=learn.n_epoch,

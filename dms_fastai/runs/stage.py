@@ -9,7 +9,6 @@ import random
 import shutil
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,14 +22,15 @@ from ..export import export_run
 from ..files import whole
 from ..learner import DMSLearner, dms_learner
 from ..models.weights import load_weights
+from ..recipes import cut_path
 from ..run_folder import Facts, Figures, Run, RunFolder
 from ..trained import check_classes
 from .checkpoint import Checkpoint
 from .curves import plot_curves
-from .guards import refuse_other_code, refuse_other_origin, refuse_other_recipe
-from .history import History
+from .guards import arithmetic, other_arithmetic, refuse_other_code, refuse_other_origin, refuse_other_recipe
+from .history import History, write_rows
 from .lock import LOCK, locked
-from .machine import commit, device_name, versions
+from .machine import commit, device_name, is_out_of_memory, versions
 from .plan import Opened, Stage
 from .predictions import write_predictions
 from .profile import StepProfile
@@ -74,7 +74,7 @@ def run_stage(stage: Stage, opened: Opened, manner: Manner | None = None, consol
 
     Raises:
         UserError: The data or the teacher do not fit, the folder holds a run of another recipe or is in use by another
-            process, the loss is NaN or infinite, or the GPU has too little memory.
+            process, the loss is NaN or infinite, or there is too little memory.
     """
     manner, console = manner or Manner(), console or Console()
     recipe, folder = stage.recipe, stage.folder
@@ -85,7 +85,7 @@ def run_stage(stage: Stage, opened: Opened, manner: Manner | None = None, consol
     origin = {"data_digest": sets.digest}
     if teacher is not None:
         check_classes(teacher, sets.vocab)
-        origin |= {"teacher": _name_of(stage.teacher), "teacher_digest": teacher.digest}
+        origin |= {"teacher": cut_path(stage.teacher), "teacher_digest": teacher.digest}
     with locked(folder.path):
         for left in folder.partial_files():
             left.unlink()  # left by a process that was killed as it wrote
@@ -100,6 +100,7 @@ def run_stage(stage: Stage, opened: Opened, manner: Manner | None = None, consol
                 console.print(said, markup=False)
             return Run.read(folder.path)
         gc.collect()  # free the Learner of the stage before, which its callbacks refer to
+        torch.compiler.reset()  # and its graphs, which hold gigabytes of a GPU's memory
         dls = sets.loaders(recipe.data.batch_size, recipe.augment.build(), device=manner.device)
         _seed_everything(stage.seed)  # only after fastai's loaders have drawn from Python's generator
         begun = folder.finished or any(folder.checkpoints.glob("*.pt"))
@@ -126,26 +127,30 @@ class _Training:
     def run(self) -> Run:
         first_epoch = self.resume()
         with whole(self.folder.recipe_file) as partial:
-            partial.write_text(self.recipe.to_toml(), encoding="utf-8")
+            partial.write_text(self.recipe.without_folders().to_toml(), encoding="utf-8")
         self.note("running")
         try:
             self.fit(first_epoch)
-        except torch.OutOfMemoryError:
-            self.note("interrupted")
-            bs = self.recipe.data.batch_size
-            raise UserError(
-                f"batches of {bs} images do not fit into the GPU's memory; try --set data.batch_size={max(bs // 2, 1)}"
-            ) from None
-        except BaseException:
-            self.note("interrupted")
+            if len(self.history.rows) < self.recipe.schedule.epochs:
+                return self.told(self.note("interrupted"))
+            self.leave()
+            finished = self.note("finished")
+        except BaseException as error:
+            with contextlib.suppress(OSError):  # a full disk, of which `error` tells
+                self.note("interrupted")
+            if is_out_of_memory(error):
+                raise self.too_large() from None
             raise
-        if len(self.history.rows) < self.recipe.schedule.epochs:
-            return self.told(self.note("interrupted"))
-        return self.told(self.leave())
+        shutil.rmtree(self.folder.checkpoints, ignore_errors=True)  # only after run.json says "finished"
+        return self.told(finished)
 
     def resume(self) -> int:
         """Restore the Learner from the last checkpoint; gives the number of epochs that are done."""
         resumed = self.checkpoint.resume(self.learn)
+        if resumed.arithmetic is not None:
+            other = other_arithmetic(resumed.arithmetic, arithmetic(self.learn))
+            if other is not None:
+                self.console.print(f"{self.recipe.title}: {other}", soft_wrap=True, markup=False)
         for file in resumed.damaged:
             self.console.print(f"{file} is damaged; going on from the one before", soft_wrap=True, markup=False)
         if resumed.epochs or resumed.steps:
@@ -164,15 +169,13 @@ class _Training:
                 cbs += stack.enter_context(StepProfile(self.folder.profile, self.console)).edges
             self.learn.fit_recipe(cbs=cbs, start_epoch=first_epoch)
 
-    def leave(self) -> Run:
+    def leave(self) -> None:
         """Write what a finished run leaves."""
+        write_rows(self.history.rows, self.folder.metrics, durable=True)
         export_run(self.learn, self.folder)
         write_predictions(self.learn, self.folder.predictions)
         title = f"{self.recipe.title}, {self.learn.card.arch} on {self.facts.data}"
         plot_curves(self.history.rows, title, self.folder.curves)
-        finished = self.note("finished")
-        shutil.rmtree(self.folder.checkpoints, ignore_errors=True)  # only after run.json says "finished"
-        return finished
 
     def note(self, status: str) -> Run:
         """Write how far the run has come."""
@@ -188,6 +191,15 @@ class _Training:
         )
         self.folder.write_facts(self.facts)
         return Run(self.folder, self.facts)
+
+    def too_large(self) -> UserError:
+        """The error for batches that do not fit into memory."""
+        loader, size = self.learn.dls.train, self.facts.size
+        where = "memory" if loader.device.type == "cpu" else "the GPU's memory"
+        smaller = [f"--set data.batch_size={loader.bs // 2}"] if loader.bs > 1 else []
+        smaller += [f"--set data.size={size // 2}"] if size >= 16 else []
+        advice = " or ".join(smaller) or "a smaller --arch"
+        return UserError(f"batches of {loader.bs} images do not fit into {where}; try {advice}")
 
     def told(self, run: Run) -> Run:
         """The run, with the reason why it was stopped, if it was."""
@@ -212,12 +224,6 @@ def _empty(folder: RunFolder) -> None:
             shutil.rmtree(path)
         elif path.name != LOCK:
             path.unlink()
-
-
-def _name_of(teacher: str | Path) -> str:
-    """A teacher's source as given; an absolute path is cut to DATA/RECIPE/seedS, which other machines have, too."""
-    path = Path(teacher)
-    return "/".join(path.parts[-2 if path.suffix else -3 :]) if path.is_absolute() else str(teacher)
 
 
 def _seed_everything(seed: int) -> None:

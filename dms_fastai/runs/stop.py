@@ -11,12 +11,20 @@ from fastai.callback.core import Callback, CancelFitException
 
 from .checkpoint import Checkpoint
 
-__all__ = ["SIGNALS", "TIME_LIMIT", "StopOnRequest"]
+__all__ = ["SIGNALS", "TIME_LIMIT", "TO_COMPILE", "StopOnRequest", "name_of"]
 
 TIME_LIMIT = "time limit"
-# Ctrl-C, a terminal that is closed, and what schedulers send before they kill; Windows has the first two alone.
-NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+TO_COMPILE = 120.0  # seconds that the first step of a compiled fit may take; it cannot be stopped in the middle
+BEGAN = time.monotonic()  # of the process, nearly
+# Ctrl-C, a terminal that is closed, and what schedulers send before they kill; Windows has the first three alone.
+NAMES = ("SIGINT", "SIGTERM", "SIGBREAK", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
+
+
+def name_of(number: int) -> str:
+    """A signal's name; Ctrl-Break goes by that of Ctrl-C."""
+    name = signal.Signals(number).name
+    return "SIGINT" if name == "SIGBREAK" else name
 
 
 class StopOnRequest(Callback):
@@ -48,13 +56,25 @@ class StopOnRequest(Callback):
                 signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.reason = signal.Signals(number).name
+        self.reason = name_of(number)
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
     def asked(self) -> bool:
         if self.reason is None and self.deadline is not None and time.monotonic() > self.deadline:
             self.reason = TIME_LIMIT
         return self.reason is not None
+
+    def before_fit(self) -> None:
+        """Stop at once if compiling would take longer than there is time.
+
+        Not with half of the time limit left: then the next process would have no more, and would stop here as well.
+        """
+        if self.deadline is None or not hasattr(self.learn, "torch_compile"):
+            return
+        left, limit = self.deadline - time.monotonic(), self.deadline - BEGAN
+        if left < min(TO_COMPILE, limit / 2) and self.learn.torch_compile.worth_compiling():
+            self.reason = TIME_LIMIT
+            raise CancelFitException
 
     def after_batch(self) -> None:
         if self.learn.training and self.asked():

@@ -18,7 +18,7 @@ from ..training.parts import PARTS
 __all__ = ["ABLATION", "SAME_IMAGES", "Wanted"]
 
 ABLATION = "ablation"
-SAME_IMAGES = ("data.size", "data.valid")  # what teacher and student must have in common
+SAME_IMAGES = ("data.size", "data.valid", "data.labels")  # what teacher and student must have in common
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Wanted:
         arch: Architecture of the recipes, not of their teachers.
         teacher: Teacher in place of the recipes': a recipe, a run's folder, a file, or "timm:NAME".
         epochs, schedule: For every stage, including teachers.
-        settings: Recipe values by dotted key. A teacher gets `data.size` and `data.valid` alone. Of several recipes,
+        settings: Recipe values by dotted key. A teacher gets those of `SAME_IMAGES` alone. Of several recipes,
             those that have the setting's table get it; if none has it, all of them do.
         trust: A teacher may be a .pkl, whose code is run.
     """

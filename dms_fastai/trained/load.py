@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..data.loader import statistics, vocabulary
 from ..errors import UserError, unknown
-from ..models.weights import load_weights, shipped_weights
+from ..models.weights import all_finite, load_weights, shipped_weights
 from ..run_folder import RunFolder
 from .network import Ensemble, Teacher, check_classes
 
@@ -54,7 +54,8 @@ def load_teacher(source: Any, trust: bool = False) -> Teacher:
         trust: Load a .pkl, which runs the code in it. Otherwise, for a run's .pkl, the weights beside it are read.
 
     Raises:
-        UserError: There is no teacher at `source`, or it is a .pkl that is not trusted.
+        UserError: There is no teacher at `source`, it is a .pkl that is not trusted, or its weights are NaN or
+            infinite.
     """
     if isinstance(source, Teacher):
         return source
@@ -64,9 +65,9 @@ def load_teacher(source: Any, trust: bool = False) -> Teacher:
         return ensemble((part.strip() for part in source.split(",") if part.strip()), trust=trust)
     if isinstance(source, Learner):
         mean, std = statistics(source.dls)
-        return Teacher(copy.deepcopy(source.model), mean, std, vocabulary(source.dls))
+        return Teacher(_copied(source.model), mean, std, vocabulary(source.dls))
     if isinstance(source, nn.Module):
-        return Teacher(copy.deepcopy(source), *_cfg_statistics(source))
+        return Teacher(_copied(source), *_cfg_statistics(source))
     if not isinstance(source, (str, Path)):
         raise UserError(f"a {type(source).__name__} is no teacher; give a model, a Learner, a file or 'timm:NAME'")
     if str(source).startswith("timm:"):
@@ -78,6 +79,13 @@ def load_teacher(source: Any, trust: bool = False) -> Teacher:
         return load_teacher(open_learner(file, trust))
     model, card = load_weights(file)
     return Teacher(model, tuple(card.mean), tuple(card.std), card.vocab)
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy with weights in float32, in which the student's images come."""
+    if not all_finite(model):
+        raise UserError("the teacher's weights are NaN or infinite; train it again")
+    return copy.deepcopy(model).float()
 
 
 def begin_from(model: nn.Module, source: str, arch: str) -> None:

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..models.build import described
+from ..models.weights import all_finite
+from .inputs import Inputs, shortest
 
-__all__ = ["Ensemble", "Teacher", "check_classes", "renormalize"]
+__all__ = ["Ensemble", "Teacher", "check_classes", "check_teacher", "renormalize"]
 
 
 @dataclass
@@ -19,7 +22,7 @@ class Teacher:
     """A network that teaches, and what it expects of its images.
 
     Attributes:
-        model: Images (B, 3, H, W) in, logits (B, C) out.
+        model: Images (B, C, H, W) in, logits (B, classes) out.
         mean, std: What its images are normalised with; None: what the student's are.
         vocab: Its classes, in the order of its logits, where they are known.
     """
@@ -72,7 +75,10 @@ def renormalize(ours: Statistics, theirs: Statistics) -> tuple[Tensor, Tensor]:
     """Scale and shift, shape (1, C, 1, 1), that turn images normalised with `ours` into the same with `theirs`."""
     if ours == theirs:
         return torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
-    mean_s, std_s, mean_t, std_t = (torch.tensor(v).view(1, -1, 1, 1) for v in (*ours, *theirs))
+    values = [shortest(tuple(v)) for v in (*ours, *theirs)]
+    if len({len(v) for v in values} - {1}) > 1:
+        raise UserError(f"images are normalised in {len(ours[0])} channels here and in {len(theirs[0])} by the teacher")
+    mean_s, std_s, mean_t, std_t = (torch.tensor(v).view(1, -1, 1, 1) for v in values)
     return std_s / std_t, (mean_s - mean_t) / std_t
 
 
@@ -89,6 +95,49 @@ def check_classes(teacher: Teacher, vocab: list[str] | None) -> None:
                 f"class {index} is {theirs!r} to the teacher and {ours!r} in the data "
                 f"({_few(teacher.vocab)} against {_few(vocab)}); train a teacher on the data"
             )
+
+
+def check_teacher(teacher: Teacher, classes: int | None, images: Inputs, vocab: list[str] | None = None) -> None:
+    """Raise a UserError if a teacher cannot teach; it says what teacher and data have. Tries it on two black images.
+
+    Args:
+        teacher: The teacher.
+        classes: How many logits it has to give an image; None: any number.
+        images: The student's images.
+        vocab: The classes' names, where they are known.
+    """
+    check_classes(teacher, vocab)
+    if not all_finite(teacher.model):
+        raise UserError("the teacher's weights are NaN or infinite; train it again")
+    shape, theirs = images.shape, (teacher.mean, teacher.std)
+    scale, _ = renormalize((images.mean, images.std), theirs if teacher.mean else (images.mean, images.std))
+    if scale.shape[1] not in (1, shape[0]):
+        raise UserError(f"the teacher's images have {scale.shape[1]} channels, the student's {shape[0]}")
+    members = teacher.model.members if isinstance(teacher.model, Ensemble) else [teacher.model]
+    for network in members:
+        _try(network, torch.zeros(2, *shape), classes)
+
+
+def _try(network: nn.Module, x: Tensor, classes: int | None) -> None:
+    """Raise a UserError if a network does not turn images into logits of so many classes, or of any number."""
+    name, pixels = type(network).__name__, described(tuple(x.shape[1:]))
+    training = [module for module in network.modules() if module.training]
+    device = next((value.device for value in network.state_dict().values()), x.device)
+    try:
+        with torch.no_grad():
+            logits = network.eval()(x.to(device))
+    except Exception as error:  # a network may raise anything
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        raise UserError(f"the teacher, {name}, does not take the student's {pixels}: {reason}") from None
+    finally:
+        for module in training:
+            module.training = True
+    if not isinstance(logits, Tensor):
+        raise UserError(f"the teacher, {name}, gives a {type(logits).__name__}; wrap it so that it gives logits alone")
+    if logits.ndim != 2 or len(logits) != len(x):
+        raise UserError(f"the teacher, {name}, gives shape {tuple(logits.shape)} for {len(x)} images, not logits")
+    if classes is not None and logits.shape[1] != classes:
+        raise UserError(f"the teacher gives {logits.shape[1]} logits an image, the data have {classes} classes")
 
 
 def _few(names: Iterable[str]) -> str:

@@ -5,6 +5,7 @@ distillation. Logits have shape (B, C). Targets are class indices, shape (B,), o
 All arithmetic is done in float32 or better, whatever the precision of the logits.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -22,6 +23,7 @@ __all__ = [
     "KL",
     "DMSLoss",
     "Distillation",
+    "check_class_weights",
     "cross_entropy",
     "dist_divergence",
     "dkd_divergence",
@@ -46,11 +48,15 @@ def cross_entropy(
     Args:
         logits: Shape (B, C).
         y: Class indices (B,), or probabilities (B, C).
-        weight: Weight of each class, shape (C,). With class indices, the mean is the weighted one, as in torch.
+        weight: Weight of each class, shape (C,), in any precision. With class indices, the mean is the weighted one, as
+            in torch.
         label_smoothing: Share of the target that is spread over all classes, 0...1.
         reduction: "mean" and "sum" give a scalar, "none" gives shape (B,).
     """
-    return F.cross_entropy(_wide(logits), y, weight=weight, label_smoothing=label_smoothing, reduction=reduction)
+    logits = _wide(logits)
+    if weight is not None:
+        weight = weight.to(logits)
+    return F.cross_entropy(logits, y, weight=weight, label_smoothing=label_smoothing, reduction=reduction)
 
 
 def mixup_loss(
@@ -306,7 +312,7 @@ class DMSLoss(nn.Module):
     def __init__(
         self,
         *args: Any,
-        weight: Tensor | None = None,
+        weight: Tensor | Sequence[float] | None = None,
         label_smoothing: Share = 0.0,
         reduction: Reduction = "mean",
         **kwargs: Any,
@@ -314,16 +320,17 @@ class DMSLoss(nn.Module):
         """
         Args:
             args, kwargs: alpha, T and divergence, as in `Distillation`.
-            weight, reduction: As in `cross_entropy`.
+            weight: Weight of each class, shape (C,): a tensor, an array or a list. It is kept in float32.
+            reduction: As in `cross_entropy`.
             label_smoothing: Share of each target that is spread over all classes.
 
         Raises:
-            UserError: A value out of range, or an unknown divergence.
+            UserError: A value out of range, weights that are none, or an unknown divergence.
         """
         super().__init__()
         self.distillation = Distillation(*args, **kwargs)
         self.label_smoothing, self.reduction = label_smoothing, reduction
-        self.register_buffer("weight", weight)
+        self.register_buffer("weight", None if weight is None else _class_weights(weight))
         self.parts: dict[str, Tensor] = {}
 
     def forward(
@@ -357,6 +364,21 @@ class DMSLoss(nn.Module):
         return {**self.__dict__, "parts": {}}  # tensors of a batch that is gone
 
 
+def check_class_weights(loss_func: Any, classes: int) -> None:
+    """Convert the class weights of a loss, if it has any, to float32: of a `DMSLoss`, torch's loss or fastai's.
+
+    Raises:
+        UserError: They are no weights, or those of another number of classes.
+    """
+    owner = getattr(loss_func, "func", loss_func)  # what fastai's losses wrap
+    weight = getattr(owner, "weight", None)
+    if weight is None:
+        return
+    owner.weight = _class_weights(weight)
+    if len(owner.weight) != classes:
+        raise UserError(f"the loss has weights for {len(owner.weight)} classes and the data have {classes}")
+
+
 NEVER = -1e4  # a logit whose probability is 0 in float32
 
 
@@ -368,6 +390,25 @@ def _true_or_other(log_p: Tensor, y: Tensor, true: Tensor) -> Tensor:
 def _pearson(a: Tensor, b: Tensor) -> Tensor:
     """Correlation of the rows of two matrices."""
     return F.cosine_similarity(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True), dim=1, eps=1e-8)
+
+
+def _class_weights(weight: Any) -> Tensor:
+    """Weights of classes as a float32 tensor of shape (C,).
+
+    Raises:
+        UserError: They have another shape, are negative or no numbers, or all 0.
+    """
+    try:
+        found = torch.as_tensor(weight).to(torch.float32)
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError(f"weight is {weight!r}; give a number for each class") from None
+    if found.ndim != 1 or not len(found):
+        raise UserError(f"weight has shape {tuple(found.shape)}; give a number for each class")
+    if not bool((found.isfinite() & (found >= 0)).all()) or not bool(found.any()):
+        raise UserError(
+            f"weight is {found.tolist()}; a class's weight must be a finite number, 0 or more, and one above"
+        )
+    return found
 
 
 def _wide(logits: Tensor) -> Tensor:
@@ -382,4 +423,4 @@ def _reduce(losses: Tensor, y: Tensor | None, weight: Tensor | None, reduction: 
         return losses.sum()
     if weight is None or y.is_floating_point():
         return losses.mean()
-    return losses.sum() / weight[y].sum()
+    return losses.sum() / weight.to(losses)[y].sum()

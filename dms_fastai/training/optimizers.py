@@ -54,7 +54,7 @@ class SGD:
 @checked
 @dataclass(frozen=True)
 class Muon:
-    """timm's Muon: each matrix moves by its momentum, orthogonalised by a Newton-Schulz iteration (Jordan et al., 2024).
+    """timm's Muon: a matrix moves by its momentum, made orthogonal by a Newton-Schulz iteration (Jordan et al., 2024).
 
     A convolution is the matrix of its filters. Norms, biases and thin matrices get NAdam's step.
 

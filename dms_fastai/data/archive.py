@@ -1,0 +1,104 @@
+"""Data sets in one file, .zip, .tar or parquet: unpacked once, into the cache of decoded images."""
+
+import contextlib
+import hashlib
+import lzma
+import os
+import shutil
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from filelock import FileLock
+
+from ..errors import UserError, notice
+from ..names import ARCHIVES
+from .decoded import cache_dir
+
+__all__ = ["count_files", "is_archive", "unpacked"]
+
+DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, ValueError, RuntimeError, OSError)
+
+
+def is_archive(file: Path) -> bool:
+    return file.name.lower().endswith(ARCHIVES)
+
+
+def unpacked(source: Path, unpack: Callable[[Path, Path], None] | None = None) -> Path:
+    """The folder with the content of a file. It is there as a whole or not at all, and only one process makes it.
+
+    Args:
+        source: A .zip or .tar file; or what `unpack` reads.
+        unpack: Writes the content of `source` into an empty folder.
+
+    Raises:
+        UserError: The file is damaged, has a password, holds paths that lead out of it, or is larger than the disk.
+    """
+    stat = source.stat()
+    facts = f"{source.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}"
+    key = hashlib.sha256(facts.encode(errors="surrogateescape")).hexdigest()[:16]
+    folder = cache_dir() / "unpacked" / f"{source.name}-{key}"
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            partial = folder.with_name(f"{folder.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            try:
+                (unpack or _unpack)(source, partial)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+            partial.rename(folder)
+            notice(f"{source} is unpacked into {folder}")
+    return folder
+
+
+def count_files(archive: Path) -> int:
+    """How many files an archive holds.
+
+    Raises:
+        UserError: It is damaged.
+    """
+    with _damage(archive):
+        if zipfile.is_zipfile(archive):
+            with zipfile.ZipFile(archive) as opened:
+                return sum(not info.is_dir() for info in opened.infolist())
+        with tarfile.open(archive) as opened:
+            return sum(member.isfile() for member in opened)
+
+
+def _unpack(archive: Path, folder: Path) -> None:
+    with _damage(archive):
+        if archive.suffix.lower() == ".zip":
+            with zipfile.ZipFile(archive) as opened:
+                _check_room(archive, sum(info.file_size for info in opened.infolist()), folder)
+                opened.extractall(folder)
+        else:
+            with tarfile.open(archive) as opened:
+                _check_room(archive, sum(member.size for member in opened), folder)
+                opened.extractall(folder, filter="data")
+
+
+def _check_room(archive: Path, needed: int, folder: Path) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"{archive} holds {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free in {folder.parent}; make room, "
+            f"or set DMS_FASTAI_CACHE to a folder on another disk"
+        )
+
+
+@contextlib.contextmanager
+def _damage(archive: Path) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except DAMAGE as error:
+        reason = str(error) or type(error).__name__
+        raise UserError(f"{os.fspath(archive)} cannot be unpacked: {reason}") from None

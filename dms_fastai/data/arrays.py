@@ -1,0 +1,162 @@
+"""Arrays of images and labels, of whatever type people save them in, as image sets."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..errors import UserError, notice
+from .folder import class_name
+from .images import resize, to_rgb
+from .imageset import ImageSet
+from .splits import Splits
+from .white import as_bytes, describe, white_of
+
+__all__ = ["ImagesAndLabels", "array_splits", "label_indices", "vocab_of"]
+
+LARGEST = 2**31  # a larger number stands for "no class" in somebody's arrays
+
+
+@dataclass(frozen=True)
+class ImagesAndLabels:
+    """The arrays of a split: images, shape (N, H, W), (N, H, W, C) or (N, C, H, W), and labels, shape (N,) or (N, 1).
+
+    Pixels may be bytes, other whole numbers, or decimal numbers; labels whole numbers or text.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+def array_splits(
+    source: Path, readers: Mapping[str, Callable[[], ImagesAndLabels]], names: np.ndarray | None, size: int | None
+) -> Splits:
+    """Splits over arrays, each read when it is asked for; "train" tells the classes, the size and the scale of pixels.
+
+    Args:
+        source: The file, for messages.
+        readers: What reads each split; "train" is among them.
+        names: Names of the classes, if there are any.
+        size: Height and width in pixels. None: the shorter side of the training images.
+
+    Raises, when a split is read:
+        UserError: Images or labels that cannot be trained on; says which and why.
+    """
+    splits = Splits()
+
+    def read(split: str) -> ImageSet:
+        where = f"{source}: {split}"
+        train = None if split == "train" else splits["train"]  # read first: errors in it are told first
+        arrays = readers[split]()
+        labels = _one_each(arrays.labels, f"{where}_labels")
+        vocab = vocab_of(labels, names, source) if train is None else list(train.vocab)
+        indices = label_indices(labels, vocab, f"{where}_labels", named=names is not None)
+        try:
+            white = None
+            if arrays.images.dtype != np.uint8:
+                white = white_of(arrays.images) if train is None or train.white is None else train.white
+            pixels = to_rgb(as_bytes(arrays.images, white))
+        except UserError as error:
+            raise UserError(f"{where}_images: {error.message}") from None
+        if len(pixels) != len(indices) or not len(indices):
+            counts = f"{len(pixels)} images and {len(indices)} labels"
+            raise UserError(f"{where} has {counts}; give equally many, at least 1")
+        side = size or (min(pixels.shape[-2:]) if train is None else train.size)
+        if train is None:
+            if white is not None:
+                notice(f"{where}_images: {describe(white, arrays.images.dtype)}")
+            _name_missing(indices, vocab, source)
+        elif size is None and min(pixels.shape[-2:]) != side:
+            found = "x".join(map(str, pixels.shape[-2:]))
+            notice(f"{where}_images are {found} pixels; they are resized to {side}x{side}, as the training images are")
+        return ImageSet(resize(pixels, side), torch.from_numpy(indices), vocab, white=white)
+
+    for split in readers:
+        splits.add(split, partial(read, split))
+    return splits
+
+
+def vocab_of(labels: np.ndarray, names: np.ndarray | None, source: object) -> list[str]:
+    """Names of the classes: those that are given, or else the different labels of the training images.
+
+    Raises:
+        UserError: There are fewer than two, or a name is there twice.
+    """
+    if names is not None:
+        names = np.asarray(names)
+        vocab = [_text(name) for name in names.reshape(-1)]
+        name, count = Counter(vocab).most_common(1)[0] if vocab else ("", 0)
+        if count > 1:
+            raise UserError(f"{source}: class_names has {name!r} more than once")
+    else:
+        ids = np.unique(labels)
+        if ids.dtype.kind != "U" and len(ids):
+            if ids[0] < 0 or ids[-1] >= LARGEST:
+                bad = ids[0] if ids[0] < 0 else ids[-1]
+                raise UserError(f"{source}: train_labels has {bad}, which is the number of no class; leave it out")
+            if len(ids) <= ids[-1]:
+                notice(f"{source}: {len(ids)} classes, whose labels run from {ids[0]} to {ids[-1]} with gaps")
+        vocab = [_text(label) for label in ids]
+    if len(vocab) < 2:
+        raise UserError(f"{source} has one class; a classifier needs at least 2")
+    return vocab
+
+
+def label_indices(labels: np.ndarray, vocab: list[str], where: str, named: bool) -> np.ndarray:
+    """The labels as indices into the class names, int64.
+
+    Args:
+        labels: Whole numbers or text, shape (N,).
+        vocab: Names of the classes.
+        where: Which labels, for messages.
+        named: Numbers are indices already; if not, they are names.
+
+    Raises:
+        UserError: A label is that of no class.
+    """
+    if named and labels.dtype.kind != "U":
+        outside = labels[(labels < 0) | (labels >= len(vocab))]
+        if len(outside):
+            last = len(vocab) - 1
+            raise UserError(f"{where} has {outside[0]}, out of range for {len(vocab)} classes (0 to {last})")
+        return labels.astype(np.int64)
+    different, inverse = np.unique(labels, return_inverse=True)
+    place = {name: index for index, name in enumerate(vocab)}
+    for label in map(_text, different):
+        if label not in place:
+            raise UserError(f"{where} has {label}, a class that {'class_names' if named else 'train'} does not have")
+    indices = np.array([place[_text(label)] for label in different], np.int64)
+    return indices[inverse.reshape(-1)] if len(labels) else indices
+
+
+def _one_each(labels: np.ndarray, where: str) -> np.ndarray:
+    """The labels with one dimension, as whole numbers or text."""
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    kind = labels.dtype.kind
+    if kind == "f" and labels.ndim == 1 and np.isfinite(labels).all() and (labels == labels.round()).all():
+        notice(f"{where} is {labels.dtype} and holds whole numbers; it is read as such")
+        if not labels.size or abs(labels).max() < LARGEST:
+            labels, kind = labels.astype(np.int64), "i"
+    if kind == "S":
+        labels, kind = np.array([_text(label) for label in labels.reshape(-1)]).reshape(labels.shape), "U"
+    if kind == "b":
+        labels, kind = labels.astype(np.int64), "i"
+    if labels.ndim != 1 or kind not in "iuU":
+        raise UserError(f"{where} is {labels.dtype} {labels.shape}; give whole numbers or names, one an image")
+    return labels
+
+
+def _text(label: object) -> str:
+    return class_name(label.decode("utf-8", "backslashreplace") if isinstance(label, bytes) else str(label))
+
+
+def _name_missing(indices: np.ndarray, vocab: list[str], source: object) -> None:
+    missing = sorted(set(range(len(vocab))) - set(np.unique(indices).tolist()))
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        notice(f"{source}: no training image is of class {vocab[missing[0]]!r}{more}")

@@ -1,0 +1,88 @@
+"""Hugging Face's image data sets: parquet files with the bytes of the images and their labels."""
+
+import csv
+import json
+import re
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+
+__all__ = ["LABELS", "parquet_files", "unpack_parquet"]
+
+LABELS = "labels.csv"
+SPLIT_NAMES = {"train": "train", "test": "test", "validation": "val", "valid": "val", "val": "val"}
+
+
+def parquet_files(source: Path) -> list[tuple[str, Path]]:
+    """The parquet files in a folder with the split that each belongs to, or one file, for training."""
+    if source.is_file():
+        return [("train", source)] if source.suffix == ".parquet" else []
+    found = []
+    for file in sorted(source.rglob("*.parquet")):
+        words = re.split(r"[^a-z]+", file.relative_to(source).as_posix().lower())
+        split = next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), None)
+        if split is not None:
+            found.append((split, file))
+    return found
+
+
+def unpack_parquet(source: Path, folder: Path) -> None:
+    """Write the images in parquet files into a folder, with a table of their labels and splits, `LABELS`.
+
+    Raises:
+        UserError: pyarrow is missing, a file is damaged, or it has no images or no labels.
+    """
+    if find_spec("pyarrow") is None:
+        raise UserError(f"{source} holds parquet files, for which a package is missing: pip install pyarrow")
+    with (folder / LABELS).open("w", newline="", encoding="utf-8") as opened:
+        table = csv.writer(opened)
+        table.writerow(("file", "label", "split"))
+        for number, (split, file) in enumerate(parquet_files(source)):
+            for row, (image, label) in enumerate(_rows(file)):
+                name = f"{split}/{number:03}-{row:07}.png"  # Pillow looks at the content, not at the ending
+                (folder / split).mkdir(exist_ok=True)
+                (folder / name).write_bytes(image)
+                table.writerow((name, label, split))
+
+
+def _rows(file: Path) -> Iterator[tuple[bytes, str]]:
+    """The bytes of each image, and its class."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        opened = parquet.ParquetFile(file)
+        features = _features(opened)
+        image, label = _column(file, opened, features, "Image"), _column(file, opened, features, "ClassLabel")
+        names = features.get(label, {}).get("names")
+        for batch in opened.iter_batches(batch_size=256, columns=[image, label]):
+            for content, value in zip(batch[image].to_pylist(), batch[label].to_pylist(), strict=True):
+                content = content.get("bytes") if isinstance(content, dict) else content
+                if not isinstance(content, bytes) or value is None:
+                    raise UserError(f"{file} has a row without an image's bytes or without a label")
+                yield content, names[value] if names and isinstance(value, int) else str(value)
+    except (pyarrow.ArrowException, OSError, ValueError, IndexError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{file} cannot be read as a parquet file of images: {error}") from None
+
+
+def _features(opened: Any) -> dict[str, dict[str, Any]]:
+    """What Hugging Face's library has noted of each column."""
+    noted = json.loads((opened.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
+    features = noted.get("info", {}).get("features", {}) if isinstance(noted, dict) else {}
+    return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
+
+
+def _column(file: Path, opened: Any, features: dict[str, dict[str, Any]], kind: str) -> str:
+    names = opened.schema_arrow.names
+    usual = {"Image": ("image", "img", "pixel_values"), "ClassLabel": ("label", "labels", "fine_label", "class")}[kind]
+    noted = [name for name in names if features.get(name, {}).get("_type") == kind]
+    found = [name for name in usual if name in noted] + noted + [name for name in usual if name in names]
+    if not found:
+        what = "images" if kind == "Image" else "labels"
+        raise UserError(f"{file} has the columns {', '.join(names)}, none of which holds {what}")
+    return found[0]

@@ -1,0 +1,136 @@
+"""Images that a table labels: `--data images/ --labels train.csv`."""
+
+import csv
+from collections import defaultdict
+from functools import partial
+from pathlib import Path
+
+from ..errors import UserError, notice
+from .decoded import Listing, decoded_image_set
+from .folder import class_name, find_images
+from .imageset import ImageSet
+from .splits import Splits
+
+__all__ = ["read_table"]
+
+# Names of columns, in lower case; the first that a table has is taken.
+FILE_COLUMNS = ("file", "filename", "file_name", "image", "image_path", "path", "filepath", "image_id", "img", "id")
+LABEL_COLUMNS = ("label", "class", "class_name", "label_name", "category", "target", "y")
+SPLIT_COLUMNS = ("split", "set", "subset")
+SPLIT_NAMES = {"train": "train", "training": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
+
+
+def read_table(folder: Path, table: Path, size: int) -> Splits:
+    """The images of a folder, with the classes that a .csv or .tsv file gives them.
+
+    Args:
+        folder: Where the files are, at any depth.
+        table: A table with a column of files, such as "file" or "id", one of labels, such as "label" or "class", and
+            perhaps one of splits, "split". Files are named relative to the folder, or by their name alone, with or
+            without its ending.
+        size: Height and width that every image is cropped and resized to.
+
+    Raises, some of it when a split is read:
+        UserError: The table cannot be read, lacks a column, or names a file that is not there or not unique.
+    """
+    rows = _rows(table)
+    files = _Files(folder)
+    labelled: dict[str, dict[str, str]] = defaultdict(dict)
+    for line, name, label, split in rows:
+        if split and split.lower() not in SPLIT_NAMES:
+            raise UserError(f"{table}, line {line}: split is {split!r}; it must be train, test or val")
+        file = files.find(name, f"{table}, line {line}")
+        before = labelled[SPLIT_NAMES.get(split.lower(), "train")].setdefault(file, class_name(label))
+        if before != class_name(label):
+            raise UserError(f"{table}, line {line}: {name} is {label!r} here, and {before!r} in a line before")
+    if "train" not in labelled:
+        raise UserError(f"{table} has no training images; its splits are {', '.join(sorted(labelled)) or 'empty'}")
+    vocab = sorted(set(labelled["train"].values()))
+    if len(vocab) < 2:
+        raise UserError(f"{table} has one class, {vocab[0]!r}; a classifier needs at least 2")
+    unlabelled = len(files) - sum(map(len, labelled.values()))
+    if unlabelled > 0:
+        notice(f"{folder}: {unlabelled} images are not in {table.name}, and passed over")
+    splits = Splits()
+
+    def read(split: str) -> ImageSet:
+        classes = labelled[split]
+        strange = sorted(set(classes.values()) - set(vocab))
+        if strange:
+            raise UserError(f"{table} has a class {strange[0]!r} in {split} that it does not have in train")
+        place = {name: index for index, name in enumerate(vocab)}
+        listing = Listing(folder, list(classes), [place[name] for name in classes.values()], vocab)
+        return decoded_image_set(listing, size, None if split == "train" else splits["train"])
+
+    for split in labelled:
+        splits.add(split, partial(read, split))
+    return splits
+
+
+def _rows(table: Path) -> list[tuple[int, str, str, str]]:
+    """Line, file, label and split of every row."""
+    try:
+        text = table.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{table} cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{table} is not in UTF-8: {error}") from None
+    try:
+        first = text.partition("\n")[0]
+        delimiter = max(",;\t", key=first.count)
+        reader = csv.DictReader(text.splitlines(), delimiter=delimiter, strict=True)
+        columns = {(name or "").strip().lower(): name for name in reader.fieldnames or []}
+        file, label = (_column(columns, names, table) for names in (FILE_COLUMNS, LABEL_COLUMNS))
+        split = next((columns[name] for name in SPLIT_COLUMNS if name in columns), None)
+        rows = []
+        for row in reader:
+            if row[file] is None or row[label] is None:
+                raise UserError(f"{table}, line {reader.line_num}: the row is shorter than the first")
+            rows.append(
+                (reader.line_num, row[file].strip(), row[label].strip(), (row[split] or "").strip() if split else "")
+            )
+    except csv.Error as error:
+        raise UserError(f"{table} cannot be read as a table: {error}") from None
+    if not rows:
+        raise UserError(f"{table} has no rows")
+    return rows
+
+
+def _column(columns: dict[str, str], names: tuple[str, ...], table: Path) -> str:
+    found = next((columns[name] for name in names if name in columns), None)
+    if found is None:
+        raise UserError(f"{table} has the columns {', '.join(columns)}; one of them must be {', '.join(names)}")
+    return found
+
+
+class _Files:
+    """The image files of a folder, found by path, by name, or by name without its ending."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._paths = set(find_images(folder))
+        self._by_name: dict[str, set[str]] = defaultdict(set)
+        for path in self._paths:
+            self._by_name[Path(path).name].add(path)
+            self._by_name[Path(path).stem].add(path)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def find(self, name: str, where: str) -> str:
+        """The path of a file, relative to the folder.
+
+        Raises:
+            UserError: There is none by that name, or several.
+        """
+        path = str(Path(name))
+        if path in self._paths:
+            return path
+        found = sorted(self._by_name.get(Path(name).name, ()))
+        if not found:
+            raise UserError(f"{where}: {self.folder} has no image {name!r}")
+        if len(found) > 1:
+            raise UserError(
+                f"{where}: {name!r} could be {found[0]} or {found[1]}; write its path relative to {self.folder}"
+            )
+        return found[0]
