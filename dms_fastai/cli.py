@@ -8,7 +8,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from errno import ENOSPC
 from pathlib import Path
@@ -28,6 +28,7 @@ from .schema import choices_of
 from .terminal import Terminal, any_encoding
 
 if TYPE_CHECKING:
+    from .export import Classified
     from .run_folder import Run
     from .runs.plan import Opened, Stage
     from .runs.stage import Manner
@@ -249,8 +250,8 @@ def predict(
         console.say(f"{image}: {', '.join(f'{name} {100 * share:.1f} %' for share, name in best)}")
 
     right: list[bool] = []
-    with nullcontext(say) if csv is None else table(csv, vocab) as write, _progress(len(files), csv) as progress:
-        for image, probabilities in progress.track(found, total=len(files), description="classifying"):
+    with nullcontext(say) if csv is None else table(csv, vocab) as write:
+        for image, probabilities in _tracked(found, len(files), csv):
             write(image, probabilities.tolist())
             classes = [name for name in map(class_name, files[image]) if name in vocab]
             if classes:
@@ -267,11 +268,14 @@ def predict(
         raise typer.Exit(1)
 
 
-def _progress(images: int, csv: Path | None) -> Progress:
-    """A bar on standard error for many images, unless their lines show on the same terminal how it goes."""
+def _tracked(found: "Iterable[Classified]", images: int, csv: Path | None) -> "Iterator[Classified]":
+    """The answers; many with a bar on standard error, unless their lines show on the same terminal how it goes."""
     lines = console.is_terminal and (csv is None or str(csv) == "-")
-    shown = images >= MANY and errors.is_terminal and not lines
-    return Progress(console=errors, transient=True, redirect_stdout=False, redirect_stderr=False, disable=not shown)
+    if images < MANY or lines or not errors.is_terminal:
+        yield from found
+        return
+    with Progress(console=errors, transient=True, redirect_stdout=False, redirect_stderr=False) as progress:
+        yield from progress.track(found, total=images, description="classifying")
 
 
 def _unread(bad: list[UserError], images: int) -> UserError:

@@ -34,6 +34,7 @@ from .trained import Inputs, find_file, inputs_of, open_learner
 
 __all__ = ["Classifier", "classify_files", "export_model", "export_run", "predict_files"]
 
+Classified = tuple[Path, Tensor]  # an image file and its probabilities, shape (C,)
 BATCH = 64  # images to predict at once
 GREY = 128
 
@@ -104,15 +105,21 @@ def export_model(source: str | Path | Learner, file: str | Path, trust: bool = F
     return file
 
 
+def _vocab_of(learn: Learner) -> list[str]:
+    """Names of a Learner's classes; a UserError if it has none."""
+    vocab = vocabulary(learn.dls)
+    if not vocab:
+        raise UserError("this Learner's DataLoaders have no vocab; give one that classifies images")
+    return vocab
+
+
 def _card_of(learn: Learner) -> ModelCard:
     """What the model of a stock Learner expects, found by what its DataLoaders make of a grey image.
 
     Raises:
         UserError: It does not classify images of one size by one label, or does more to them than resize and normalise.
     """
-    name, vocab, dls = type(learn.model).__name__, vocabulary(learn.dls), learn.dls
-    if not vocab:
-        raise UserError("this Learner's DataLoaders have no vocab; give one that classifies images")
+    name, vocab, dls = type(learn.model).__name__, _vocab_of(learn), learn.dls
     activation = getattr(learn.loss_func, "activation", None)
     logits = torch.eye(len(vocab))
     if activation is not None and not torch.allclose(activation(logits).as_subclass(Tensor), logits.softmax(1)):
@@ -212,7 +219,7 @@ def predict_files(
 
 def classify_files(
     source: str | Path, images: Iterable[Path], trust: bool = False, errors: list[UserError] | None = None
-) -> tuple[list[str], Iterator[tuple[Path, Tensor]]]:
+) -> tuple[list[str], Iterator[Classified]]:
     """`predict_files` for any number of images, of which only a batch is in memory.
 
     Returns:
@@ -222,7 +229,7 @@ def classify_files(
     if source.suffix == ".pkl":
         learn = open_learner(source, trust)
         learn.remove_cbs([cb for cb in learn.cbs if cb.name == "progress"])
-        vocab = [str(name) for name in learn.dls.vocab]
+        vocab = _vocab_of(learn)
 
         def read(file: Path) -> Path:
             read_image(file)  # what fastai raises need not name the file
@@ -249,7 +256,7 @@ def _classified(
     read: Callable[[Path], Any],
     classify: Callable[[list[Any]], Tensor],
     errors: list[UserError] | None,
-) -> Iterator[tuple[Path, Tensor]]:
+) -> Iterator[Classified]:
     for batch in chunked(images, BATCH):
         files, items = [], []
         for file in batch:

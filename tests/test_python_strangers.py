@@ -327,6 +327,8 @@ def test_a_stock_learner_that_cannot_leave_is_said(colours, tmp_path):
     export(ImageBlock, MultiCategoryBlock, get_y=several, item_tfms=Resize(16))
     words = "no vocab"
     export(ImageBlock, RegressionBlock, get_y=number, item_tfms=Resize(16))
+    image = next(iter(get_image_files(colours)))
+    refused(lambda: predict_files(tmp_path / "x.pkl", [image], trust=True), words)
     words = "more than resize and normalise"
     export(ImageBlock, CategoryBlock, item_tfms=Resize(16), batch_tfms=Darker())
     dls = block(colours, ImageBlock, CategoryBlock)
