@@ -1,14 +1,16 @@
 """Files that are complete or absent."""
 
 import contextlib
+import glob
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["partials", "whole"]
+__all__ = ["partials", "sweep", "whole"]
 
 PARTIAL = ".partial"
+OLD = 24 * 3600  # seconds
 PATIENCE, PAUSE = 2.0, 0.05  # seconds in which a file that is in use may come free, and between two tries
 
 
@@ -31,6 +33,7 @@ def whole(file: Path, durable: bool = True) -> Iterator[Path]:
         _replace(partial, file)
         if durable:
             _flush_folder(file.parent)
+            sweep(file.parent, glob.escape(file.name))
     except BaseException:
         with contextlib.suppress(OSError):
             partial.unlink()
@@ -41,6 +44,14 @@ def partials(folder: Path, name: str) -> list[Path]:
     """What `whole` has left beside a file when its process was killed; `name` may be a pattern of files."""
     left = folder.glob(f"{name}.*{PARTIAL}")
     return [file for file in left if file.name.removesuffix(PARTIAL).rpartition(".")[2].isdecimal()]
+
+
+def sweep(folder: Path, name: str) -> None:
+    """Remove what `whole` has left beside a file, once it is so old that no process can still be writing it."""
+    for left in partials(folder, name):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > OLD:
+                left.unlink()
 
 
 def _replace(partial: Path, file: Path) -> None:

@@ -18,12 +18,14 @@ import pytest
 import torch
 from fastai.interpret import ClassificationInterpretation
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from dms_fastai import UserError, dms_learner, load_data
-from dms_fastai.data import archive, sources
+from dms_fastai.data import archive, images, sources
 from dms_fastai.data.images import read_image
 from dms_fastai.data.sources import load_splits
 from dms_fastai.errors import Notice
+from dms_fastai.files import whole
 from tests.conftest import quiet
 from tests.test_data import COLOURS, make_folder, make_npz
 from tests.test_runs import dms  # noqa: F401  (a fixture)
@@ -210,7 +212,32 @@ def test_an_interruption_ends_the_decoding(tmp_path, monkeypatch):
     assert len(seen) <= 64
 
 
-def test_half_written_caches_of_others_are_removed_in_time(tmp_path, monkeypatch):
+def test_large_images_are_decoded_one_at_a_time(tmp_path, monkeypatch):
+    root = make_folder(tmp_path / "colours", ("train",), each=8, size=(40, 40))
+    at_once, most, load = [], [], PngImageFile.load
+
+    def counted(self):
+        at_once.append(self)
+        most.append(len(at_once))
+        time.sleep(0.002)
+        at_once.pop()
+        return load(self)
+
+    monkeypatch.setattr(PngImageFile, "load", counted)
+    monkeypatch.setattr(images, "LARGE", 1000)
+    assert colours(load_splits(root, 8)["train"]) == sorted(list(COLOURS) * 8)
+    assert set(most) == {1}
+
+
+def test_images_of_too_many_pixels_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
+    Image.new("1", (300, 200)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50_000)
+    monkeypatch.setattr(PngImageFile, "load", None)
+    with pytest.raises(UserError, match="it has 300 x 200 pixels, and 50,000 are the most"):
+        read_image(tmp_path / "a.png")
+
+
+def test_what_killed_processes_have_left_is_removed_in_time(tmp_path, monkeypatch):
     monkeypatch.setenv("DMS_FASTAI_CACHE", str(tmp_path / "cache"))
     (tmp_path / "cache").mkdir()
     old, new, foreign = (tmp_path / "cache" / name for name in ("a.1.partial", "b.2.partial", "mine.partial"))
@@ -222,6 +249,14 @@ def test_half_written_caches_of_others_are_removed_in_time(tmp_path, monkeypatch
     assert not old.exists()
     assert new.exists()
     assert foreign.exists()
+    left, other = tmp_path / "[a].onnx.7.partial", tmp_path / "b.onnx.7.partial"
+    for file in (left, other):
+        file.write_bytes(b"")
+        os.utime(file, (1, 1))
+    with whole(tmp_path / "[a].onnx") as partial:
+        partial.write_bytes(b"")
+    assert not left.exists()
+    assert other.exists()
 
 
 # Pixels

@@ -2,12 +2,10 @@
 
 import contextlib
 import hashlib
-import lzma
 import os
 import shutil
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,7 +17,6 @@ from .decoded import cache_dir
 
 __all__ = ["count_files", "is_archive", "unpacked"]
 
-DAMAGE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, ValueError, RuntimeError, OSError)
 
 
 def is_archive(file: Path) -> bool:
@@ -95,10 +92,11 @@ def _check_room(archive: Path, needed: int, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _damage(archive: Path) -> Iterator[None]:
+    """Turn what the readers of damaged files raise, which may be anything, into a UserError."""
     try:
         yield
     except UserError:
         raise
-    except DAMAGE as error:
+    except Exception as error:
         reason = str(error) or type(error).__name__
         raise UserError(f"{os.fspath(archive)} cannot be unpacked: {reason}") from None

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import os
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import UserError, notice
-from ..files import partials, whole
+from ..files import sweep, whole
 from .images import grey_white, open_image, read_image
 from .imageset import ImageSet
 from .white import BYTE, describe
@@ -29,7 +28,6 @@ SHOW_PROGRESS_FROM = 2000
 NAMED = 10  # unreadable files in one message
 AHEAD = 64  # files that are given to the threads before the first is asked for
 READING = b"3"  # to be counted up when images are read in another way, so that older caches are not used
-OLD = 24 * 3600  # seconds after which a half-written cache is nobody's
 
 
 @dataclass(frozen=True)
@@ -174,9 +172,6 @@ def _save_cache(cache: Path, images: Tensor, white: float | None, stamp: str) ->
     """Cache decoded images. A cache that cannot be written is no error."""
     with contextlib.suppress(OSError, SafetensorError):
         cache.parent.mkdir(parents=True, exist_ok=True)
-        for left in partials(cache.parent, "*"):
-            with contextlib.suppress(OSError):
-                if time.time() - left.stat().st_mtime > OLD:
-                    left.unlink()
+        sweep(cache.parent, "*")
         with whole(cache) as partial:
             save_file({"images": images}, partial, {"stamp": stamp, "white": json.dumps(white)})
