@@ -8,37 +8,49 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from errno import ENOSPC
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import Progress
 from rich.table import Table
 
+from . import __version__
 from .clock import seconds_of
-from .errors import Notice, UserError, no_format, no_model
-from .names import DATA_SETS, DEVICES, architectures, check_device, entries, shipped
-from .recipes import ablation_of, added_by, flat, load_recipe, parse_setting, recipe_names
+from .errors import Notice, UserError, either, no_format, no_model, notice
+from .names import DATA_SETS, DEVICES, architectures, check_device, entries, shipped, source_name
+from .recipes import ablation_of, added_by, all_keys, flat, load_recipe, parse_setting, recipe_names
 from .run_folder import RunFolder
 from .runs.wanted import ABLATION, Wanted
 from .schema import choices_of
 from .terminal import Terminal, any_encoding
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from .export import Classified
     from .run_folder import Run
     from .runs.plan import Opened, Stage
     from .runs.stage import Manner
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 console, errors = Terminal(), Terminal(stderr=True)
 
 SIGNAL_CODES = {"SIGHUP": 129, "SIGINT": 130, "SIGUSR1": 138, "SIGUSR2": 140, "SIGTERM": 143, "SIGXCPU": 152}
 EXIT_CODES = {**SIGNAL_CODES, "time limit": 75}
 MANY = 500  # images that take long enough for a bar
+WORST = 20  # classes in the table of `evaluate`
+SPLITS = ("test", "val", "train")
+KEYS = "keys"  # in place of a recipe, what `show` takes for a list of all keys
 TRUST = typer.Option("--trust-pickle", help="Load a .pkl, which runs the code in it; only for files that you trust.")
 
 
@@ -54,10 +66,26 @@ data_words, device_words, arch_words = (
     beginning(lambda: DEVICES),
     beginning(architectures),
 )
+key_words = beginning(lambda: [f"{key}=" for key in all_keys()])
+split_words = beginning(lambda: SPLITS)
+shown_words = beginning(lambda: [*recipe_names(), KEYS])
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="table.key=value; may be repeated.", autocompletion=key_words)
+]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        console.say(f"dms-fastai {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
-def about() -> None:
+def about(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_version)
+    ] = False,
+) -> None:
     """Tiny residual networks, distilled: train, compare and export small image classifiers."""
 
 
@@ -89,13 +117,22 @@ def run(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the weights, the batches and the augmentation.")] = 0,
     seeds: Annotated[str | None, typer.Option(help="Several seeds, each trained: 0,1,2.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="table.key=value; may be repeated.")] = None,
+    set_: Settings = None,
+    from_: Annotated[
+        str | None, typer.Option("--from", help="Begin from a finished run's weights: its folder, or a .safetensors.")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Choose batch size, epochs and networks that train in 90s, 20m or 2h.")
+    ] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Train each student without its teacher, too.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be trained, and how long.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.", autocompletion=device_words)] = "auto",
     out: Annotated[Path | None, typer.Option(help="Folder of the runs, instead of artifacts/DATA.")] = None,
     time_limit: Annotated[str | None, typer.Option(help="Stop cleanly after 90s, 9m or 2h.")] = None,
     at_once: Annotated[int, typer.Option(min=1, help="How many stages to train side by side.")] = 1,
     restart: Annotated[bool, typer.Option("--restart", help="Delete what these runs have, and begin again.")] = False,
     checkpoint_steps: Annotated[int | None, typer.Option(min=1, help="Also checkpoint every so many steps.")] = None,
+    keep_best: Annotated[bool, typer.Option("--keep-best", help="Also keep the weights of the best epoch.")] = False,
     trust_pickle: Annotated[bool, TRUST] = False,
     deterministic: Annotated[bool, typer.Option("--deterministic", help="Repeatable on a GPU, but slower.")] = False,
     profile: Annotated[bool, typer.Option("--profile", help="Print where step time goes; trace a few steps.")] = False,
@@ -104,6 +141,10 @@ def run(
     deadline = None if time_limit is None else time.monotonic() + seconds_of(time_limit)
     data = os.path.expanduser(data)
     teacher = None if teacher is None else ",".join(map(os.path.expanduser, teacher.split(",")))
+    settings = _settings(set_) | _labelled(labels)
+    if from_ is not None:
+        from_ = os.path.expanduser(from_)
+        settings = _beginning(from_, recipe, data, settings) | settings
     wanted = Wanted(
         recipes=tuple(map(os.path.expanduser, recipe)),
         data=data,
@@ -113,41 +154,58 @@ def run(
         teacher=teacher,
         epochs=epochs,
         schedule=schedule,
-        settings=dict(parse_setting(text) for text in set_ or []) | _labelled(labels),
+        settings=settings,
+        budget=None if budget is None else seconds_of(budget) / 60,
+        compare=compare,
     )
     check_device(device)
-    wanted.resolved()  # whatever is mistyped is refused before torch is imported
+    found = wanted.resolved()  # whatever is mistyped is refused before torch is imported
+    if from_ is not None:
+        from .runs.start_from import refuse_same_folder
+
+        folders = [wanted.root / found[0].name / f"seed{seed}" for seed in wanted.seeds]
+        refuse_same_folder(from_, folders)
+        console.say(f"--from is short for --set model.weights={from_}; the run goes to {folders[0].parent}")
 
     from .runs.guards import refuse_other_recipe
     from .runs.machine import be_deterministic, choose_device
     from .runs.plan import Opened, plan
     from .runs.stage import Manner
 
-    manner = Manner(choose_device(device), deadline, restart, profile, checkpoint_steps)
+    manner = Manner(choose_device(device), deadline, restart, profile, checkpoint_steps, keep_best)
     if deterministic:
         be_deterministic()
     if teacher is not None:
         _say_what_is_read(Path(teacher), trust_pickle)
     opened = Opened(data, trust_pickle)
-    stages = plan(wanted, opened)
+    stages = plan(wanted, opened, restart, manner.device)
+    if dry_run:
+        _show_plan(stages, opened, manner)
+        return
     if not restart:
         for stage in stages:  # before anything is trained
             refuse_other_recipe(stage.recipe, stage.folder)
     if at_once > 1:
         flags = {"--restart": restart, "--trust-pickle": trust_pickle, "--deterministic": deterministic}
-        flags |= {"--profile": profile}
+        flags |= {"--profile": profile, "--keep-best": keep_best}
         options = ["--data", data, "--device", device, *(flag for flag, given in flags.items() if given)]
         options += [] if checkpoint_steps is None else ["--checkpoint-steps", str(checkpoint_steps)]
         _train_at_once(stages, wanted.root, at_once, options, manner)
     else:
         _train_in_turn(stages, opened, manner)
     for seed in wanted.seeds:
-        last = [stage for stage in stages if stage.seed == seed][-1].folder.learner
-        console.say(f"learner: {last}")
+        last = [stage for stage in stages if stage.seed == seed][-1].folder
+        console.say(f"learner: {last.learner}")
+        if keep_best:
+            from .runs.best import describe_best
+
+            console.say(f"best: {describe_best(last)}")
 
 
 def _train_in_turn(stages: "list[Stage]", opened: "Opened", manner: "Manner") -> None:
     from .run_folder import Run
+    from .runs.advice import teacher_advice
+    from .runs.progress import ahead
     from .runs.stage import run_stage
 
     runs: dict[Path, Run] = {}
@@ -158,12 +216,20 @@ def _train_in_turn(stages: "list[Stage]", opened: "Opened", manner: "Manner") ->
         teacher = None if stage.teacher is None else RunFolder(Path(stage.teacher))
         if teacher is not None and teacher.finished and teacher.path not in runs:
             runs[teacher.path] = Run.read(teacher.path)
-            console.say(f"taught by the finished run in {teacher.path}")
-        result = run_stage(stage, opened, manner, console)
+            facts = runs[teacher.path].facts
+            known = (
+                "" if facts.last is None else f": {100 * facts.last.valid_accuracy:.2f} % after {facts.epochs} epochs"
+            )
+            console.say(f"taught by the finished run in {teacher.path}{known}")
+        to_come = ahead(stages[place:], stages[: place - 1], manner.restart)
+        result = run_stage(stage, opened, replace(manner, ahead=to_come), console)
         reason = result.facts.stopped_by
         if reason is not None and (not result.finished or place < len(stages)):
             _stopped(reason, f"{result.facts.title}, {result.state or 'finished'}", manner.restart)
         runs[stage.folder.path] = result
+        if teacher is not None and teacher.path in runs:
+            for line in teacher_advice(result.facts, runs[teacher.path].facts):
+                notice(line)
     _show(runs.values())
 
 
@@ -187,6 +253,16 @@ def _train_at_once(stages: "list[Stage]", root: Path, at_once: int, options: lis
         _stopped(reason or asked, unfinished[0], manner.restart)
 
 
+def _show_plan(stages: "list[Stage]", opened: "Opened", manner: "Manner") -> None:
+    from .runs.foresee import foreseen
+
+    said, table = foreseen(stages, opened, manner.device)
+    for line in said[:-1]:
+        console.say(line)
+    console.print(table)
+    console.say(said[-1])
+
+
 def _stopped(reason: str, state: str, restart: bool) -> None:
     again = "without --restart the same command" if restart else "the same command"
     console.say(f"stopped ({reason}): {state}; {again} goes on from there")
@@ -206,6 +282,26 @@ def recipes() -> None:
 
 
 @app.command()
+def show(
+    recipe: Annotated[
+        str, typer.Argument(help="A recipe or a .toml; or the word keys, for all keys.", autocompletion=shown_words)
+    ],
+    data: Annotated[
+        str | None, typer.Option(help="A data set, to which the recipe may adapt.", autocompletion=data_words)
+    ] = None,
+    set_: Settings = None,
+) -> None:
+    """Print a whole recipe as TOML: what each key means, and which file its value comes from; or list all keys."""
+    from .show import annotated, list_of_keys
+
+    if recipe == KEYS and (data is not None or set_):
+        raise UserError("show keys lists all keys; leave --data and --set out, or name a recipe")
+    name = "" if data is None else source_name(os.path.expanduser(data))
+    text = list_of_keys() if recipe == KEYS else annotated(os.path.expanduser(recipe), name, _settings(set_))
+    console.print(text, end="", soft_wrap=True)
+
+
+@app.command()
 def models() -> None:
     """List this package's architectures with their parameters for 10 classes."""
     listing = Table("model", "parameters", "weights", "what it is")
@@ -214,6 +310,56 @@ def models() -> None:
         listing.add_row(entry.name, entry.parameters, entry.weights or "-", entry.what)
     console.print(listing)
     console.print("Any other timm architecture works as well: dms-fastai run se --arch resnet18")
+
+
+@app.command("lr-find")
+def lr_find(
+    recipe: Annotated[str, typer.Argument(help="A recipe or a .toml.", autocompletion=recipe_words)],
+    data: Annotated[str, typer.Option(help="As in run.", autocompletion=data_words)] = "digits",
+    labels: Annotated[Path | None, typer.Option(help="As in run.")] = None,
+    arch: Annotated[str | None, typer.Option(help="As in run.", autocompletion=arch_words)] = None,
+    teacher: Annotated[str | None, typer.Option(help="As in run.", autocompletion=recipe_words)] = None,
+    seed: Annotated[int, typer.Option(help="As in run.")] = 0,
+    set_: Settings = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.", autocompletion=device_words)] = "auto",
+    out: Annotated[Path, typer.Option(help="The plot, a .png.")] = Path("lr-find.png"),
+    trust_pickle: Annotated[bool, TRUST] = False,
+) -> None:
+    """Look for a learning rate, as fastai's lr_find does: a plot, and a line to paste. Takes a hundred steps.
+
+    A teacher takes part if it is at hand. No run is written.
+    """
+    out, data = _home(out), os.path.expanduser(data)
+    if out.suffix != ".png":
+        raise UserError(f"{out} is no name of a plot; give --out NAME.png")
+    if recipe == ABLATION:
+        raise UserError("lr-find takes one recipe; baseline, se, mixup and kd are those of the ablation")
+    wanted = Wanted(
+        recipes=(os.path.expanduser(recipe),),
+        data=data,
+        seeds=(seed,),
+        arch=arch,
+        teacher=None if teacher is None else ",".join(map(os.path.expanduser, teacher.split(","))),
+        settings=_settings(set_) | _labelled(labels),
+    )
+    check_device(device)
+    wanted.resolved()
+
+    from .runs.lr_find import STEPS, find_rates, plot_rates, without_untrained_teacher
+    from .runs.machine import choose_device
+    from .runs.plan import Opened, plan
+
+    opened = Opened(data, trust_pickle)
+    *_, planned = plan(wanted, opened)
+    stage = without_untrained_teacher(planned)
+    if stage is not planned:
+        console.say(f"without the teacher, which has not been trained: {planned.teacher}")
+    with _bar() as bar:
+        task = bar.add_task("looking", total=STEPS)
+        found = find_rates(stage, opened, choose_device(device), lambda: bar.advance(task))
+    plot_rates(found, stage.recipe.optimizer.lr, f"{stage.recipe.title} on {source_name(data)}", out)
+    console.say(f"plot: {out}")
+    console.say(f"--set optimizer.lr={found.suggested:.2g}")
 
 
 @app.command()
@@ -274,8 +420,15 @@ def _tracked(found: "Iterable[Classified]", images: int, csv: Path | None) -> "I
     if images < MANY or lines or not errors.is_terminal:
         yield from found
         return
-    with Progress(console=errors, transient=True, redirect_stdout=False, redirect_stderr=False) as progress:
-        yield from progress.track(found, total=images, description="classifying")
+    with _bar() as bar:
+        yield from bar.track(found, total=images, description="classifying")
+
+
+def _bar() -> Progress:
+    """A bar on standard error, if that is a terminal; it leaves no trace."""
+    return Progress(
+        console=errors, transient=True, redirect_stdout=False, redirect_stderr=False, disable=not errors.is_terminal
+    )
 
 
 def _unread(bad: list[UserError], images: int) -> UserError:
@@ -285,6 +438,66 @@ def _unread(bad: list[UserError], images: int) -> UserError:
     for error in bad:
         errors.say(error.message)
     return UserError(f"{len(bad):,} of {images:,} images could not be read")
+
+
+@app.command()
+def evaluate(
+    learner: Annotated[Path, typer.Argument(help="A run's folder, a .safetensors, a learner.pkl, or dmsresnet.")],
+    data: Annotated[
+        str | None,
+        typer.Option(help="As in run. A run on a data set with a name takes that.", autocompletion=data_words),
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(help="test, val or train; test by default, or val if there is none.", autocompletion=split_words),
+    ] = None,
+    labels: Annotated[Path | None, typer.Option(help="As in run.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.", autocompletion=device_words)] = "auto",
+    trust_pickle: Annotated[bool, TRUST] = False,
+) -> None:
+    """Measure a model on labelled images: accuracy, loss, and the accuracy in each class, the worst first."""
+    learner = _home(learner)
+    if split is not None and split not in SPLITS:
+        raise UserError(f"split is {split!r}; it must be {either(SPLITS)}")
+    check_device(device)
+    if not _check_model(learner):
+        from .export import open_model
+
+        open_model(learner, trust_pickle)  # says what is missing
+    data = _own_data(learner) if data is None else os.path.expanduser(data)
+    name = source_name(data)
+
+    from .evaluate import evaluate_model
+    from .runs.machine import choose_device
+
+    def track(batches: "Sequence[Tensor]") -> "Iterable[Tensor]":
+        with _bar() as bar:
+            yield from bar.track(batches, description="classifying")
+
+    _say_what_is_read(learner, trust_pickle)
+    labels = None if labels is None else _home(labels)
+    found = evaluate_model(learner, data, split, labels, choose_device(device), trust_pickle, track)
+    listing = Table("class", "images", "accuracy, %")
+    for column in listing.columns[1:]:
+        column.justify = "right"
+    for of_class in found.classes[:WORST]:
+        listing.add_row(of_class.name, f"{of_class.images:,}", f"{100 * of_class.accuracy:.2f}")
+    console.print(listing)
+    rest = found.classes[WORST:]
+    if rest:
+        console.say(f"and {len(rest)} more classes, {100 * rest[0].accuracy:.2f} % or better")
+    told = f"accuracy: {100 * found.accuracy:.2f} %, loss: {found.loss:.4f}"
+    console.say(f"{told}, of {found.images:,} images: {name}, {found.split}")
+
+
+def _own_data(source: Path) -> str:
+    """The data set that a run was trained on, if it is one with a name; a UserError if it is not."""
+    folder = RunFolder(source if source.is_dir() else source.parent)
+    name = folder.facts().data if source.exists() and folder.facts_file.is_file() else None
+    if name not in DATA_SETS:
+        why = f"{source} does not say which" if name is None else f"where {name} lies is not known"
+        raise UserError(f"no images to evaluate on: {why}; give --data a data set, a folder or a file")
+    return name
 
 
 @app.command()
@@ -319,23 +532,46 @@ def report(
 
     from .report.page import write_report
     from .report.rows import sections
+    from .report.shipped import shipped
 
-    _show(runs)
+    theirs = shipped()
+    _show(runs, theirs)
     for problem in problems:
         console.say(f"left out: {problem.what}")
-    page = write_report(sections(runs), problems, _home(out))
+    page = write_report(sections(runs, theirs), problems, _home(out))
     console.say(f"report: {page}")
 
 
-def _show(runs: "Iterable[Run]") -> None:
-    """Print the tables of runs, and what each stage gained over the one before."""
+def _show(runs: "Iterable[Run]", shipped: Collection[Path] = ()) -> None:
+    """Print the tables of runs, and what each stage gained over the one before; of those shipped, only their number."""
     from .report.rows import sections
     from .report.tables import difference_lines, table
 
-    for section in sections(runs):
-        console.print(table(section))
-        for line in difference_lines(section.differences):
-            console.print(line)
+    found = sections(runs, shipped)
+    for section in found:
+        if not section.shipped:
+            console.print(table(section))
+            for line in difference_lines(section.differences):
+                console.print(line)
+    theirs = sum(len(row.runs) for section in found if section.shipped for row in section.rows)
+    if theirs:
+        console.say(f"runs that came with the package: {theirs}, at the end of the page")
+
+
+def _settings(texts: list[str] | None) -> dict[str, Any]:
+    """What the options --set say."""
+    return dict(parse_setting(text) for text in texts or [])
+
+
+def _beginning(source: str, recipes: list[str], data: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that --from is short for."""
+    from .runs.start_from import settings_from
+
+    if len(recipes) > 1 or recipes[0] == ABLATION:
+        raise UserError("--from is for one recipe; give the others commands of their own")
+    if "model.weights" in settings:
+        raise UserError("--from and --set model.weights say the same thing; leave one out")
+    return settings_from(source, load_recipe(os.path.expanduser(recipes[0]), source_name(data)))
 
 
 def _labelled(labels: Path | None) -> dict[str, str]:

@@ -32,7 +32,7 @@ from .models.weights import all_finite, load_weights, save_weights
 from .run_folder import RunFolder
 from .trained import Inputs, find_file, inputs_of, open_learner
 
-__all__ = ["Classifier", "classify_files", "export_model", "export_run", "predict_files"]
+__all__ = ["Classifier", "classify_files", "export_model", "export_run", "open_model", "predict_files"]
 
 Classified = tuple[Path, Tensor]  # an image file and its probabilities, shape (C,)
 BATCH = 64  # images to predict at once
@@ -82,15 +82,7 @@ def export_model(source: str | Path | Learner, file: str | Path, trust: bool = F
     written = FORMATS[file.suffix]
     if not all(map(find_spec, written.packages)):
         raise UserError(f"{file} needs more packages: pip install {' '.join(written.packages)}")
-    if not isinstance(source, Learner):
-        source = _find(source, trust)
-        source = open_learner(source, trust) if source.suffix == ".pkl" else source
-    if isinstance(source, Learner):
-        model, card = source.model, source.card if isinstance(source, DMSLearner) else _card_of(source)
-        if not all_finite(model):
-            raise UserError("the Learner's weights are NaN or infinite; train it again")
-    else:
-        model, card = load_weights(source)
+    model, card = open_model(source, trust)
     classifier = Classifier(model, card).cpu().float().eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, of its own deprecations
@@ -103,6 +95,27 @@ def export_model(source: str | Path | Learner, file: str | Path, trust: bool = F
     with whole(file) as partial:
         partial.write_bytes(content)
     return file
+
+
+def open_model(source: str | Path | Learner, trust: bool = False) -> tuple[nn.Module, ModelCard]:
+    """A trained network, and what it is and expects of its images.
+
+    Args:
+        source, trust: As in `export_model`.
+
+    Raises:
+        UserError: There is no model at `source`, it is a .pkl that is not trusted, the Learner does not say what images
+            its model takes, or weights are NaN or infinite.
+    """
+    if not isinstance(source, Learner):
+        source = _find(source, trust)
+        source = open_learner(source, trust) if source.suffix == ".pkl" else source
+    if not isinstance(source, Learner):
+        return load_weights(source)
+    card = source.card if isinstance(source, DMSLearner) else _card_of(source)
+    if not all_finite(source.model):
+        raise UserError("the Learner's weights are NaN or infinite; train it again")
+    return source.model, card
 
 
 def _vocab_of(learn: Learner) -> list[str]:

@@ -34,6 +34,7 @@ __all__ = [
     "cut_path",
     "flat",
     "load_recipe",
+    "origins_of",
     "parse_setting",
     "recipe_names",
 ]
@@ -144,16 +145,12 @@ def load_recipe(
     Raises:
         UserError: An unknown recipe, architecture or key (suggests the nearest known one), or a value out of range.
     """
-    file = _find(recipe)
-    layers = [layer for f in reversed(_chain(file)) for layer in _layers(f, data)]
-    layers.append(_called(file))
-    if arch is not None:
-        layers.append({"model": {"name": _variant(arch, layers)}})
-    old = not any("name" in layer["optimizer"] for layer in layers if isinstance(layer.get("optimizer"), Mapping))
-    layers += [_nest(key.split("."), value) for key, value in (settings or {}).items()]
+    layers = _layered(recipe, data, arch, settings)
+    written = [layer["optimizer"] for at, layer in layers if at != "--set" and "optimizer" in layer]
+    old = not any("name" in optimizer for optimizer in written if isinstance(optimizer, Mapping))
     table: Nested = {}
-    for layer in layers:
-        table = _merge(table, modern_layer(layer))
+    for _, layer in layers:
+        table = _merge(table, layer)
     mixing = [key for key in ("mixup", "cutmix", "mixup_or_cutmix") if isinstance(table.get(key), Mapping)]
     if len(mixing) > 1 and "mixup_or_cutmix" in mixing:
         raise UserError(f"{' and '.join(mixing)} would mix the same batch; leave out one: --set {mixing[0]}=false")
@@ -163,6 +160,26 @@ def load_recipe(
     if built.distill is not None and built.teacher is None:
         raise UserError(f"recipe {built.name!r} distils without a teacher; add teacher = NAME or leave out [distill]")
     return built
+
+
+def origins_of(recipe: str | Path, data: str = "", settings: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """Where the values of `load_recipe` come from.
+
+    Args:
+        recipe, data, settings: As in `load_recipe`.
+
+    Returns:
+        For each dotted key that is not left to its default, what has the last word on it: a file, with [on.NAME] if it
+        says so for the data set alone, or "--set". For each table, what has switched it on.
+    """
+    found: dict[str, str] = {}
+    table: Nested = {}
+    for origin, layer in _layered(recipe, data, None, settings):
+        on = {key for key, value in _dotted(table).items() if isinstance(value, Mapping)}
+        said = _dotted(layer).items()
+        found |= {key: origin for key, value in said if key not in on or not isinstance(value, Mapping)}
+        table = _merge(table, layer)
+    return {key: origin for key, origin in found.items() if key in _dotted(table)}
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
@@ -189,6 +206,19 @@ def ablation_of(recipe: str | Path) -> list[str]:
 def added_by(recipe: str | Path) -> Nested:
     """What a recipe's own file holds: what it adds to the one that it extends."""
     return {key: value for key, value in _own(_find(recipe)).items() if key not in ("title", "on")}
+
+
+def _layered(
+    recipe: str | Path, data: str, arch: str | None, settings: Mapping[str, Any] | None
+) -> list[tuple[str, Nested]]:
+    """What a recipe is made up of, the last word last: where each layer comes from, and what it says."""
+    file = _find(recipe)
+    layers = [layer for f in reversed(_chain(file)) for layer in _layers(f, data)]
+    layers += _called(file)
+    if arch is not None:
+        layers.append(("--arch", {"model": {"name": _variant(arch, [layer for _, layer in layers])}}))
+    layers += [("--set", _nest(key.split("."), value)) for key, value in (settings or {}).items()]
+    return [(origin, modern_layer(layer)) for origin, layer in layers]
 
 
 def _find(recipe: str | Path) -> Path:
@@ -226,7 +256,7 @@ def _own(file: Path) -> Nested:
     return {key: value for key, value in _toml(file).items() if key != "extends"}
 
 
-def _layers(file: Path, data: str) -> tuple[Nested, Nested]:
+def _layers(file: Path, data: str) -> list[tuple[str, Nested]]:
     """What a file says, and what it says further for a data set."""
     table = _own(file)
     teacher = table.get("teacher")
@@ -236,14 +266,20 @@ def _layers(file: Path, data: str) -> tuple[Nested, Nested]:
     more = on.get(data, {}) if isinstance(on, Mapping) else on
     if not isinstance(more, Mapping):
         raise UserError(f"{file}: on is {on!r}; it must hold tables, [on.NAME.TABLE]")
-    return table, more
+    return [(_shown(file), table), (f"{_shown(file)} [on.{data}]", dict(more))]
 
 
-def _called(file: Path) -> Nested:
+def _called(file: Path) -> list[tuple[str, Nested]]:
     """Name and title, which are not inherited: nothing else tells two recipes apart in a table of results."""
     table = _toml(file)
     name = table.get("name", _name_of(file))
-    return {"name": name, "title": table.get("title", name)}
+    named = {"name": (name, "the file's name"), "title": (table.get("title", name), "the recipe's name")}
+    return [(_shown(file) if key in table else at, {key: value}) for key, (value, at) in named.items()]
+
+
+def _shown(file: Path) -> str:
+    """A recipe's file, by its name if it comes with the package."""
+    return f"{_name_of(file)}.toml" if file.resolve().is_relative_to(recipes_dir().resolve()) else str(file)
 
 
 def _toml(file: Path) -> Nested:
@@ -302,6 +338,16 @@ def flat(table: Mapping[str, Any], prefix: str = "") -> Nested:
             found |= flat(value, f"{prefix}{key}.") or ({} if prefix else {key: True})
         else:
             found[f"{prefix}{key}"] = value
+    return found
+
+
+def _dotted(table: Mapping[str, Any], prefix: str = "") -> Nested:
+    """The values in a nested table, by dotted key, and the tables in it."""
+    found: Nested = {}
+    for key, value in table.items():
+        found[f"{prefix}{key}"] = value
+        if isinstance(value, Mapping):
+            found |= _dotted(value, f"{prefix}{key}.")
     return found
 
 

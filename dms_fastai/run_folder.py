@@ -129,6 +129,11 @@ class RunFolder:
         return self.path / "model.safetensors"
 
     @property
+    def best(self) -> Path:
+        """The model after its best epoch, if the run keeps it."""
+        return self.path / "best.safetensors"
+
+    @property
     def predictions(self) -> Path:
         return self.path / "predictions.npz"
 
@@ -143,7 +148,8 @@ class RunFolder:
 
     def partial_files(self) -> list[Path]:
         """What a killed process has left half written of this run's files."""
-        own = (self.recipe_file, self.facts_file, self.metrics, self.learner, self.weights, self.predictions)
+        own = (self.recipe_file, self.facts_file, self.metrics, self.learner)
+        own += (self.weights, self.best, self.predictions)
         found = [left for file in own for left in partials(self.path, file.name)]
         return [*found, *partials(self.checkpoints, "*-*-*.pt")]
 

@@ -10,6 +10,7 @@ too long for the report of a typing mistake. A test checks that source and const
 
 import ast
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -22,10 +23,22 @@ from . import settings
 from .errors import UserError, either, unknown
 from .settings import OneOf, convert
 
-__all__ = ["Table", "choices_of", "keys_of", "load", "read_table", "settings_of", "table_of"]
+__all__ = [
+    "Meaning",
+    "Table",
+    "choices_of",
+    "keys_of",
+    "load",
+    "meaning_of",
+    "read_table",
+    "settings_of",
+    "table_of",
+]
 
 PACKAGE = Path(__file__).parent
 WORDS = vars(settings)  # the names that an annotation may use
+SECTION = re.compile(r"^(?:Args|Attributes):\n((?: .*\n?|\n)+)", re.M)
+ENTRY = re.compile(r"^ {4}(\w+(?:, \w+)*): (.*(?:\n {5,}.*)*)", re.M)
 
 
 @dataclass(frozen=True)
@@ -70,6 +83,19 @@ class Setting:
     hint: Any
     default: Any
     choices: str | None = None
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What the docstrings of a part say.
+
+    Attributes:
+        part: The first paragraph: what the part does.
+        settings: What each of its settings means, by name.
+    """
+
+    part: str
+    settings: dict[str, str]
 
 
 def load(at: str) -> Any:
@@ -179,6 +205,18 @@ def settings_of(at: str) -> dict[str, Setting]:
         choices = next((f"{module}:{more.choices}" for more in chooses if isinstance(more, OneOf)), None)
         own[argument] = Setting(hint, ast.literal_eval(default), choices)
     return own
+
+
+@cache
+def meaning_of(at: str) -> Meaning:
+    """What the docstrings of the class at `at` and of its constructor say of it and of its settings."""
+    module, name = at.split(":")
+    found = _definitions(module)[name]
+    init = [node for node in found.body if isinstance(node, ast.FunctionDef) and node.name == "__init__"]
+    texts = [ast.get_docstring(node) or "" for node in (found, *init)]
+    entries = [pair for text in texts for body in SECTION.findall(text) for pair in ENTRY.findall(body)]
+    told = {name: " ".join(said.split()) for names, said in entries for name in names.split(", ")}
+    return Meaning(" ".join(texts[0].partition("\n\n")[0].split()), told)
 
 
 @cache

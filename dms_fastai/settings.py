@@ -33,6 +33,7 @@ __all__ = [
     "ValidSplit",
     "checked",
     "convert",
+    "described",
 ]
 
 AnyClass = TypeVar("AnyClass", bound=type)
@@ -117,6 +118,13 @@ def convert(value: Any, hint: Any, where: str) -> Any:
         return found
     kinds = [_describe(option.type) for option in _options(hint) if option.type is not type(None)]
     raise UserError(f"{where} is {value!r}; it must be {either(kinds)}")
+
+
+def described(hint: Any) -> str:
+    """The values that an annotation allows, in words: "a finite number above 0"."""
+    options = [option for option in _options(hint) if option.type is not type(None)]
+    rules = dict.fromkeys(rule.words for option in options for rule in option.rules)
+    return ", ".join([either(map(_describe, (option.type for option in options))), *rules])
 
 
 REFUSED = object()

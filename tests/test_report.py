@@ -14,20 +14,33 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from dms_fastai import UserError, dms_learner, load_data
 from dms_fastai.report import page, plots
-from dms_fastai.report.plots import DARK, LIGHT, PLOTS, apart, by_epoch, class_accuracies, confusion_matrix
+from dms_fastai.report.plots import (
+    DARK,
+    LIGHT,
+    PLOTS,
+    apart,
+    by_epoch,
+    class_accuracies,
+    confusion_matrix,
+    looks,
+    lowest,
+)
 from dms_fastai.report.rows import sections
+from dms_fastai.report.shipped import shipped
 from dms_fastai.report.statistics import binomial, calibrate, over_seeds, paired_images
-from dms_fastai.report.tables import mistake_cells, notes
+from dms_fastai.report.tables import mistake_cells, notes, table
 from dms_fastai.run_folder import Run, RunFolder, find_runs
 from dms_fastai.runs.lock import locked
 from dms_fastai.runs.plan import Opened, plan
 from dms_fastai.runs.predictions import read_predictions, write_predictions
 from dms_fastai.runs.stage import run_stage
 from dms_fastai.runs.wanted import Wanted
+from dms_fastai.terminal import Terminal
 from tests.conftest import quiet
 from tests.test_runs import dms  # noqa: F401  (a fixture)
 
@@ -49,6 +62,11 @@ def trained(tmp_path_factory):
 def runs(trained, tmp_path):
     """A copy of them, to be damaged."""
     return shutil.copytree(trained, tmp_path / "artifacts")
+
+
+def shows(text, mean, sd):
+    """Whether a table has a mean, and its standard deviation in the next cell."""
+    return re.search(rf"\b{mean:.2f}\D+\b{sd:.2f}\b", text) is not None
 
 
 def last(folder):
@@ -180,7 +198,7 @@ def test_a_seed_that_was_cut_does_not_count_beside_those_that_were_not(runs):
     se, gain = section.rows[1], section.differences[0].estimate
     assert se.seeds == [0, 1, 2]
     assert se.accuracy.mean == pytest.approx(np.mean([last(runs / "se" / f"seed{s}") for s in (0, 2)]))
-    assert "n = 2)" in notes(section.rows)[0]
+    assert "n = 2)" in notes(section.rows)[1]
     assert gain.n == 1  # seed 0 alone has both
     rewrite(runs / "se" / "seed0", **cut_short)
     rewrite(runs / "se" / "seed2", **cut_short)
@@ -192,8 +210,8 @@ def test_a_seed_that_was_cut_does_not_count_beside_those_that_were_not(runs):
 def test_what_is_no_seed_of_a_recipe_is_a_row_of_its_own(runs):
     shutil.copytree(runs / "se" / "seed0", runs / "se" / "seed0_before")
     (section,) = sections(find_runs([runs])[0])
-    rows = {row.label: row.seeds for row in section.rows if row.title == "+ SE"}
-    assert rows == {f"+ SE ({runs}/se/seed0_before)": [0], f"+ SE ({runs}/se/seed0)": [0, 1]}
+    rows = {row.note: row.seeds for row in section.rows if row.title == "+ SE"}
+    assert rows == {f"{runs}/se/seed0_before": [0], f"{runs}/se/seed0": [0, 1]}
     shutil.rmtree(runs / "se" / "seed0_before")
     rewrite(runs / "se" / "seed1", data_digest=["other", "images"])
     (section,) = sections(find_runs([runs])[0])
@@ -231,8 +249,10 @@ def test_what_tells_rows_apart_is_said_once(runs):
             text = text.replace(*change)
         (runs / name / "seed1" / "recipe.toml").write_text(text)
     (section,) = sections(find_runs([runs])[0])
-    labels = {row.label for row in section.rows if row.title == "+ SE + MixUp"}
-    assert labels == {f"+ SE + MixUp (lr {lr}, momentum {m})" for lr, m in ((0.1, 0.9), (0.05, 0.9), (0.05, 0.8))}
+    told = [(row.label, row.note) for row in section.rows if row.title == "+ SE + MixUp"]
+    assert [label for label, _ in told] == [f"+ SE + MixUp ({number})" for number in (1, 2, 3)]
+    assert {note for _, note in told} == {f"lr {lr}, momentum {m}" for lr, m in ((0.1, 0.9), (0.05, 0.9), (0.05, 0.8))}
+    assert [f"({number}) {note}" for number, (_, note) in enumerate(told, start=1)] == notes(section.rows)[-3:]
 
 
 def test_the_band_is_the_standard_deviation_of_the_table(runs):
@@ -257,12 +277,12 @@ def test_every_file_of_the_report_opens_and_says_what_the_runs_say(dms, runs, tm
     assert code == 0
     both = [last(runs / "se" / f"seed{s}") for s in (0, 1)]
     mean, sd = 100 * np.mean(both), 100 * np.std(both, ddof=1)
-    assert f"{mean:.2f} ± {sd:.2f}" in out
+    assert shows(out, mean, sd)
     assert "digits, seeds 0, 1" in out
     assert "2 shared seeds" in out
     page, text = (tmp_path / "report" / name for name in ("index.html", "report.md"))
     for file in (page, text):
-        assert f"{mean:.2f} ± {sd:.2f}" in file.read_text()
+        assert shows(file.read_text(), mean, sd)
     assert not re.search(r"""(src|href|url)\s*=?\s*["'(]+(?!data:)""", page.read_text())
     images = {file.stem.removeprefix("digits-"): file for file in (tmp_path / "report").glob("*.png")}
     assert images.keys() == {plot.name for plot in PLOTS}
@@ -291,6 +311,112 @@ def test_a_browser_without_a_network_shows_the_plots_in_both_themes(dms, runs, t
     assert (sum(max(colours, key=colours.get)) > 3 * 128) == bright
     dots = tuple(int(theme.colours[1][i : i + 2], 16) for i in (1, 3, 5))
     assert colours.get(dots, 0) > 50
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_the_table_in_a_terminal_has_every_number_whole(runs, width):
+    rewrite(runs / "mixup" / "seed1", model="vit_small_patch14_reg4_dinov2.lvd142m", parameters=123_456_789, epochs=200)
+    (section,) = sections(find_runs([runs])[0])
+    out = io.StringIO()
+    Terminal(file=out, width=width).print(table(section))
+    text = out.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    head, rows = text.split("─\n")
+    columns = ("stage", "network", "parameters", "epochs", "accuracy", "best*", "time")
+    assert [name for name in columns if name not in head] == []
+    for row in section.rows:
+        accuracy = row.accuracy
+        assert f"{row.first.parameters:,}" in rows
+        assert (
+            shows(rows, 100 * accuracy.mean, 100 * accuracy.sd) if accuracy.sd else f"{100 * accuracy.mean:.2f}" in rows
+        )
+
+
+# --- whose runs
+
+
+def test_the_runs_of_the_package_are_those_that_git_has_and_nobody_has_changed(runs, monkeypatch):
+    git = ["git", "-C", str(runs), "-c", "user.name=x", "-c", "user.email=x"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    monkeypatch.setattr("dms_fastai.report.shipped.ROOT", runs)
+    assert shipped() == set()
+    subprocess.run([*git, "add", "baseline", "se"], check=True)
+    subprocess.run([*git, "commit", "-qm", "x"], check=True)
+    rewrite(runs / "se" / "seed1", seconds=1.5)
+    assert shipped() == {(runs / folder).resolve() for folder in ("baseline/seed0", "baseline/seed1", "se/seed0")}
+    monkeypatch.setattr("dms_fastai.report.shipped.ROOT", runs / "nowhere")
+    assert shipped() == set()
+
+
+def test_ones_own_runs_come_first_and_those_of_the_package_are_folded(dms, runs, tmp_path, monkeypatch):  # noqa: F811
+    for folder, data, year in (
+        ("mixup/seed1", "mine", 2001),
+        ("se/seed1", "yours", 2002),
+        ("se/seed0", "digits", 2000),
+    ):
+        rewrite(runs / folder, data=data, started=f"{year}-01-01T00:00:00+00:00")
+    theirs = {(runs / folder).resolve() for folder in ("baseline/seed0", "baseline/seed1")}
+    found = sections(find_runs([runs])[0], theirs)
+    assert [(s.data, s.shipped) for s in found] == [(d, d == "x") for d in ("yours", "mine", "digits")] + [
+        ("digits", True)
+    ]
+    monkeypatch.setattr("dms_fastai.report.shipped.shipped", lambda: theirs)
+    code, out, _ = dms("report")
+    assert code == 0
+    assert "ResNet" not in out
+    assert "runs that came with the package: 2" in out
+    html, text = ((tmp_path / "report" / name).read_text() for name in ("index.html", "report.md"))
+    own, folded = html.split("<details>")
+    assert re.findall("<h2>([a-z]+), seed", own) == ["yours", "mine", "digits"]
+    assert re.findall("<h2>([a-z]+), seed", folded) == ["digits"]
+    assert "ResNet" in folded[: folded.index("</details>")]
+    assert "ResNet" not in own
+    assert re.findall("## ([a-z]+), seed", text) == ["yours", "mine", "digits", "digits"]
+    assert "digits-ablation.png" in text
+    assert "digits-shipped-ablation.png" in text
+    monkeypatch.setattr("dms_fastai.report.shipped.shipped", lambda: {f.resolve() for f in runs.glob("*/seed*")})
+    assert "ResNet" in dms("report")[1]
+    assert "<details>" not in (tmp_path / "report" / "index.html").read_text()
+
+
+# --- many rows
+
+
+def test_an_axis_leaves_out_a_few_rows_that_are_far_below():
+    assert lowest([(95, 96), (96, 97), (9, 11)]) == 95
+    assert lowest([(95, 96), (96, 97), (9, 11), (40, 41)]) == 9  # they are half of the rows
+    assert lowest([(95, 96), (96, 97), (97, 98), (9, 11), (40, 41)]) == 95
+    assert lowest([(70, 80), (75, 85), (60, 65)]) == 60  # not far
+    assert lowest([(95, 96), (10, 11)]) == 10
+    assert lowest([(95, 96)]) == 95
+
+
+def test_no_two_of_many_rows_look_alike(trained):
+    (section,) = sections(find_runs([trained])[0])
+    many = replace(section, rows=[section.rows[0]] * 48)
+    for theme in (LIGHT, DARK):
+        found = [look for _, look in looks(many, theme)]
+        assert len({(look.colour, look.line) for look in found}) == 48
+        assert len({(look.colour, look.marker) for look in found}) == 48
+
+
+def test_a_long_legend_takes_nothing_from_the_axes(trained):
+    (section,) = sections(find_runs([trained])[0])
+    row = section.rows[1]
+    titled = [replace(run, facts=replace(run.facts, title="a long title, word by word " * 3)) for run in row.runs]
+    many = replace(section, rows=[replace(row, runs=titled)] * 20)
+    for draw in (plots.curves, plots.reliability, plots.classes):
+        heights = []
+        for rows in (section, many):
+            drawn = draw(rows, LIGHT)
+            FigureCanvasAgg(drawn).draw()
+            heights.append(drawn.axes[0].get_window_extent().height / drawn.dpi)
+        (legend,) = drawn.legends
+        assert heights[1] > 0.9 * heights[0], draw
+        box = legend.get_window_extent()
+        assert 0 <= box.x0 < box.x1 <= drawn.bbox.width
+        assert all("\n" in text.get_text() for text in legend.get_texts())
 
 
 # --- what is broken
@@ -510,7 +636,7 @@ def test_two_hundred_damaged_folders_leave_the_report_of_the_others(dms, runs, t
     both = [100 * last(runs / "se" / f"seed{s}") for s in (0, 1)]
     html = (tmp_path / "report" / "index.html").read_text()
     for text in (out, html, (tmp_path / "report" / "report.md").read_text()):
-        assert f"{np.mean(both):.2f} ± {np.std(both, ddof=1):.2f}" in text
+        assert shows(text, np.mean(both), np.std(both, ddof=1))
         assert all(c == "\n" or c.isprintable() for c in text)
         assert text is out or "<script>" not in text
     assert out.count("left out: ") == len(problems)
@@ -570,7 +696,8 @@ def test_names_that_mean_something_elsewhere_are_only_names(dms, tmp_path):  # n
         arrays[f"{split}_labels"] = images.labels[:90].numpy() % 3
     np.savez(tmp_path / "<i>[bold]$x.npz", **arrays)
     code, out, err = dms("run", "se", "--data", "<i>[bold]$x.npz", "--epochs", 1, "--arch", "test_dmsresnet")
-    assert (code, err) == (0, "")
+    assert code == 0
+    assert all(line.startswith("dms-fastai: + SE: ") for line in err.splitlines())
     assert "<i>[bold]$x, seed 0" in out
     code, out, err = dms("report")
     assert (code, err) == (0, "")
@@ -586,11 +713,8 @@ def test_rows_of_one_title_are_told_apart(dms, runs):  # noqa: F811
         args = ("--epochs", 2, "--set", "data.batch_size=256", "--device", "cpu", "--out", runs / name, *change)
         assert dms("run", "mixup", "--seed", 1, *args)[0] == 0
     (section,) = sections(find_runs([runs])[0])
-    labels = {row.label for row in section.rows if row.title == "+ SE + MixUp"}
-    assert labels == {
-        "+ SE + MixUp (lr 0.05)",
-        *(f"+ SE + MixUp (lr 0.1, {runs / f})" for f in ("mixup", "again/mixup")),
-    }
+    told = {row.note for row in section.rows if row.title == "+ SE + MixUp"}
+    assert told == {"lr 0.05", *(f"lr 0.1, {runs / f}" for f in ("mixup", "again/mixup"))}
 
 
 def test_several_seeds_in_one_command(dms, tmp_path):  # noqa: F811
@@ -599,7 +723,7 @@ def test_several_seeds_in_one_command(dms, tmp_path):  # noqa: F811
     assert code == 0
     assert "digits, seeds 3, 5" in out
     each = [last(tmp_path / "artifacts" / "digits" / "se" / f"seed{s}") for s in (3, 5)]
-    assert f"{100 * np.mean(each):.2f} ± {100 * np.std(each, ddof=1):.2f}" in out
+    assert shows(out, 100 * np.mean(each), 100 * np.std(each, ddof=1))
     assert dms(*args)[1].count("epoch 1/1") == 0  # finished before
 
 

@@ -300,7 +300,7 @@ def test_a_teacher_of_other_images_is_not_taken_for_the_recipes(dms, tmp_path):
     images(20)
     code, _, err = dms("run", "cpu/kd", *small)
     assert code == 2
-    assert "x/cpu/teacher/seed0 holds a run on other images; give --out another folder, or remove it" in err
+    assert "x/cpu/teacher/seed0 holds a run on other images; give --out another folder, or --restart" in err
 
 
 def test_other_images_and_another_teacher_are_refused_in_the_same_folder(dms, tmp_path):

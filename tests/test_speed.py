@@ -123,7 +123,7 @@ def test_nor_does_what_the_paper_does_not_have(teacher, divergence):
 class NoHistory:
     """What the progress display reads at the end of an epoch."""
 
-    rows = ({"epoch": 1, "valid_accuracy": 0.5, "images_per_second": 1.0},)
+    rows = ({"epoch": 1, "valid_accuracy": 0.5, "seconds": 1.0},)
 
 
 def test_the_count_of_waits_finds_those_of_stock_fastai(dls):
@@ -311,8 +311,8 @@ def test_norms_and_biases_can_be_spared_the_decay(dls):
         torch.testing.assert_close(p.detach(), before[name] * kept, msg=name)
     assert any(p.ndim == 1 and p.abs().sum() > 0 for p in learn.model.parameters())
     learn.opt.set_hypers(wd=0.2, lr=0.25)  # what fit(wd=..., lr=...) does
-    assert [g["weight_decay"] for g in learn.opt.opt.param_groups] == [0.2, 0.0]
-    assert [g["lr"] for g in learn.opt.opt.param_groups] == [0.25, 0.25]
+    assert [g["weight_decay"] for g in learn.opt.opt.param_groups] == [0.2, 0.0] * 2  # body and head
+    assert [g["lr"] for g in learn.opt.opt.param_groups] == [0.25] * 4
 
 
 @pytest.mark.parametrize("wd_bn_bias", [True, False])

@@ -18,7 +18,6 @@ from .decoded import cache_dir
 __all__ = ["count_files", "is_archive", "unpacked"]
 
 
-
 def is_archive(file: Path) -> bool:
     return file.name.lower().endswith(ARCHIVES)
 

@@ -2,17 +2,18 @@
 
 import io
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from fastai.callback.core import CancelEpochException
-from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import ParamScheduler
 from fastai.data.core import DataLoaders
-from fastai.learner import CastToTensor
+from fastai.learner import CastToTensor, defaults
 from fastai.torch_core import rank_distrib
 from torch import Tensor, nn
 
@@ -21,14 +22,16 @@ from ..data.imageset import ImageSet
 from ..data.loader import BatchLoader, vocabulary
 from ..errors import UserError
 from ..files import whole
-from ..models.build import needs_more_than_one
+from ..models.build import needs_more_than_one, try_network
 from ..models.card import ModelCard
+from ..models.groups import body_and_head
 from ..recipes import Recipe, load_recipe
 from ..schema import load
 from ..trained import Inputs, begin_from, check_teacher, inputs_of
-from ..training.losses import check_class_weights
+from ..training.losses import DMSLoss, check_class_weights
 from ..training.optimizers import optimizer
 from ..training.parts import PARTS
+from .arguments import check_kinds, ends, listed, refuse_stock_mixers, refuse_two_of_one, with_own
 from .events import EventLearner
 from .memory import Trimmer
 from .portable import PORTABLE
@@ -44,22 +47,55 @@ class DMSLearner(EventLearner):
     first_epoch = 0
     exported_inputs: Inputs | None = None  # of an exported Learner, which has no images any more
 
-    def fit_recipe(self, epochs: int | None = None, lr: float | None = None, **kwargs: Any) -> None:
+    def fit_recipe(self, epochs: int | None = None, lr: float | slice | None = None, **kwargs: Any) -> None:
         """Train by the recipe's schedule.
 
         Args:
             epochs: Number of epochs, in place of the recipe's.
-            lr: Highest learning rate, in place of the recipe's.
+            lr: Highest learning rate, in place of the recipe's; a slice gives each group of parameters its own, as in
+                `fit_one_cycle`.
             kwargs: Further arguments of `fit`, such as `cbs` and `start_epoch`.
         """
         recipe = self.recipe
         epochs = recipe.schedule.epochs if epochs is None else epochs
-        lr = recipe.optimizer.lr if lr is None else lr
-        if epochs < 1 or not lr > 0:
+        lr = self.lr if lr is None else lr
+        if epochs < 1 or not all(rate > 0 for rate in ends(lr)):
             raise UserError(f"epochs is {epochs} and lr is {lr}; epochs must be at least 1, and lr above 0")
         schedule = replace(recipe.schedule, epochs=epochs).build()
-        scheduler = ParamScheduler(schedule.hypers(lr, recipe.optimizer.momentum))
-        self.fit(epochs, lr, cbs=[scheduler, *_listed(kwargs.pop("cbs", None))], **kwargs)
+        scheduler = ParamScheduler(schedule.hypers(self._rates(lr), recipe.optimizer.momentum))
+        self.fit(epochs, lr, cbs=[scheduler, *listed(kwargs.pop("cbs", None))], **kwargs)
+
+    def _rates(self, lr: float | slice) -> float | np.ndarray:
+        """A learning rate as it is; a slice as one rate a group of parameters."""
+        if not isinstance(lr, slice):
+            return lr
+        if self.opt is None:
+            self.create_opt()
+        self.opt.set_hyper("lr", lr)
+        return np.array([hypers["lr"] for hypers in self.opt.hypers])
+
+    def freeze_to(self, n: int) -> None:
+        """Freeze the groups of parameters before group n, as fastai does; batch norms go on learning.
+
+        Args:
+            n: The first group to train. 0 trains all; a negative number counts from the last.
+
+        Raises:
+            UserError: There is no such group, or none before it.
+        """
+        if self.opt is None:
+            self.create_opt()
+        groups = len(self.opt.param_lists)
+        if not -groups < n < groups:
+            several = f"{groups} groups" if groups > 1 else "one group"
+            raise UserError(
+                f"nothing to freeze up to group {n}: {type(self.model).__name__} has {several} of parameters; give "
+                f"splitter= a function that returns a list of parameters for each group"
+            )
+        super().freeze_to(n)
+        for p in self.model.parameters():
+            if not p.requires_grad:
+                p.grad = None  # fastai's optimisers leave zeros, and would go on to decay the weight
 
     def fit(self, n_epoch: int, *args: Any, start_epoch: int = 0, **kwargs: Any) -> None:
         """`Learner.fit`, whose skipped epochs leave no trace in the recorder.
@@ -149,51 +185,94 @@ def dms_learner(
     dls: DataLoaders,
     recipe: str | Path | Recipe = "kd",
     teacher: Any = None,
-    arch: str | None = None,
+    arch: str | nn.Module | None = None,
     settings: dict[str, Any] | None = None,
     cbs: Any = None,
     metrics: Any = accuracy,
     path: str | Path | None = None,
     begun: bool = False,
+    *,
+    pretrained: bool = False,
+    loss_func: Callable | None = None,
+    opt_func: Callable | None = None,
+    lr: float | slice | None = None,
+    wd: float | None = None,
+    moms: tuple[float, float, float] = (0.95, 0.85, 0.95),
+    splitter: Callable[[nn.Module], list] = body_and_head,
 ) -> DMSLearner:
     """A fastai Learner for a recipe. `fit_recipe` trains it; every other method of a Learner works as well.
+
+    `loss_func`, `opt_func`, `lr`, `wd`, `moms` and `splitter` are as in `Learner`; some take the place of a part of the
+    recipe.
 
     Args:
         dls: DataLoaders of `load_data`, or fastai's own. Their batch size and augmentation are used as they are.
         recipe: A name, the path to a .toml file, or a `Recipe`. A name or path includes the recipe's changes for these
             data, `[on.NAME]`.
         teacher: For recipes that distil: a model, a Learner, a run's folder, a .safetensors or .pkl file, "timm:NAME".
-        arch: Architecture in place of the recipe's; any timm entry.
+        arch: Architecture in place of the recipe's: any timm entry, or a module of your own that gives logits, in place
+            of all of the recipe's [model].
         settings: Recipe values by dotted key, such as {"optimizer.lr": 0.05}.
         cbs: Further callbacks.
         metrics: As in fastai; they are also measured in training.
         path: Where the Learner saves and exports; the current folder by default.
         begun: Leave the weights fresh where the recipe begins from trained ones: others will be put in their place.
+        pretrained: Begin from timm's weights; short for settings={"model.weights": "timm"}.
+        loss_func: In place of [loss]. MixUp, CutMix and a teacher work with it, too, as they do in any Learner.
+        opt_func: In place of [optimizer] and [lookahead]. Where it is given without `lr`, that is fastai's 0.001. The
+            recipe's schedule still has the momentum of [optimizer].
+        lr: Highest learning rate, in place of optimizer.lr; a slice gives each group of parameters its own.
+        wd: Weight decay, in place of optimizer.weight_decay.
+        moms: Momenta of `fit_one_cycle`; `fit_recipe` has the recipe's.
+        splitter: Groups of parameters, to freeze and to train at different rates: body and head by default, where the
+            model has timm's `get_classifier`.
 
     Raises:
         UserError: DataLoaders of anything but images with one class each, an unknown recipe, key or architecture, a
-            value out of range, a teacher or weights to begin from that are missing or do not fit.
+            value out of range, a teacher or weights to begin from that are missing or do not fit, or two arguments for
+            one thing.
     """
     inputs = inputs_of(dls)
+    check_kinds(arch, loss_func, opt_func)
+    module, name = (arch, None) if isinstance(arch, nn.Module) else (None, arch)
+    given = {"arch": module, "pretrained": pretrained or None, "loss_func": loss_func, "opt_func": opt_func}
+    refuse_two_of_one({**given, "lr": lr, "wd": wd}, settings)
     if not isinstance(recipe, Recipe):
         own = isinstance(dls.train_ds, ImageSet)  # fastai's Datasets have any attribute that one asks for
-        recipe = load_recipe(recipe, dls.train_ds.name if own else "", arch, settings)
-    elif arch or settings:
-        raise UserError("arch and settings are for recipes by name; change the Recipe itself instead")
-    _refuse_stock_mixers(_listed(cbs))
-    lookahead = None if recipe.lookahead is None else recipe.lookahead.build()
-    model = recipe.model.build().create(dls.c, inputs.shape)
-    if recipe.model.weights is not None and not begun:
-        begin_from(model, recipe.model.weights, recipe.model.name)
+        if pretrained:
+            settings = {**(settings or {}), "model.weights": "timm"}
+        recipe = load_recipe(recipe, dls.train_ds.name if own else "", name, settings)
+    elif name or settings or pretrained:
+        raise UserError("arch, settings and pretrained are for recipes by name; change the Recipe itself instead")
+    recipe = with_own(recipe, module, lr, wd)
+    refuse_stock_mixers(listed(cbs))
+    if module is not None:
+        try_network(module, recipe.model.name, dls.c, inputs.shape, "give a network that does")
+    else:
+        module = recipe.model.build().create(dls.c, inputs.shape)
+        if recipe.model.weights is not None and not begun:
+            begin_from(module, recipe.model.weights, recipe.model.name)
+    distilling = vars(recipe.distill.build()) if recipe.distill else {}
+    if loss_func is None:
+        loss_func = recipe.loss.build(**distilling)
+    if opt_func is None:
+        lookahead = None if recipe.lookahead is None else recipe.lookahead.build()
+        opt_func = partial(optimizer, settings=recipe.optimizer.build(), lookahead=lookahead)
+        usual = recipe.optimizer.lr
+    else:
+        usual = getattr(opt_func, "keywords", {}).get("lr", defaults.lr)
     learn = DMSLearner(
         dls,
-        model,
-        loss_func=recipe.loss.build(**(vars(recipe.distill.build()) if recipe.distill else {})),
-        opt_func=partial(optimizer, settings=recipe.optimizer.build(), lookahead=lookahead),
-        lr=recipe.optimizer.lr,
-        cbs=[*_callbacks(recipe, teacher), *_listed(cbs)],
-        metrics=[lazy(metric) for metric in _listed(metrics)],
+        module,
+        loss_func=loss_func,
+        opt_func=opt_func,
+        lr=usual if lr is None else lr,
+        splitter=splitter,
+        cbs=[*_callbacks(recipe, teacher, {} if isinstance(loss_func, DMSLoss) else distilling), *listed(cbs)],
+        metrics=[lazy(metric) for metric in listed(metrics)],
         path=path,
+        wd=wd,
+        moms=moms,
     )
     if recipe.distill is not None:
         check_teacher(learn.teacher_distill.teacher, dls.c, inputs, vocabulary(dls))
@@ -215,23 +294,12 @@ def _check_batches(loader: Any, model: nn.Module, inputs: Inputs) -> None:
         raise UserError(f"{what} of one image, too few for a batch norm of this model; take another batch size")
 
 
-def _refuse_stock_mixers(cbs: list) -> None:
-    """Raise a UserError if fastai's own MixUp or CutMix is given: it swaps the loss for one that knows no teacher."""
-    for cb in cbs:
-        kind = cb if isinstance(cb, type) else type(cb)
-        if issubclass(kind, MixHandler):
-            raise UserError(f"fastai's own {kind.__name__} swaps the loss; take {kind.__name__} of dms_fastai")
-
-
-def _callbacks(recipe: Recipe, teacher: Any) -> list:
-    """The recipe's callbacks. Only `TeacherDistill` needs more than its table: the teacher."""
+def _callbacks(recipe: Recipe, teacher: Any, distilling: dict[str, Any]) -> list:
+    """The recipe's callbacks. Only `TeacherDistill` needs more: the teacher and, if the loss has none, settings."""
     if recipe.distill is None and teacher is not None:
         raise UserError(f"recipe {recipe.name!r} does not distil; leave the teacher out, or take 'kd'")
     if recipe.distill is not None and teacher is None:
         raise UserError(f"recipe {recipe.name!r} needs a teacher; give teacher= a Learner, a model or a run's folder")
-    there = [part for part in PARTS if part.order is not None and getattr(recipe, part.table) is not None]
-    return [load(part.at)(teacher) if part.settings else getattr(recipe, part.table).build() for part in there]
-
-
-def _listed(cbs: Any) -> list:
-    return [] if cbs is None else list(cbs) if isinstance(cbs, (list, tuple)) or hasattr(cbs, "map") else [cbs]
+    there = [(part, getattr(recipe, part.table)) for part in PARTS if part.order is not None]
+    there = [(part, table) for part, table in there if table is not None]
+    return [load(part.at)(teacher, **distilling) if part.settings else table.build() for part, table in there]

@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..settings import Momentum, checked
 from .card import START_WEIGHTS, channels_of
 
-__all__ = ["Model", "described", "needs_more_than_one"]
+__all__ = ["Model", "described", "needs_more_than_one", "try_network"]
 
 
 @checked
@@ -42,8 +42,15 @@ class Model:
             shape: Channels, height and width of the images. The network is tried on one.
 
         Raises:
-            UserError: The architecture does not take the `args`, or such images.
+            UserError: The architecture does not take the `args`, or such images; or its name has the tag of weights
+                that nobody asked for.
         """
+        bare, _, tag = self.name.partition(".")
+        if tag and self.weights is None:
+            raise UserError(
+                f"{self.name} names the weights {tag!r}, and training would begin without; for them, add --set "
+                f"model.weights=timm (pretrained=True in Python); for fresh ones, take {bare}"
+            )
         args = channels_of(shape) | (self.args or {})
         for key in START_WEIGHTS:
             if key in args:
@@ -52,22 +59,34 @@ class Model:
             built = timm.create_model(self.name, num_classes=num_classes, drop_rate=self.drop_rate, **args)
         except Exception as error:  # an architecture may raise anything; its arguments are the user's
             raise UserError(f"{self.name} cannot be built with model.args {args}: {_reason(error)}") from None
-        self._try_on(built, shape, num_classes)
+        size = f"--set model.args.img_size={shape[1]} if it has that, --set data.size=N"
+        try_network(built, self.name, num_classes, shape, f"try {size}, or another architecture")
         return built.to(memory_format=torch.channels_last)
 
-    def _try_on(self, built: nn.Module, shape: tuple[int, int, int], num_classes: int) -> None:
-        """Raise a UserError if the network does not turn an image of `shape` into `num_classes` logits."""
-        name, height = self.name, shape[1]
-        hint = f"try --set model.args.img_size={height} if it has that, --set data.size=N, or another architecture"
-        try:
-            with torch.no_grad():
-                given = tuple(built.eval()(torch.zeros(1, *shape)).shape)
-        except Exception as error:  # as above
-            raise UserError(f"{name} does not take {described(shape)} ({_reason(error)}); {hint}") from None
-        finally:
-            built.train()
-        if given != (1, num_classes):
-            raise UserError(f"{name} gives {given} for an image, not {num_classes} logits; take another architecture")
+
+def try_network(network: nn.Module, name: str, num_classes: int, shape: tuple[int, int, int], hint: str) -> None:
+    """Raise a UserError if a network does not turn an image of `shape` (C, H, W) into `num_classes` logits.
+
+    Args:
+        network: It stays in training or evaluation mode, as it is.
+        name: What the error calls it.
+        num_classes: How many logits it has to give.
+        shape: Channels, height and width of the images.
+        hint: What to do if it does not take them.
+    """
+    training = [module for module in network.modules() if module.training]
+    device = next((value.device for value in network.state_dict().values()), "cpu")
+    try:
+        with torch.no_grad():
+            logits = network.eval()(torch.zeros(1, *shape, device=device))
+    except Exception as error:  # a network may raise anything
+        raise UserError(f"{name} does not take {described(shape)} ({_reason(error)}); {hint}") from None
+    finally:
+        for module in training:
+            module.training = True
+    given = tuple(logits.shape) if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
+    if given != (1, num_classes):
+        raise UserError(f"{name} gives {given} for an image, not {num_classes} logits; take another architecture")
 
 
 def described(shape: tuple[int, ...]) -> str:

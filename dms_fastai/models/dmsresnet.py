@@ -309,6 +309,8 @@ default_cfgs = generate_default_cfgs(
         "dmsresnet_lite.untrained": _cfg(),
         "dmsresnet50.untrained": _cfg(pool_size=(4, 4)),
         "dmsresnet_wide.untrained": _cfg(),
+        "dmsresnet_tiny.untrained": _cfg(),
+        "dmsresnet_tiny_plain.untrained": _cfg(),
         "test_dmsresnet.untrained": _cfg(),
         "test_dmsresnet_plain.untrained": _cfg(),
     }
@@ -353,16 +355,31 @@ def dmsresnet_wide(pretrained: bool = False, **kwargs: Any) -> DMSResNet:
     return _create_dmsresnet("dmsresnet_wide", pretrained, **dict(args, **kwargs))
 
 
-TEST_ARGS = dict(depths=(1, 1, 1), widths=(16, 32, 48))
+TINY = dict(depths=(1, 1, 1), widths=(16, 32, 48))
+
+
+@register_model
+def dmsresnet_tiny(pretrained: bool = False, **kwargs: Any) -> DMSResNet:
+    """A very small member of the family, for quick runs on a CPU. 56,587 parameters."""
+    return _create_dmsresnet("dmsresnet_tiny", pretrained, **dict(TINY, **kwargs))
+
+
+@register_model
+def dmsresnet_tiny_plain(pretrained: bool = False, **kwargs: Any) -> DMSResNet:
+    """`dmsresnet_tiny` without squeeze-and-excitation. 56,538 parameters."""
+    return _create_dmsresnet("dmsresnet_tiny_plain", pretrained, **dict(TINY, se=None, **kwargs))
+
+
+# The former names of these two. Recipes and finished runs have them, and a run is resumed by the name in its recipe.
 
 
 @register_model
 def test_dmsresnet(pretrained: bool = False, **kwargs: Any) -> DMSResNet:
-    """A very small member of the family, for tests and quick runs on a CPU. 56,587 parameters."""
-    return _create_dmsresnet("test_dmsresnet", pretrained, **dict(TEST_ARGS, **kwargs))
+    """`dmsresnet_tiny` under its former name. 56,587 parameters."""
+    return _create_dmsresnet("test_dmsresnet", pretrained, **dict(TINY, **kwargs))
 
 
 @register_model
 def test_dmsresnet_plain(pretrained: bool = False, **kwargs: Any) -> DMSResNet:
-    """`test_dmsresnet` without squeeze-and-excitation. 56,538 parameters."""
-    return _create_dmsresnet("test_dmsresnet_plain", pretrained, **dict(TEST_ARGS, se=None, **kwargs))
+    """`dmsresnet_tiny_plain` under its former name. 56,538 parameters."""
+    return _create_dmsresnet("test_dmsresnet_plain", pretrained, **dict(TINY, se=None, **kwargs))

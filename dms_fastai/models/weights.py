@@ -1,5 +1,6 @@
 """Weights on disk: safetensors files that also describe the model and the images that it expects."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import timm
@@ -10,6 +11,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..files import whole
+from ..names import is_architecture
 from .card import ModelCard, read_card
 
 __all__ = ["all_finite", "load_weights", "save_weights", "shipped_weights"]
@@ -17,12 +19,28 @@ __all__ = ["all_finite", "load_weights", "save_weights", "shipped_weights"]
 KEY = "dms_fastai"
 
 
-def save_weights(model: nn.Module, card: ModelCard, file: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write the model's state and its card, whole or not at all; floating-point numbers as `dtype`."""
+def save_weights(
+    model: nn.Module,
+    card: ModelCard,
+    file: Path,
+    dtype: torch.dtype = torch.float32,
+    notes: Mapping[str, str] | None = None,
+) -> None:
+    """Write the model's state and its card, whole or not at all; floating-point numbers as `dtype`.
+
+    `notes` are further entries of the file's header, which change nothing.
+
+    Raises:
+        UserError: The card names no architecture of timm, from which the file could be read again.
+    """
+    if not is_architecture(card.arch):
+        raise UserError(
+            f"{file} would have to name an architecture of timm, and {card.arch} is none; export a .pkl, .onnx or .pt2"
+        )
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
     with whole(file) as partial:
-        partial.write_bytes(save(state, {KEY: card.to_json()}))
+        partial.write_bytes(save(state, {**(notes or {}), KEY: card.to_json()}))
 
 
 def load_weights(file: Path) -> tuple[nn.Module, ModelCard]:

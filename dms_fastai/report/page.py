@@ -12,10 +12,10 @@ from ..terminal import printable
 from .plots import DARK, LIGHT, PLOTS, Plot, draw
 from .rows import Row, Section
 from .tables import (
-    COLUMNS,
     MISTAKE_COLUMNS,
     as_text,
     cells,
+    columns,
     difference_lines,
     heading,
     markdown,
@@ -26,6 +26,7 @@ from .tables import (
 
 __all__ = ["write_report"]
 
+SHIPPED = "Runs that came with the package"
 STYLE = """
 :root { color-scheme: light dark;
   --paper: #f6f8fa; --card: #ffffff; --ink: #1f2328; --faint: #59636e; --line: #d1d9e0; }
@@ -34,12 +35,14 @@ STYLE = """
 }
 body { margin: 0 auto; padding: 1.5rem; max-width: 64rem; background: var(--paper); color: var(--ink);
        font: 16px/1.5 system-ui, sans-serif; }
+summary { margin-top: 2.5rem; cursor: pointer; color: var(--faint); }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.3rem; margin-top: 2.5rem; }
 .wide { overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: .45rem .7rem; text-align: right; white-space: nowrap; border-top: 1px solid var(--line); }
-thead th { border-top: 0; } th:first-child, td:first-child { text-align: left; white-space: normal; }
-small, .notes, figcaption { color: var(--faint); } .notes { font-size: .9rem; } .notes p { margin: .3rem 0; }
+thead th { border-top: 0; } th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; }
+td:first-child { white-space: normal; }
+.notes, figcaption { color: var(--faint); } .notes { font-size: .9rem; } .notes p { margin: .3rem 0; }
 figure { margin: 1.5rem 0; padding: 1rem; background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
 img { display: block; max-width: 100%; height: auto; margin: 0 auto; } figcaption { margin-top: .6rem; }
 """.strip()
@@ -52,29 +55,24 @@ def write_report(sections: Iterable[Section], problems: Iterable[Problem], out: 
         The page.
     """
     out.mkdir(parents=True, exist_ok=True)
-    problems, sections = list(problems), list(sections)
+    sections = list(sections)
+    problems = [*problems, *(problem for section in sections for problem in section.problems)]
     page, text = ["<h1>Results</h1>"], ["# Results", ""]
     for section in sections:
-        page += [f"<h2>{escape(heading(section))}</h2>", _table(section)]
-        text += [f"## {as_text(heading(section))}", "", markdown(section)]
-        for plot in PLOTS:
-            light = draw(plot, section, LIGHT)
-            if light is None:
-                continue
-            file = f"{_slug(section.data)}-{plot.name}.png"
-            _write(out / file, light)
-            page.append(_figure(plot, light, draw(plot, section, DARK)))
-            text += [f"![{plot.caption}]({file})", ""]
-            if plot.name == "mistakes" and (mistakes := mistake_cells(section)):
-                page.append(_grid(MISTAKE_COLUMNS, ([f"<td>{escape(cell)}</td>" for cell in row] for row in mistakes)))
-                text += [markdown_table(MISTAKE_COLUMNS, (map(as_text, row) for row in mistakes)), ""]
-        problems += section.problems
+        if not section.shipped:
+            _add(section, page, text, out)
     if problems:
         what = [printable(f"{problem.folder}: {problem.what}") for problem in problems]
         lines = "".join(f"<li>{escape(line)}</li>" for line in what)
         page += ["<h2>Missing, unfinished or damaged</h2>", f"<ul>{lines}</ul>"]
         text += ["## Missing, unfinished or damaged", "", *(f"- {as_text(line)}" for line in what), ""]
-    title = escape(", ".join(section.data for section in sections))
+    if shipped := [section for section in sections if section.shipped]:
+        page.append(f"<details><summary>{SHIPPED}</summary>")
+        text += [f"# {SHIPPED}", ""]
+        for section in shipped:
+            _add(section, page, text, out)
+        page.append("</details>")
+    title = escape(", ".join(dict.fromkeys(section.data for section in sections)))
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Results: {title}</title>'
     html = f'<!doctype html>\n<html lang="en">\n<head>{head}\n<style>{STYLE}</style></head>\n<body>\n'
     _write(out / "index.html", (html + "\n".join(page) + "\n</body>\n</html>\n").encode())
@@ -82,10 +80,29 @@ def write_report(sections: Iterable[Section], problems: Iterable[Problem], out: 
     return out / "index.html"
 
 
+def _add(section: Section, page: list[str], text: list[str], out: Path) -> None:
+    """Add a section's table and plots to the page and to the text."""
+    page += [f"<h2>{escape(heading(section))}</h2>", _table(section)]
+    text += [f"## {as_text(heading(section))}", "", markdown(section)]
+    name = _slug(section.data) + ("-shipped" if section.shipped else "")
+    for plot in PLOTS:
+        light = draw(plot, section, LIGHT)
+        if light is None:
+            continue
+        file = f"{name}-{plot.name}.png"
+        _write(out / file, light)
+        page.append(_figure(plot, light, draw(plot, section, DARK)))
+        text += [f"![{plot.caption}]({file})", ""]
+        if plot.name == "mistakes" and (mistakes := mistake_cells(section)):
+            page.append(_grid(MISTAKE_COLUMNS, ([f"<td>{escape(cell)}</td>" for cell in row] for row in mistakes)))
+            text += [markdown_table(MISTAKE_COLUMNS, (map(as_text, row) for row in mistakes)), ""]
+
+
 def _table(section: Section) -> str:
     small = [*notes(section.rows), *difference_lines(section.differences)]
     paragraphs = "".join(f"<p>{escape(note)}</p>" for note in small)
-    return f'{_grid(COLUMNS, map(_cells, section.rows))}\n<div class="notes">{paragraphs}</div>'
+    names = columns(section)
+    return f'{_grid(names, (_cells(row, names) for row in section.rows))}\n<div class="notes">{paragraphs}</div>'
 
 
 def _grid(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -94,11 +111,11 @@ def _grid(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
 
 
-def _cells(row: Row) -> Iterator[str]:
-    stage, mean, *rest = map(escape, cells(row))
-    yield f"<td>{stage}<br><small>{escape(row.model)}</small></td>"
-    yield f"<td><b>{mean}</b></td>"
-    yield from (f"<td>{cell}</td>" for cell in rest)
+def _cells(row: Row, names: Iterable[str]) -> Iterator[str]:
+    found, tags = cells(row), {"network": "code", "accuracy, %": "b"}
+    for name in names:
+        cell, tag = escape(found[name]), tags.get(name)
+        yield f"<td><{tag}>{cell}</{tag}></td>" if tag else f"<td>{cell}</td>"
 
 
 def _figure(plot: Plot, light: bytes, dark: bytes) -> str:

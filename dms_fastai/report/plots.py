@@ -2,6 +2,7 @@
 
 import io
 import json
+import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from ..runs.predictions import Predictions
 from ..terminal import printable
@@ -29,8 +30,13 @@ FEW = 10  # a bin of confidence with fewer images is not drawn: its accuracy say
 FEW_CLASSES = 25  # a matrix of more classes has no room for its numbers
 SOME_CLASSES = 110  # and one of more than these no room for their names
 MANY_CLASSES = 2000  # and one of more than these has more cells than the image has pixels
+MANY_TIMES = 5  # the epochs of the shortest run, from which on a linear axis would hide its curve
+FAR = 3  # times the span of all other rows, at which a row is left out of the frame
 TALLEST = 300  # inches; matplotlib draws no image of 65,536 pixels
 HARDEST = 15  # how many classes the plot of classes shows
+WIDE = 42  # letters of a label in a line
+LINES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (9, 3)))  # of the rows that share a colour
+MARKERS = "os^DvP"
 
 
 @dataclass(frozen=True)
@@ -106,14 +112,45 @@ def figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, min(height, TALLEST)), layout="constrained")
 
 
-def coloured(section: Section, theme: Theme) -> list[tuple[Row, str]]:
-    """Each row with its colour, the same in every plot."""
-    return [(row, theme.colours[index % len(theme.colours)]) for index, row in enumerate(section.rows)]
+@dataclass(frozen=True)
+class Look:
+    """How a row is drawn: the rows that share a colour, of which there are few, differ in line and marker."""
+
+    colour: str
+    line: Any
+    marker: str
 
 
-def columns(labels: Sequence[str], drawn: Figure) -> int:
-    """How many columns of a legend fit below a figure, three at most."""
-    return max(min(len(labels), 3, int(drawn.get_figwidth() / (0.7 + LETTER * max(map(len, labels))))), 1)
+def looks(section: Section, theme: Theme) -> list[tuple[Row, Look]]:
+    """Each row with its look, the same in every plot; the first to repeat one is the 49th."""
+    found = []
+    for index, row in enumerate(section.rows):
+        turn, place = divmod(index, len(theme.colours))
+        found.append((row, Look(theme.colours[place], LINES[turn % len(LINES)], MARKERS[turn % len(MARKERS)])))
+    return found
+
+
+def legend(drawn: Figure) -> None:
+    """A legend below the figure's axes, for which the figure grows."""
+    handles, labels = drawn.axes[0].get_legend_handles_labels()
+    longest = max(len(line) for label in labels for line in label.splitlines())
+    columns = max(min(len(labels), 3, int(drawn.get_figwidth() / (0.7 + LETTER * longest))), 1)
+    lines = max(sum(label.count("\n") + 1 for label in labels[n::columns]) for n in range(columns))
+    drawn.set_figheight(min(drawn.get_figheight() + 0.2 * lines + 0.2, TALLEST))
+    drawn.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+
+
+def lowest(groups: Sequence[Sequence[float]]) -> float:
+    """Where an axis begins that shows the numbers of each group: without a few groups far below all others.
+
+    They are left out if they are a minority, and more than FAR times as far away as the others span.
+    """
+    ordered = sorted(groups, key=min)
+    for left in range((len(ordered) - 1) // 2, 0, -1):
+        rest = [value for group in ordered[left:] for value in group]
+        if min(rest) - max(ordered[left - 1]) > FAR * (max(rest) - min(rest)):
+            return min(rest)
+    return min(min(group) for group in ordered)
 
 
 def shortened(name: str, most: int) -> str:
@@ -122,9 +159,9 @@ def shortened(name: str, most: int) -> str:
     return name if len(name) <= most else f"{name[: most // 2]}…{name[1 - (most - most // 2) :]}"
 
 
-def named(row: Row) -> str:
-    """The row's label as a plot shows it; matplotlib leaves labels that begin with _ out of a legend."""
-    label = shortened(row.label, 70)
+def named(row: Row, note: str = "") -> str:
+    """The row's label as a plot shows it, in lines; matplotlib leaves labels that begin with _ out of a legend."""
+    label = "\n".join(textwrap.wrap(shortened(f"{row.label}{note}", 2 * WIDE), WIDE))
     return f" {label}" if label.startswith("_") else label
 
 
@@ -151,33 +188,40 @@ def by_epoch(row: Row, key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def curves(section: Section, theme: Theme) -> Figure | None:
     if not any(any(row.epochs[0]) for row in section.rows):
         return None
-    drawn = figure(10, 4.2)
+    drawn = figure(10, 3.6)
     panels = drawn.subplots(1, 2)
+    lengths = [len(rows) for row in section.rows for rows in row.epochs[0] if rows]
     for axes, key, scale, label in zip(
         panels, ("valid_accuracy", "valid_loss"), (100, 1), ("accuracy, %", "loss"), strict=True
     ):
         late = []
-        for row, colour in coloured(section, theme):
+        for row, look in looks(section, theme):
             if not any(row.epochs[0]):
                 continue
             epochs, mean, sd = by_epoch(row, key)
             mean, sd = scale * mean, scale * sd
-            axes.plot(epochs, mean, color=colour, lw=1.6, label=named(row), marker="o" if len(epochs) == 1 else None)
+            dot = look.marker if len(epochs) == 1 else None
+            axes.plot(epochs, mean, color=look.colour, ls=look.line, lw=1.6, label=named(row), marker=dot)
             if len(row.epochs[0]) > 1:
-                axes.fill_between(epochs, mean - sd, mean + sd, color=colour, alpha=0.25, lw=0)
-            late.append((mean - sd)[len(mean) // 5 :] if scale > 1 else (mean + sd)[len(mean) // 5 :])
-        every = np.concatenate(late)  # without the first fifth, which would squeeze the rest into a corner
-        every = every[np.isfinite(every)]
+                axes.fill_between(epochs, mean - sd, mean + sd, color=look.colour, alpha=0.25, lw=0)
+            end = (mean - sd if scale > 1 else mean + sd)[min(max(len(mean) // 5, 1), len(mean) - 1) :]
+            late.append(end[np.isfinite(end)])  # the first fifth would squeeze the rest into a corner
+        late = [end for end in late if end.size]
         if scale > 1:
-            axes.set_ylim(bottom=max(every.min() - 2, 0))
-        elif every.size:
-            axes.set_ylim(0, 1.1 * every.max() or 1)
+            axes.set_ylim(bottom=max(lowest(late) - 2, 0))
+        elif late:
+            axes.set_ylim(0, -1.1 * lowest([-end for end in late]) or 1)
         axes.set_xlabel("epoch")
         axes.set_ylabel(label)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if max(lengths) > MANY_TIMES * min(lengths):
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(True)
-    handles, labels = panels[0].get_legend_handles_labels()
-    drawn.legend(handles, labels, loc="outside lower center", ncols=columns(labels, drawn), frameon=False)
+    legend(drawn)
     return drawn
 
 
@@ -191,12 +235,17 @@ def curves_data(section: Section) -> Any:
 def ablation(section: Section, theme: Theme) -> Figure | None:
     if not any(row.measured for row in section.rows):
         return None
-    rows = [(row, colour) for row, colour in coloured(section, theme) if row.accuracy]
+    rows = [(row, look.colour) for row, look in looks(section, theme) if row.accuracy]
     drawn = figure(8, 1.2 + 0.5 * len(rows))
     axes = drawn.subplots()
+    ends = [_ends(row) for row, _ in rows]
+    left = lowest(ends)
     for place, (row, colour) in enumerate(rows):
-        estimate = row.accuracy
-        low, high = (100 * max(min(v, 1), 0) for v in (estimate.low, estimate.high))
+        estimate, (low, high) = row.accuracy, ends[place]
+        if high < left:  # outside of the frame, on the left
+            beside = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points", "va": "center"}
+            axes.annotate(f"◂ {100 * estimate.mean:.2f}", (0, place), xytext=(4, 0), color=colour, **beside)
+            continue
         axes.plot([low, high], [place, place], color=colour, lw=2.5, alpha=0.6, solid_capstyle="butt")
         if estimate.n > 1:
             seeds = [100 * run.facts.last.valid_accuracy for run in row.measured]
@@ -205,12 +254,19 @@ def ablation(section: Section, theme: Theme) -> Figure | None:
         axes.annotate(
             f"{100 * estimate.mean:.2f}", (high, place), xytext=(7, 0), textcoords="offset points", va="center"
         )
-    axes.set_yticks(range(len(rows)), [named(row) for row, _ in rows])
+    notes = [f": {row.note}" if row.note else "" for row, _ in rows]
+    axes.set_yticks(range(len(rows)), [named(row, note) for (row, _), note in zip(rows, notes, strict=True)])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.margins(x=0.12)
     axes.set_xlabel("accuracy in the last epoch, %, and 95 % interval")
     axes.grid(True, axis="x")
     return drawn
+
+
+def _ends(row: Row) -> tuple[float, float]:
+    """The ends of the interval of the row's accuracy, in per cent."""
+    low, high = (100 * min(max(end, 0), 1) for end in (row.accuracy.low, row.accuracy.high))
+    return low, high
 
 
 def ablation_data(section: Section) -> Any:
@@ -292,10 +348,11 @@ def classes(section: Section, theme: Theme) -> Figure | None:
     lines = len(rows) + 1.5  # each row has a line of its own in a class, and hides no other
     drawn = figure(8, 1.5 + 0.08 * lines * len(order))
     axes = drawn.subplots()
-    for line, (row, colour) in enumerate(rows, start=1):
+    for line, (row, look) in enumerate(rows, start=1):
         values, strong = 100 * class_accuracies(row)[order], row is section.headline
         places = np.arange(len(order)) - 0.5 + (line + 0.25) / lines
-        axes.plot(values, places, "o", color=colour, ms=6 if strong else 4.5, label=named(row), zorder=2 + strong)
+        dots = {"color": look.colour, "ms": 6 if strong else 4.5, "zorder": 2 + strong}
+        axes.plot(values, places, look.marker, label=named(row), **dots)
     for place in range(0, len(order), 2):
         axes.axhspan(place - 0.5, place + 0.5, color=theme.faint, alpha=0.1, lw=0)
     axes.set_yticks(range(len(order)), names)
@@ -303,8 +360,7 @@ def classes(section: Section, theme: Theme) -> Figure | None:
     axes.set_ylim(len(order) - 0.5, -0.5)
     axes.set_xlabel("accuracy, %" + (f"; the {len(order)} hardest classes" if len(order) < there else ""))
     axes.grid(True, axis="x")
-    ncols = columns([named(row) for row, _ in rows], drawn)
-    drawn.legend(loc="outside lower center", ncols=ncols, frameon=False)
+    legend(drawn)
     return drawn
 
 
@@ -343,30 +399,30 @@ def mistakes_data(section: Section) -> Any:
 
 
 def reliability(section: Section, theme: Theme) -> Figure | None:
-    rows = [(row, colour) for row, colour in coloured(section, theme) if row.predictions[0]]
+    rows = [(row, look) for row, look in looks(section, theme) if row.predictions[0]]
     if not rows:
         return None
-    drawn = figure(6.4, 5.6)
+    drawn = figure(8, 5.4)
     axes = drawn.subplots()
     axes.plot([0, 100], [0, 100], color=theme.faint, lw=1, ls="--")
-    lowest = 90.0
-    for row, colour in rows:
+    least = 90.0
+    for row, look in rows:
         found = [calibrate(p.log_probabilities, p.predicted, p.labels) for p in row.predictions[0]]
         first = found[0]
         enough = first.share * len(row.predictions[0][0].labels) >= FEW
         ece, nll = (np.mean([getattr(c, key) for c in found]) for key in ("ece", "nll"))
-        label = f"{named(row)}: ECE {100 * ece:.1f} points, NLL {nll:.3f}"
+        label = named(row, f": ECE {100 * ece:.1f} %, NLL {nll:.3f}")
         x, y = 100 * first.confidence[enough], 100 * first.accuracy[enough]
-        axes.plot(x, y, color=colour, lw=1.4, marker="o", ms=3, label=label)
-        axes.scatter(x, y, s=12 + 250 * first.share[enough], color=colour, alpha=0.55, lw=0)
-        lowest = min([lowest, *x, *y])
+        axes.plot(x, y, color=look.colour, ls=look.line, lw=1.4, marker=look.marker, ms=3, label=label)
+        axes.scatter(x, y, s=12 + 250 * first.share[enough], color=look.colour, alpha=0.55, lw=0)
+        least = min([least, *x, *y])
     axes.set_xlabel("confidence, %")
     axes.set_ylabel("accuracy, %")
-    low = max(lowest - 0.15 * (100 - lowest), 0)
+    low = max(least - 0.15 * (100 - least), 0)
     axes.set_xlim(low, 100 + 0.02 * (100 - low))
     axes.set_ylim(low, 100 + 0.02 * (100 - low))
     axes.grid(True)
-    drawn.legend(loc="outside lower center", frameon=False, fontsize=9)
+    legend(drawn)
     return drawn
 
 
@@ -388,21 +444,27 @@ def parameters(section: Section, theme: Theme) -> Figure | None:
     drawn = figure(9, 4.8)
     axes = drawn.subplots()
     spots, reach = [], []
-    for row, colour in coloured(section, theme):
-        if row.accuracy is None:
-            continue
-        x, y = row.first.parameters / 1e6, 100 * row.accuracy.mean
-        low, high = (100 * min(max(end, 0), 1) for end in (row.accuracy.low, row.accuracy.high))
-        axes.errorbar(x, y, [[max(y - low, 0)], [max(high - y, 0)]], fmt="o", color=colour, ms=8, capsize=3)
+    rows = [(row, look) for row, look in looks(section, theme) if row.accuracy]
+    bottom = lowest([_ends(row) for row, _ in rows])
+    for row, look in rows:
+        x, y, (low, high) = row.first.parameters / 1e6, 100 * row.accuracy.mean, _ends(row)
+        label = named(row)
+        if high < bottom:  # outside of the frame, below
+            label, low, high, y = f"{label}: {y:.2f} %, below", bottom, bottom, bottom
+            axes.plot(x, y, "v", color=look.colour, ms=8)
+        else:
+            error = [[max(y - low, 0)], [max(high - y, 0)]]
+            axes.errorbar(x, y, error, fmt=look.marker, color=look.colour, ms=8, capsize=3)
         reach += [low, high]
-        spots.append((x, y, named(row), colour))
+        spots.append((x, y, label, look.colour))
     for name, x, y in TABLE_1.get(section.data, []):
         axes.plot(x, y, "D", mfc="none", mec=theme.faint, ms=7)
         reach.append(y)
         spots.append((x, y, f"{name} (published)", theme.faint))
     axes.set_xscale("log")
     left = min(x for x, *_ in spots) / 1.6
-    widths = [min(0.85 * LETTER * len(text) / 8 + 0.02, 0.7) for _, _, text, _ in spots]  # as shares of the axis
+    longest = [max(map(len, text.splitlines())) for _, _, text, _ in spots]
+    widths = [min(0.85 * LETTER * letters / 8 + 0.02, 0.7) for letters in longest]  # as shares of the axis
     decades = [np.log10(1.12 * _beside(spots, x) / left) / (1 - w) for (x, *_), w in zip(spots, widths, strict=True)]
     axes.set_xlim(left, left * 10 ** max(*decades, 1.0))  # so that the labels, too, find room
     margin = max(0.08 * (max(reach) - min(reach)), 0.1)
@@ -459,14 +521,14 @@ def parameters_data(section: Section) -> Any:
     return {row.label: [row.first.parameters, round(row.accuracy.mean, 6)] for row in section.rows if row.accuracy}
 
 
-def _same_classes(section: Section, theme: Theme) -> list[tuple[Row, str]]:
+def _same_classes(section: Section, theme: Theme) -> list[tuple[Row, Look]]:
     """The rows with predictions in the headline's classes."""
     found = section.headline.predictions[0]
     if not found:
         return []
     vocab = found[0].vocab.tolist()
-    rows = [(row, colour) for row, colour in coloured(section, theme) if row.predictions[0]]
-    return [(row, colour) for row, colour in rows if all(p.vocab.tolist() == vocab for p in row.predictions[0])]
+    rows = [(row, look) for row, look in looks(section, theme) if row.predictions[0]]
+    return [(row, look) for row, look in rows if all(p.vocab.tolist() == vocab for p in row.predictions[0])]
 
 
 def _seeds(predictions: Sequence[Predictions]) -> str:

@@ -2,9 +2,11 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import count
+from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
@@ -26,11 +28,13 @@ class Row:
 
     Attributes:
         runs: The runs, ordered by seed.
-        note: What tells the row from another row with the same title.
+        note: What tells the row from another row with the same title: a footnote.
+        mark: The number of this footnote.
     """
 
     runs: list[Run]
     note: str = ""
+    mark: int | None = None
 
     @property
     def title(self) -> str:
@@ -42,7 +46,7 @@ class Row:
 
     @property
     def label(self) -> str:
-        return f"{self.title} ({self.note})" if self.note else self.title
+        return self.title if self.mark is None else f"{self.title} ({self.mark})"
 
     @property
     def first(self) -> Facts:
@@ -107,10 +111,17 @@ class Difference:
 
 @dataclass(frozen=True)
 class Section:
-    """All rows of a data set."""
+    """All rows of a data set.
+
+    Attributes:
+        data: Its name, printable.
+        rows: In the order of the ablation.
+        shipped: They came with the package, and stand behind the user's own.
+    """
 
     data: str
     rows: list[Row]
+    shipped: bool = False
 
     @property
     def headline(self) -> Row:
@@ -147,12 +158,26 @@ class Section:
         return [*found, *(Problem(run.folder.path, run.state) for run in unfinished)]
 
 
-def sections(runs: Iterable[Run]) -> list[Section]:
-    """The runs, grouped by data set and then by recipe."""
+def sections(runs: Iterable[Run], shipped: Collection[Path] = ()) -> list[Section]:
+    """The runs, grouped by data set and then by recipe; the data set with the newest run comes first.
+
+    Args:
+        runs: The runs.
+        shipped: Folders whose runs come last, in sections of their own, unless there are no others.
+    """
+    own, theirs = [], []
+    for run in runs:
+        (theirs if run.folder.path.resolve() in shipped else own).append(run)
+    if not own:
+        return _by_data(theirs)
+    return [*_by_data(own), *(replace(section, shipped=True) for section in _by_data(theirs))]
+
+
+def _by_data(runs: Iterable[Run]) -> list[Section]:
     by_data: dict[str, dict[str, list[Run]]] = {}
-    for run in map(_as_it_is, runs):
+    for run in sorted(map(_as_it_is, runs), key=lambda run: run.facts.started, reverse=True):
         by_data.setdefault(run.facts.data, {}).setdefault(_kind(run), []).append(run)
-    return [Section(printable(data), _noted(_rows(groups.values()))) for data, groups in sorted(by_data.items())]
+    return [Section(printable(data), _noted(_rows(groups.values()))) for data, groups in by_data.items()]
 
 
 def _as_it_is(run: Run) -> Run:
@@ -275,14 +300,14 @@ def _place(recipe: str) -> int:
 
 def _noted(rows: list[Row]) -> list[Row]:
     """The rows, with notes that tell those of the same title apart: by model, then by recipe, then by folder."""
-    noted = []
+    noted, marks = [], count(1)
     for row in rows:
         same, notes = [other for other in rows if other is not row and other.title == row.title], []
         for tell in (_model, _changes, _folder):
             differ = [other for other in same if tell(other, [row]) != tell(row, [other])]
             notes += tell(row, differ)
             same = [other for other in same if other not in differ]
-        noted.append(Row(row.runs, ", ".join(notes)))
+        noted.append(Row(row.runs, ", ".join(notes), next(marks) if notes else None))
     return noted
 
 
@@ -299,7 +324,7 @@ def _changes(row: Row, others: list[Row]) -> list[str]:
 
 def _said(key: str, value: Any) -> str:
     """A setting in a few words: drop_rate 0.1, schedule one-cycle, bf16."""
-    name = key.removesuffix(".name").rsplit(".", 1)[-1]
+    name = "recipe" if key == "name" else key.removesuffix(".name").rsplit(".", 1)[-1]
     return printable(name if value is True and "." not in key else f"{name} {value}")
 
 

@@ -15,10 +15,10 @@ from .rows import Difference, Row, Section
 from .statistics import Estimate
 
 __all__ = [
-    "COLUMNS",
     "MISTAKE_COLUMNS",
     "as_text",
     "cells",
+    "columns",
     "difference_lines",
     "markdown",
     "markdown_table",
@@ -29,20 +29,19 @@ __all__ = [
     "table",
 ]
 
-COLUMNS = ("stage", "last epoch, %", "95 % interval", "best*, %", "training, %", "parameters", "epochs", "time")
+COLUMNS = (
+    *("stage", "network", "parameters", "epochs", "accuracy, %", "±", "95 % interval"),
+    *("best epoch*, %", "training, %", "time"),
+)
+TERMINAL = tuple(column for column in COLUMNS if column not in ("95 % interval", "training, %"))  # 80 letters wide
+NETWORK = 20  # letters of a network's name in a line of the terminal
+WORDS = ("stage", "network", "file", "predicted", "is")  # columns that hold words, and are aligned on the left
 MISTAKE_COLUMNS = ("file", "predicted", "confidence, %", "is")
 
 
 def share(value: float | None) -> str:
     """A share in per cent, as text."""
     return "-" if value is None else f"{100 * value:.2f}"
-
-
-def headline(estimate: Estimate | None) -> str:
-    """The mean and, for several seeds, their standard deviation."""
-    if estimate is None or estimate.sd is None:
-        return share(estimate and estimate.mean)
-    return f"{100 * estimate.mean:.2f} ± {100 * estimate.sd:.2f}"
 
 
 def interval(estimate: Estimate | None) -> str:
@@ -61,20 +60,29 @@ def points(estimate: Estimate) -> str:
     )
 
 
-def cells(row: Row) -> list[str]:
-    """The cells of a row, a text for each of `COLUMNS`."""
+def columns(section: Section) -> list[str]:
+    """The columns of the table: there is a ± only where a row has several seeds."""
+    several = any(row.accuracy and row.accuracy.sd is not None for row in section.rows)
+    return [column for column in COLUMNS if several or column != "±"]
+
+
+def cells(row: Row) -> dict[str, str]:
+    """The cells of a row: a text for each of `COLUMNS`."""
     mixed = "+" if row.first.mixup and row.measured else ""
     state = "; ".join(f"seed {run.facts.seed} {run.state}" for run in row.runs if not run.finished)
-    return [
-        row.label + (f" [{state}]" if state else ""),
-        headline(row.accuracy),
-        interval(row.accuracy),
-        share(row.mean("best", "valid_accuracy")),
-        share(row.mean("last", "train_accuracy")) + mixed,
-        f"{row.first.parameters:,}",
-        " to ".join(dict.fromkeys(str(done(row, pick)) for pick in (min, max))),
-        clock(sum(run.facts.seconds for run in row.runs) / len(row.runs)),
-    ]
+    accuracy = row.accuracy
+    return {
+        "stage": row.label + (f" [{state}]" if state else ""),
+        "network": row.model,
+        "parameters": f"{row.first.parameters:,}",
+        "epochs": " to ".join(dict.fromkeys(str(done(row, pick)) for pick in (min, max))),
+        "accuracy, %": share(accuracy and accuracy.mean),
+        "±": share(accuracy and accuracy.sd),
+        "95 % interval": interval(accuracy),
+        "best epoch*, %": share(row.mean("best", "valid_accuracy")),
+        "training, %": share(row.mean("last", "train_accuracy")) + mixed,
+        "time": clock(sum(run.facts.seconds for run in row.runs) / len(row.runs)),
+    }
 
 
 def done(row: Row, pick: type[min]) -> int:
@@ -86,26 +94,28 @@ def heading(section: Section) -> str:
     return f"{section.data}, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
 
 
-def notes(rows: Sequence[Row]) -> list[str]:
-    """The notes that the table needs."""
+def notes(rows: Sequence[Row], columns: Sequence[str] = COLUMNS) -> list[str]:
+    """The notes that a table with these columns needs."""
     where = "the test set" if {row.first.valid for row in rows} == {"test"} else "the validation images"
     measured = [row for row in rows if row.accuracy]
     several, single = ([row for row in measured if row.accuracy.over == over] for over in ("seeds", "images"))
-    found = []
+    found, intervals = ["The accuracy is that of the last epoch."], "95 % interval" in columns
     if several:
         n = _span(row.accuracy.n for row in several)
-        found.append(f"± is the standard deviation over seeds, the interval that of their mean (Student's t, n = {n}).")
-    if same := [row for row in several if row.accuracy.sd == 0]:
+        student = f", the interval that of their mean (Student's t, n = {n})" if intervals else f" (n = {n})"
+        found.append(f"± is the standard deviation over seeds{student}.")
+    if intervals and (same := [row for row in several if row.accuracy.sd == 0]):
         found.append(f"An interval of no width: all seeds classify as many of the {_images(same)} images right.")
     if single:
-        one = "where there is one seed" if several else "one seed"
-        found.append(
-            f"{one}: the interval is binomial, of {_images(single)} images; other seeds differ, too.".capitalize()
-        )
+        one, images = "where there is one seed" if several else "one seed", _images(single)
+        half = max(row.accuracy.high - row.accuracy.low for row in single) / 2
+        binomial = f"the interval is binomial, of {images} images"
+        chance = binomial if intervals else f"{images} images leave up to {100 * half:.1f} points to chance"
+        found.append(f"{one}: {chance}; other seeds differ, too.".capitalize())
     found.append(f"* the best epoch, chosen on {where}, which flatters it; the paper's figures are such.")
-    if any(row.first.mixup for row in rows):
+    if "training, %" in columns and any(row.first.mixup for row in rows):
         found.append("+ of mixed images, by the first image's label alone, as the paper counts.")
-    return found
+    return [*found, *(f"({row.mark}) {row.note}" for row in rows if row.mark is not None)]
 
 
 def _images(rows: Sequence[Row]) -> str:
@@ -120,26 +130,23 @@ def _span(counts: Iterable[int]) -> str:
 
 def table(section: Section) -> Table:
     """The table for a terminal of 80 columns."""
-    shown = Table(title=Text(heading(section), "table.title"), caption="\n".join(notes(section.rows)), box=SIMPLE_HEAD)
+    names = [column for column in columns(section) if column in TERMINAL]
+    caption = "\n".join(notes(section.rows, names))
+    shown = Table(title=Text(heading(section), "table.title"), caption=caption, box=SIMPLE_HEAD)
     shown.title_justify = shown.caption_justify = "left"
-    shown.padding, shown.collapse_padding = (0, 1), True
-    shown.add_column("stage")
-    for column in ("last\nepoch, %", "best*\n%", "training\n%", "parameters", "epochs\ntime"):
-        shown.add_column(column, justify="right", no_wrap=True)
+    shown.padding, shown.show_edge = 0, False
+    for name in names:
+        number = name not in WORDS
+        head = name.replace(", ", "\n").replace("best epoch", "best")
+        style = "bold" if name.startswith("accuracy") else ""
+        shown.add_column(head, justify="right" if number else "left", no_wrap=number, style=style)
+    network = shown.columns[names.index("network")]
+    network.overflow = "fold"
+    network.max_width = network.min_width = min(NETWORK, max(len(row.model) for row in section.rows))
     for row in section.rows:
-        stage, mean, ends, best, training, parameters, epochs, time = cells(row)
-        training += "" if training.endswith("+") else " "
-        shown.add_row(
-            _two(stage, row.model),
-            _two(mean, ends, "bold"),
-            *(best, training, parameters, _two(epochs, time)),
-        )
+        found = cells(row)
+        shown.add_row(*(found[name] for name in names))
     return shown
-
-
-def _two(first: str, second: str, style: str = "") -> Text:
-    """A cell of two lines."""
-    return Text.assemble((first, style), "\n", (second, "dim"))
 
 
 def difference_lines(differences: Sequence[Difference]) -> list[str]:
@@ -157,20 +164,21 @@ def difference_lines(differences: Sequence[Difference]) -> list[str]:
 
 def markdown(section: Section) -> str:
     """The table, its notes and the differences, as Markdown."""
-    lines = []
+    names, lines, marks = columns(section), [], {"network": "`", "accuracy, %": "**"}
     for row in section.rows:
-        stage, mean, *rest = map(as_text, cells(row))
-        lines.append([f"{stage}<br>`{as_text(row.model)}`", f"**{mean}**", *rest])
+        found = cells(row)
+        lines.append([f"{marks.get(name, '')}{as_text(found[name])}{marks.get(name, '')}" for name in names])
     paragraphs = [_plain(note) for note in notes(section.rows)]
     gains = "".join(f"- {_plain(as_text(line))}\n" for line in difference_lines(section.differences))
     if gains:
         paragraphs += ["Differences of the last epochs, with 95 % intervals:", gains]
-    return "\n\n".join([markdown_table(COLUMNS, lines), *paragraphs]).rstrip() + "\n"
+    return "\n\n".join([markdown_table(names, lines), *paragraphs]).rstrip() + "\n"
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Rows of cells, which are Markdown, as a table."""
-    lines = [f"| {' | '.join(columns)} |", f"|---|{'---:|' * (len(columns) - 1)}"]
+    dashes = ("---" if column in WORDS else "---:" for column in columns)
+    lines = [f"| {' | '.join(columns)} |", f"|{'|'.join(dashes)}|"]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 

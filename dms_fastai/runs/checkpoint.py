@@ -83,10 +83,9 @@ class Checkpoint(Callback):
                 raise UserError(f"{file} belongs to a run of another recipe; remove it, or begin again with --restart")
             try:
                 restore(learn, state)
-            except KeyError as error:
-                raise UserError(
-                    f"{file} is of another version (it has no {error}); begin again with --restart"
-                ) from None
+            except (KeyError, ValueError) as error:  # the latter is torch's, of an optimiser with other groups
+                reason = f"it has no {error}" if isinstance(error, KeyError) else error
+                raise UserError(f"{file} is of another version ({reason}); begin again with --restart") from None
             self.resumed, self.history.rows = state, state["rows"]
             for unsound in damaged:
                 unsound.replace(unsound.with_suffix(".damaged"))  # otherwise they would be kept in place of sound ones

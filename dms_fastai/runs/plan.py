@@ -4,6 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from ..data import Data, Sets
 from ..errors import UserError
 from ..models.build import needs_more_than_one
@@ -11,8 +13,10 @@ from ..models.dmsresnet import MEAN, STD
 from ..recipes import Recipe
 from ..run_folder import RunFolder
 from ..trained import Inputs, Teacher, begin_from, check_pretrained, check_teacher, load_teacher
+from .budget import fitted, with_choices_of
+from .estimate import Estimate
 from .guards import refuse_other_origin, refuse_other_recipe
-from .wanted import SAME_IMAGES, Wanted
+from .wanted import ALONE, FOR_TEACHER, SAME_IMAGES, Wanted
 
 __all__ = ["Opened", "Stage", "plan"]
 
@@ -60,18 +64,61 @@ class Stage:
     teacher: str | Path | None = None
 
 
-def plan(wanted: Wanted, opened: Opened) -> list[Stage]:
+class _Fits:
+    """The recipes of a plan with what their budgets choose, each fitted once."""
+
+    def __init__(self, wanted: Wanted, opened: Opened, device: torch.device, restart: bool):
+        self.wanted, self.opened, self.device, self.restart = wanted, opened, device, restart
+        self._fitted: dict[str, tuple[Recipe, Estimate | None]] = {}
+
+    def teacher(self, recipe: Recipe) -> Recipe:
+        """A teacher that is to be trained, in half of its budget."""
+        return self._fit(recipe, 0.5, None, self.wanted.given(to_teacher=True))
+
+    def student(self, recipe: Recipe, teacher: Recipe | None = None) -> Recipe:
+        """A recipe in its budget, of which a teacher that is trained, too, has the other half."""
+        return self._fit(recipe, 0.5 if teacher else 1.0, teacher, self.wanted.given(to_teacher=False))
+
+    def _fit(self, recipe: Recipe, share: float, teacher: Recipe | None, fixed: set[str]) -> Recipe:
+        if recipe.budget is None:
+            return recipe
+        if recipe.name not in self._fitted:
+            like = self._fitted.get(recipe.name.removesuffix(ALONE), (self._begun(recipe), None))[0]
+            if like is not None:
+                self._fitted[recipe.name] = with_choices_of(recipe, like), None
+            else:
+                sets, seconds = self.opened.sets(recipe.data.build()), 60 * share * recipe.budget.minutes
+                before = None if teacher is None else self._fitted.get(teacher.name, (teacher, None))[1]
+                self._fitted[recipe.name] = fitted(recipe, sets, self.device, seconds, fixed, before)
+        return self._fitted[recipe.name][0]
+
+    def _begun(self, recipe: Recipe) -> Recipe | None:
+        """What was chosen when the recipe was begun, with any of the seeds."""
+        for seed in () if self.restart else self.wanted.seeds:
+            folder = _folder(recipe, seed, self.wanted)
+            if folder.begun and folder.recipe_file.is_file():
+                return folder.recipe()
+        return None
+
+
+def plan(wanted: Wanted, opened: Opened, restart: bool = False, device: torch.device | None = None) -> list[Stage]:
     """The stages that the wanted recipes need. A teacher that is still to be trained comes before its student.
+
+    Args:
+        wanted: Recipes, data and settings.
+        opened: What opens the data and the teachers.
+        restart: Train teachers that are finished, too.
+        device: Where to train, for recipes with a budget; None: on the CPU.
 
     Raises:
         UserError: As in `Wanted.resolved`; or a teacher cannot be opened or does not know the data's classes, or a
             network cannot be built for the data.
     """
     stages: dict[Path, Stage] = {}
-    recipes = wanted.resolved()
+    recipes, fits = wanted.resolved(), _Fits(wanted, opened, device or torch.device("cpu"), restart)
     for seed in wanted.seeds:
         for recipe in recipes:
-            for stage in _with_teacher(recipe, recipes, seed, wanted, opened):
+            for stage in _with_teacher(recipe, recipes, seed, fits):
                 stages.setdefault(stage.folder.path, stage)
     for stage in stages.values():
         if isinstance(stage.teacher, str) and Path(stage.teacher).resolve() in {f.resolve() for f in stages}:
@@ -80,25 +127,29 @@ def plan(wanted: Wanted, opened: Opened) -> list[Stage]:
     return list(stages.values())
 
 
-def _with_teacher(recipe: Recipe, recipes: list[Recipe], seed: int, wanted: Wanted, opened: Opened) -> list[Stage]:
+def _with_teacher(recipe: Recipe, recipes: list[Recipe], seed: int, fits: _Fits) -> list[Stage]:
     """A recipe's stage, after its teacher's stage if that is wanted, too, or not finished."""
+    wanted, opened = fits.wanted, fits.opened
     teaching, before = wanted.teacher_of(recipe), []
     if isinstance(teaching, Recipe):
+        teaching = fits.teacher(teaching)
+        recipe = fits.student(recipe, teaching)
         named = next((other for other in recipes if other.name == teaching.name), None)
         first = Stage(named or teaching, seed, _folder(teaching, seed, wanted))
-        if named is not None or not first.folder.finished:
+        if named is not None or fits.restart or not first.folder.finished:
             before.append(first)
         else:
-            refuse_other_recipe(teaching, first.folder, SAME_IMAGES, or_else="remove it")
+            asked = [key.removeprefix(FOR_TEACHER) for key in wanted.settings if key.startswith(FOR_TEACHER)]
+            refuse_other_recipe(teaching, first.folder, (*SAME_IMAGES, *asked), or_else="--restart")
             origin = {"data_digest": opened.sets(teaching.data.build()).digest}
-            refuse_other_origin(origin, first.folder, or_else="remove it")
+            refuse_other_origin(origin, first.folder, or_else="--restart")
         teaching = first.folder.path
     elif teaching is not None:  # refuse one that is missing or does not fit now, not after stages are trained
         sets = opened.sets(recipe.data.build())
         check_pretrained(teaching, len(sets.vocab))
         images = Inputs(_shape(sets), MEAN, STD)
         check_teacher(opened.teacher(teaching), len(sets.vocab), images, sets.vocab)
-    return [*before, Stage(recipe, seed, _folder(recipe, seed, wanted), teaching)]
+    return [*before, Stage(fits.student(recipe), seed, _folder(recipe, seed, wanted), teaching)]
 
 
 def _folder(recipe: Recipe, seed: int, wanted: Wanted) -> RunFolder:

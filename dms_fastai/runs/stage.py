@@ -17,7 +17,7 @@ from fastai.callback.progress import ProgressCallback
 from fastcore.basics import noop
 from rich.console import Console
 
-from ..errors import UserError
+from ..errors import UserError, notice
 from ..export import export_run
 from ..files import whole
 from ..learner import DMSLearner, dms_learner
@@ -25,6 +25,8 @@ from ..models.weights import load_weights
 from ..recipes import cut_path
 from ..run_folder import Facts, Figures, Run, RunFolder
 from ..trained import check_classes
+from .advice import advice, other_settings
+from .best import KeepBest
 from .checkpoint import Checkpoint
 from .curves import plot_curves
 from .guards import arithmetic, other_arithmetic, refuse_other_code, refuse_other_origin, refuse_other_recipe
@@ -34,7 +36,7 @@ from .machine import commit, device_name, is_out_of_memory, versions
 from .plan import Opened, Stage
 from .predictions import write_predictions
 from .profile import StepProfile
-from .progress import RichProgress
+from .progress import NOTHING, Ahead, RichProgress
 from .stop import StopOnRequest
 
 __all__ = ["Manner", "run_stage"]
@@ -50,6 +52,8 @@ class Manner:
         restart: Delete what the folder holds, and begin again.
         profile: Trace a few steps, and print where their time goes.
         checkpoint_steps: Write a checkpoint after every so many steps, and not only after epochs.
+        keep_best: Also keep the weights of the best epoch; a run that has begun to goes on doing so.
+        ahead: What the command trains after this stage, for the time left.
     """
 
     device: torch.device | str = "cpu"
@@ -57,6 +61,8 @@ class Manner:
     restart: bool = False
     profile: bool = False
     checkpoint_steps: int | None = None
+    keep_best: bool = False
+    ahead: Ahead = NOTHING
 
 
 def run_stage(stage: Stage, opened: Opened, manner: Manner | None = None, console: Console | None = None) -> Run:
@@ -142,6 +148,8 @@ class _Training:
                 raise self.too_large() from None
             raise
         shutil.rmtree(self.folder.checkpoints, ignore_errors=True)  # only after run.json says "finished"
+        for line in self.advice(finished):
+            notice(line)
         return self.told(finished)
 
     def resume(self) -> int:
@@ -164,7 +172,10 @@ class _Training:
     def fit(self, first_epoch: int) -> None:
         with contextlib.ExitStack() as stack:
             cbs = [self.history, self.checkpoint, stack.enter_context(self.stop.listening())]
-            cbs.append(stack.enter_context(RichProgress(self.recipe.title, self.history, self.console)))
+            shown = RichProgress(self.recipe.title, self.history, self.console, self.manner.ahead)
+            cbs.append(stack.enter_context(shown))
+            if self.manner.keep_best or self.folder.best.is_file():
+                cbs.append(KeepBest(self.folder))
             if self.manner.profile:
                 cbs += stack.enter_context(StepProfile(self.folder.profile, self.console)).edges
             self.learn.fit_recipe(cbs=cbs, start_epoch=first_epoch)
@@ -200,6 +211,12 @@ class _Training:
         smaller += [f"--set data.size={size // 2}"] if size >= 16 else []
         advice = " or ".join(smaller) or "a smaller --arch"
         return UserError(f"batches of {loader.bs} images do not fit into {where}; try {advice}")
+
+    def advice(self, run: Run) -> list[str]:
+        """What somebody should know about the finished run."""
+        rows, labels = self.history.rows, self.learn.dls.valid_ds.labels
+        largest = int(labels.bincount().max()) / len(labels)
+        return advice(run.facts, rows, len(rows) * len(self.learn.dls.train), largest, other_settings(run))
 
     def told(self, run: Run) -> Run:
         """The run, with the reason why it was stopped, if it was."""

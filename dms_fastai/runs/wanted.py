@@ -5,7 +5,7 @@ Whatever is mistyped is refused here, before torch is imported.
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,13 @@ from ..names import architectures, is_architecture, shipped, source_name
 from ..recipes import SCALARS, Recipe, ablation_of, load_recipe, recipe_names
 from ..training.parts import PARTS
 
-__all__ = ["ABLATION", "SAME_IMAGES", "Wanted"]
+__all__ = ["ABLATION", "ALONE", "FOR_TEACHER", "SAME_IMAGES", "Wanted"]
 
 ABLATION = "ablation"
 SAME_IMAGES = ("data.size", "data.valid", "data.labels")  # what teacher and student must have in common
+SHARED = ("data", "augment", "bf16", "compile")  # tables whose settings a teacher that is trained gets, too
+ALONE = "-alone"  # ends the name of a student's recipe without its teacher
+FOR_TEACHER = "teacher."  # before the keys of settings that a teacher alone gets
 
 
 @dataclass(frozen=True)
@@ -33,9 +36,11 @@ class Wanted:
         arch: Architecture of the recipes, not of their teachers.
         teacher: Teacher in place of the recipes': a recipe, a run's folder, a file, or "timm:NAME".
         epochs, schedule: For every stage, including teachers.
-        settings: Recipe values by dotted key. A teacher gets those of `SAME_IMAGES` alone. Of several recipes,
-            those that have the setting's table get it; if none has it, all of them do.
-        trust: A teacher may be a .pkl, whose code is run.
+        settings: Recipe values by dotted key. A teacher that is trained gets those of the tables `SHARED`, too, and
+            alone those whose key begins with "teacher.". Of several recipes, those that have the setting's table get
+            it; if none has it, all of them do.
+        budget: Minutes for every stage and its teacher, as in `[budget]`.
+        compare: Train each student that has a teacher without one, too.
     """
 
     recipes: tuple[str, ...]
@@ -47,6 +52,8 @@ class Wanted:
     epochs: int | None = None
     schedule: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    budget: float | None = None
+    compare: bool = False
 
     @property
     def root(self) -> Path:
@@ -67,7 +74,8 @@ class Wanted:
         bare = [load_recipe(file, name, self.arch) for file in dict.fromkeys(files)]
         found = []
         for file, recipe in zip(dict.fromkeys(files), bare, strict=True):
-            own = {k: v for k, v in self.settings.items() if len(bare) == 1 or _is_for(k, recipe, bare)}
+            given = {k: v for k, v in self.settings.items() if not k.startswith(FOR_TEACHER)}
+            own = {k: v for k, v in given.items() if len(bare) == 1 or _is_for(k, recipe, bare)}
             found.append(load_recipe(file, name, self.arch, {**self._everywhere(), **own}))
         names = [recipe.name for recipe in found]
         for name in names:
@@ -78,6 +86,13 @@ class Wanted:
             raise UserError(f"{which} not distil; leave --teacher out, or take kd")
         for recipe in found:
             self._check_teacher(recipe)
+        alone = next((key for key in self.settings if key.startswith(FOR_TEACHER)), None)
+        if alone is not None and not any(isinstance(self.teacher_of(recipe), Recipe) for recipe in found):
+            raise UserError(f"{alone} is for a teacher that is trained, and this command trains none")
+        if self.compare:
+            if all(recipe.distill is None for recipe in found):
+                raise UserError("none of these recipes distils, so there is no teacher to compare without")
+            found = [each for recipe in found for each in (recipe, *_without_teacher(recipe))]
         return found
 
     def teacher_of(self, recipe: Recipe) -> str | Recipe | None:
@@ -89,14 +104,29 @@ class Wanted:
             return source
         if source.endswith(".toml") and not Path(source).is_file():
             raise UserError(f"recipe {recipe.name!r} names the teacher {source!r}, and there is no such file")
-        shared = self._everywhere() | {key: v for key, v in self.settings.items() if key in SAME_IMAGES}
-        teaching = load_recipe(source, source_name(self.data), None, shared)
+        shared = {key: value for key, value in self.settings.items() if key.split(".")[0] in SHARED}
+        alone = {k.removeprefix(FOR_TEACHER): v for k, v in self.settings.items() if k.startswith(FOR_TEACHER)}
+        teaching = load_recipe(source, source_name(self.data), None, self._everywhere() | shared | alone)
         if teaching.distill is not None:
             raise UserError(f"recipe {teaching.name!r} needs a teacher itself; train it, and give its run's folder")
         return teaching
 
+    def given(self, to_teacher: bool) -> set[str]:
+        """The keys that the command sets for recipes, or for the teachers that it trains."""
+        keys = {key for key in self.settings if not key.startswith(FOR_TEACHER)}
+        if to_teacher:
+            keys = {key for key in keys if key.split(".")[0] in SHARED}
+            keys |= {key.removeprefix(FOR_TEACHER) for key in self.settings if key.startswith(FOR_TEACHER)}
+        elif self.arch is not None:
+            keys.add("model.name")
+        return keys | self._everywhere().keys()
+
     def _everywhere(self) -> dict[str, Any]:
-        given = {"schedule.name": self.schedule, "schedule.epochs": self.epochs}
+        given = {
+            "schedule.name": self.schedule,
+            "schedule.epochs": self.epochs,
+            "budget.minutes": self.budget,
+        }
         return {key: value for key, value in given.items() if value is not None}
 
     def _check_teacher(self, recipe: Recipe) -> None:
@@ -114,6 +144,14 @@ class Wanted:
                 near = get_close_matches(part, recipe_names(), n=1)
                 hint = f"did you mean {near[0]!r}?" if near else "give a recipe, a run's folder, a file or timm:NAME"
                 raise UserError(f"no teacher at {part}; {hint}")
+
+
+def _without_teacher(recipe: Recipe) -> list[Recipe]:
+    """The same student on its own, if the recipe distils."""
+    if recipe.distill is None:
+        return []
+    name, title = f"{recipe.name}{ALONE}", f"{recipe.title}, no teacher"
+    return [replace(recipe, name=name, title=title, teacher=None, distill=None)]
 
 
 def _is_for(key: str, recipe: Recipe, others: list[Recipe]) -> bool:

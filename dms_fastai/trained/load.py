@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..data.loader import statistics, vocabulary
 from ..errors import UserError, unknown
+from ..models.groups import classifiers
 from ..models.weights import all_finite, load_weights, shipped_weights
 from ..run_folder import RunFolder
 from .network import Ensemble, Teacher, check_classes
@@ -108,7 +109,8 @@ def begin_from(model: nn.Module, source: str, arch: str) -> None:
         state = load_weights(file)[0].state_dict()
     ours = model.state_dict()
     other = sorted(name for name in ours.keys() | state.keys() if _shape(ours, name) != _shape(state, name))
-    head = [name for name, module in model.named_modules() if module is model.get_classifier()]
+    heads = classifiers(model)
+    head = [name for name, module in model.named_modules() if module in heads]
     if any(name.rpartition(".")[0] not in head for name in other):
         raise UserError(f"the weights at {source} are of another network than {arch} (see {other[0]}); take its own")
     model.load_state_dict({name: value for name, value in state.items() if name not in other}, strict=False)

@@ -1,5 +1,6 @@
 """torch's optimisers for fastai, in a wrapper that costs less than fastai's and can exempt weights from decay."""
 
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -109,19 +110,23 @@ class Lookahead:
 OPTIMIZERS = {"sgd": SGD, "muon": Muon}
 
 
-def optimizer(params: Any, lr: float, settings: Any, lookahead: Lookahead | None = None) -> "GroupedOptimWrapper":
+def optimizer(
+    params: Any, lr: float | slice, settings: Any, lookahead: Lookahead | None = None
+) -> "GroupedOptimWrapper":
     """Build a fastai optimiser.
 
     Args:
         params: Parameters, or groups of them, as a fastai splitter gives them.
-        lr: Learning rate of all groups.
+        lr: Learning rate of all groups, or a slice of rates from the first group to the last, as in fastai.
         settings: An instance of one of `OPTIMIZERS`: it has lr, momentum and wd_bn_bias, and `over`.
         lookahead: Adds slow weights, if given.
     """
     groups = _groups(params)
     halves = [half for group in groups for half in _halves(group, settings.wd_bn_bias)]
-    made = settings.over(halves, lr)
-    return GroupedOptimWrapper(made if lookahead is None else lookahead.around(made), len(halves) // len(groups))
+    made = settings.over(halves, lr.stop if isinstance(lr, slice) else lr)
+    opt = GroupedOptimWrapper(made if lookahead is None else lookahead.around(made), len(halves) // len(groups))
+    opt.set_hyper("lr", lr)
+    return opt
 
 
 class GroupedOptimWrapper(OptimWrapper):
@@ -145,6 +150,11 @@ class GroupedOptimWrapper(OptimWrapper):
 
     def zero_grad(self) -> None:
         self.opt.zero_grad()
+
+    def clear_state(self) -> None:
+        """Forget momenta and slow weights, as fastai does when it freezes or unfreezes."""
+        fast = getattr(self.opt, "_base_optimizer", self.opt)  # Lookahead keeps its own there, too
+        fast.state = defaultdict(dict)
 
     @property
     def hypers(self) -> list[dict[str, float]]:

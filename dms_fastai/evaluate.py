@@ -1,0 +1,163 @@
+"""Accuracy and loss of a trained network on a split of a data set, and the accuracy in each class."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .callbacks.bf16 import fast_kernels, has_bf16
+from .data.augment import affine, normalize
+from .data.imageset import ImageSet
+from .data.sets import VALID_BATCH
+from .data.sources import load_splits
+from .data.white import BYTE
+from .errors import UserError, notice
+from .export import open_model
+from .models.card import ModelCard
+from .run_folder import RunFolder
+from .trained import find_file
+
+__all__ = ["ClassAccuracy", "Evaluation", "evaluate_model"]
+
+BATCH = VALID_BATCH["cpu"]
+STRANGE = 3  # unknown classes in a message
+
+
+@dataclass(frozen=True)
+class ClassAccuracy:
+    """How many images of a class there are, and how many of them are classified right."""
+
+    name: str
+    images: int
+    right: int
+
+    @property
+    def accuracy(self) -> float:
+        return self.right / self.images
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate_model` found.
+
+    Attributes:
+        split: The split.
+        loss: Mean cross-entropy.
+        classes: Those with images, the least accurate first.
+    """
+
+    split: str
+    loss: float
+    classes: list[ClassAccuracy]
+
+    @property
+    def images(self) -> int:
+        return sum(found.images for found in self.classes)
+
+    @property
+    def accuracy(self) -> float:
+        return sum(found.right for found in self.classes) / self.images
+
+
+def evaluate_model(
+    source: str | Path,
+    data: str | Path,
+    split: str | None = None,
+    labels: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    trust: bool = False,
+    track: Callable[[Sequence[Tensor]], Iterable[Tensor]] = iter,
+) -> Evaluation:
+    """Classify the images of a split, and compare with their labels. Classes are matched by name.
+
+    A run's weights are evaluated as the run has validated them: in bf16, if its recipe and the device have it. All
+    others are in float32. The images of the split are in memory, and of everything else a batch.
+
+    Args:
+        source, trust: As in `predict_files`.
+        data, labels: As in `load_data`.
+        split: "test", "val" or "train". None: "test", or "val" where there is no "test".
+        device: Where to compute.
+        track: Gets the indices of the images, a tensor for each batch, and gives them back one by one: for progress.
+
+    Raises:
+        UserError: There is no model at `source`, it does not take square images in colour, the data are missing or have
+            no such split, or have a class that the model does not know.
+    """
+    model, card = open_model(source, trust)
+    images = _images(data, split, labels, card)
+    device, own = torch.device(device), RunFolder(find_file(source, trust).parent)
+    known = _known_classes(images, card).to(device)
+    bf16 = own.recipe_file.is_file() and own.recipe().bf16 is not None and has_bf16(device)
+    _note_other_images(images, own)
+    model = model.to(device, memory_format=torch.channels_last).float().eval()
+    scaling = affine(card.mean, card.std, images.size, device)
+    of_class, right = (torch.zeros(images.c, dtype=torch.long, device=device) for _ in range(2))
+    losses = []
+    batches = torch.arange(len(images)).split(VALID_BATCH.get(device.type, BATCH))
+    with torch.inference_mode(), fast_kernels(device):
+        for index in track(batches):
+            x, y = normalize(images.images[index].to(device), *scaling), images.labels[index].to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                logits = model(x)
+            logits, wanted = logits.float(), known[y]
+            of_class += y.bincount(minlength=images.c)
+            right += y[logits.argmax(1) == wanted].bincount(minlength=images.c)
+            losses.append(F.cross_entropy(logits, wanted, reduction="sum"))
+    loss = torch.stack(losses).cpu().double().sum().item() / len(images)
+    counts = zip(map(str, images.vocab), of_class.tolist(), right.tolist(), strict=True)
+    classes = [ClassAccuracy(*found) for found in counts if found[1]]
+    return Evaluation(images.split, loss, sorted(classes, key=lambda found: found.accuracy))
+
+
+def _images(data: str | Path, split: str | None, labels: str | Path | None, card: ModelCard) -> ImageSet:
+    """The images of a split, as large as the model's."""
+    channels, height, width = card.shape
+    if channels != 3 or height != width:
+        raise UserError(
+            f"the model takes images of {width}x{height} pixels and {channels} channels, and data sets are read as "
+            f"square images in colour; dms-fastai predict classifies the files"
+        )
+    splits = load_splits(data, height, labels)
+    found = split or next((name for name in ("test", "val") if name in splits), "test")
+    if found not in splits:
+        raise UserError(f"{data} has no split {found!r}; give --split {' or '.join(splits)}")
+    images = splits[found]
+    if not len(images):
+        raise UserError(f"{data} has no images in its split {found!r}")
+    ours, theirs = images.white or BYTE, card.white or BYTE
+    if ours != theirs:
+        notice(f"{data}: {ours:g} is white here, and was {theirs:g} in the images that the model was trained on")
+    return images
+
+
+def _known_classes(images: ImageSet, card: ModelCard) -> Tensor:
+    """The model's index of each class of the images, int64 of shape (classes,); -1 for those that it does not know.
+
+    Raises:
+        UserError: The images have a class that the model does not know.
+    """
+    place = {name: index for index, name in enumerate(card.vocab)}
+    known = torch.tensor([place.get(str(name), -1) for name in images.vocab])
+    strange = [str(images.vocab[label]) for label in images.labels.unique().tolist() if known[label] < 0]
+    if strange:
+        more = f" and {len(strange) - STRANGE} more" if len(strange) > STRANGE else ""
+        few = ", ".join(map(repr, card.vocab[:STRANGE])) + (", ..." if len(card.vocab) > STRANGE else "")
+        raise UserError(
+            f"the data have the class {', '.join(map(repr, strange[:STRANGE]))}{more}, which the model does not know; "
+            f"its {len(card.vocab)} classes are {few}"
+        )
+    return known
+
+
+def _note_other_images(images: ImageSet, own: RunFolder) -> None:
+    """Say so if a run was validated on other images of the same name."""
+    if not own.facts_file.is_file():
+        return
+    facts = own.facts()
+    same = (images.name, images.split, images.size) == (facts.data, facts.valid, facts.size)
+    if same and facts.data_digest and images.digest() != facts.data_digest[-1]:
+        notice(f"the run was validated on other images that are called {images.name}, too")

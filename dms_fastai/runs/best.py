@@ -1,0 +1,56 @@
+"""The weights of a run's best epoch, kept beside those of its last one."""
+
+from pathlib import Path
+
+from fastai.callback.core import Callback
+from safetensors import SafetensorError, safe_open
+
+from ..models.weights import save_weights
+from ..run_folder import RunFolder
+
+__all__ = ["KeepBest", "describe_best"]
+
+CHOSEN = "chosen on the images that it was validated on"
+
+
+class KeepBest(Callback):
+    """Write the weights of every epoch whose validation accuracy is the highest so far.
+
+    The file says in its header which epoch that was, how accurate, and how it was chosen. What the file says is also
+    what the next epoch is compared with, so that a resumed run needs nothing else.
+    """
+
+    order = 56  # before the checkpoint (70): a resumed run never skips an epoch that was to be written
+
+    def __init__(self, folder: RunFolder):
+        super().__init__()
+        self.file = folder.best
+
+    def before_fit(self) -> None:
+        self.highest = float(_notes(self.file).get("valid_accuracy", "-inf"))
+
+    def after_epoch(self) -> None:
+        recorder = self.learn.recorder
+        recorded = dict(zip(recorder.metric_names[1:], recorder.values[-1], strict=False))
+        accuracy = recorded["valid_accuracy"]
+        if accuracy > self.highest:
+            self.highest = accuracy
+            notes = {"epoch": str(self.learn.epoch + 1), "valid_accuracy": repr(accuracy), "chosen": CHOSEN}
+            save_weights(self.learn.model, self.learn.card, self.file, notes=notes)
+
+
+def describe_best(folder: RunFolder) -> str:
+    """One line about the weights of a run's best epoch."""
+    notes = _notes(folder.best)
+    if not notes:
+        return f"none in {folder.path}, which was trained without --keep-best; --restart trains it again"
+    return f"{folder.best}, epoch {notes['epoch']}, {100 * float(notes['valid_accuracy']):.2f} %: {notes['chosen']}"
+
+
+def _notes(file: Path) -> dict[str, str]:
+    """What the header of a file of `KeepBest` says; nothing if there is no sound file."""
+    try:
+        with safe_open(file, "pt") as opened:
+            return opened.metadata() or {}
+    except (OSError, SafetensorError):
+        return {}

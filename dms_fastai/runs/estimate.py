@@ -1,0 +1,86 @@
+"""What a training will take, from a few steps of it."""
+
+import time
+from dataclasses import dataclass, replace
+
+import torch
+from fastai.callback.core import Callback, CancelFitException
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..data import Sets
+from ..learner import dms_learner
+from ..recipes import Recipe
+
+__all__ = ["Estimate", "estimate"]
+
+WARM_UP, STEPS, SECONDS = 2, 10, 3.0  # steps before any is timed, and the most steps and seconds that are timed
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a stage is expected to take.
+
+    Attributes:
+        parameters: Of the network.
+        macs: Multiply-accumulates of a forward pass of one image.
+        steps: Steps of an epoch.
+        step_seconds: Seconds of a training step, without a teacher.
+        epoch_seconds: Seconds of an epoch with its validation, without a teacher.
+    """
+
+    parameters: int
+    macs: int
+    steps: int
+    step_seconds: float
+    epoch_seconds: float
+
+
+def estimate(recipe: Recipe, sets: Sets, device: torch.device) -> Estimate:
+    """Train a few steps of a recipe, without its teacher, and throw them away. Random states stay as they are."""
+    recipe = replace(recipe, teacher=None, distill=None, compile=None)
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices, device_type="cuda"):
+        dls = sets.loaders(recipe.data.batch_size, recipe.augment.build(), device=device)
+        clock = _Clock(device)
+        learn = dms_learner(dls, recipe, cbs=clock)
+        with learn.no_bar(), learn.no_logging():
+            learn.fit_recipe(1 + (WARM_UP + STEPS) // max(1, len(dls.train)))
+        image = torch.zeros(1, *sets.train.images.shape[1:], device=device)
+        learn.model.eval()
+        with FlopCounterMode(display=False) as flops, torch.inference_mode():
+            learn.model(image)
+    step = clock.seconds_a_step
+    validation = step / 3 * len(sets.valid) / dls.train.bs  # a forward pass is a third of a step
+    return Estimate(
+        parameters=sum(p.numel() for p in learn.model.parameters()),
+        macs=flops.get_total_flops() // 2,
+        steps=len(dls.train),
+        step_seconds=step,
+        epoch_seconds=len(dls.train) * step + validation,
+    )
+
+
+class _Clock(Callback):
+    """Times some training steps, and then ends the training."""
+
+    order, run_valid = 90, False
+
+    def __init__(self, device: torch.device):
+        self.device, self.times = device, []
+
+    def after_batch(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.times.append(time.perf_counter())
+        if len(self.times) > WARM_UP + STEPS or (
+            len(self.times) > WARM_UP + 1 and self.times[-1] - self.times[WARM_UP] > SECONDS
+        ):
+            raise CancelFitException
+
+    def before_validate(self) -> None:
+        self.learn.dl = []  # its time is not asked for
+
+    @property
+    def seconds_a_step(self) -> float:
+        timed = self.times[min(WARM_UP, len(self.times) - 2) :]
+        return (timed[-1] - timed[0]) / max(1, len(timed) - 1)

@@ -1,0 +1,48 @@
+"""What a command is going to train: the data, and for each stage its network, its steps and its time."""
+
+from collections.abc import Iterable
+
+import torch
+from rich.table import Table
+
+from ..clock import clock
+from ..data import Sets
+from .estimate import estimate
+from .plan import Opened, Stage
+
+__all__ = ["foreseen"]
+
+
+def foreseen(stages: Iterable[Stage], opened: Opened, device: torch.device) -> tuple[list[str], Table]:
+    """Lines about the data sets, and a table of the stages, with times that are measured by a few steps of each."""
+    said: list[str] = []
+    table = Table("stage", "network", "parameters", "MACs", "batch", "steps an epoch", "epochs", "time")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    total, steps = 0.0, {}
+    for stage in stages:
+        recipe, sets = stage.recipe, opened.sets(stage.recipe.data.build())
+        line = _described(sets)
+        if line not in said:
+            said.append(line)
+        if stage.folder.finished:
+            table.add_row(recipe.title, recipe.model.name, "", "", "", "", "", "finished")
+            continue
+        found = estimate(recipe, sets, device)
+        teaching = steps.get(str(stage.teacher), 0.0) / 3 * found.steps
+        seconds = recipe.schedule.epochs * (found.epoch_seconds + teaching)
+        steps[str(stage.folder.path)], total = found.step_seconds, total + seconds
+        size = (f"{found.parameters:,}", f"{found.macs / 1e6:,.1f} M", str(recipe.data.batch_size), str(found.steps))
+        table.add_row(recipe.title, recipe.model.name, *size, str(recipe.schedule.epochs), clock(seconds))
+    said.append(f"{clock(total)} in all on {device.type}, with checkpoints and exports a little more")
+    return said, table
+
+
+def _described(sets: Sets) -> str:
+    train, valid = sets.train, sets.valid
+    counts = train.labels.bincount(minlength=len(sets.vocab)).tolist()
+    each = f"{min(counts):,}" if min(counts) == max(counts) else f"{min(counts):,} to {max(counts):,}"
+    return (
+        f"{train.name}: {len(train):,} training images of {len(counts)} classes, {each} of each; {len(valid):,} to "
+        f"validate on ({valid.split}); {sets.size}x{sets.size} pixels"
+    )

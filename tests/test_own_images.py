@@ -1,0 +1,161 @@
+"""One's own images: what fits a budget, what settings reach teacher and student, and the student without a teacher."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from dms_fastai import UserError, load_recipe
+from dms_fastai.data import Data, Sets
+from dms_fastai.run_folder import Figures, Run, RunFolder
+from dms_fastai.runs import budget
+from dms_fastai.runs.advice import teacher_advice
+from dms_fastai.runs.budget import fitted
+from dms_fastai.runs.estimate import Estimate, estimate
+from dms_fastai.runs.wanted import Wanted
+from tests.test_runs import dms  # noqa: F401  (a fixture)
+
+RUN = Run.read(next((Path(__file__).parent.parent / "artifacts").rglob("cpu/kd/seed0/run.json")).parent)
+
+
+def wanted(**settings):
+    return Wanted(("kd",), settings=settings.pop("settings"), **settings)
+
+
+def test_settings_of_the_data_reach_the_teacher():
+    both = wanted(settings={"data.batch_size": 32, "augment.flip": 0.25, "bf16": False, "optimizer.lr": 0.3})
+    [student] = both.resolved()
+    teacher = both.teacher_of(student)
+    assert (student.data.batch_size, student.augment.flip, student.bf16, student.optimizer.lr) == (32, 0.25, None, 0.3)
+    assert (teacher.data.batch_size, teacher.augment.flip, teacher.bf16, teacher.optimizer.lr) == (32, 0.25, None, 0.03)
+
+
+def test_settings_may_be_for_the_teacher_alone():
+    both = wanted(
+        settings={"teacher.optimizer.lr": 0.2, "teacher.data.batch_size": 16, "teacher.model.name": "resnet18"}
+    )
+    [student] = both.resolved()
+    teacher = both.teacher_of(student)
+    assert (teacher.optimizer.lr, teacher.data.batch_size, teacher.model.name) == (0.2, 16, "resnet18")
+    assert (student.optimizer.lr, student.data.batch_size, student.model.name) == (0.1, 64, "test_dmsresnet")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings", "words"),
+    [
+        ("se", {"teacher.optimizer.lr": 0.2}, "teacher.optimizer.lr is for a teacher that is trained"),
+        ("kd", {"teacher.optimizer.lrr": 0.2}, "unknown recipe key 'optimizer.lrr'"),
+        ("kd", {"teacher.optimizer.lr": -1}, "optimizer.lr is -1"),
+    ],
+)
+def test_settings_for_a_teacher_that_cannot_be(recipe, settings, words):
+    with pytest.raises(UserError) as error:
+        Wanted((recipe,), settings=settings).resolved()
+    assert words in error.value.message
+
+
+def test_a_student_is_compared_with_itself_without_a_teacher():
+    student, alone = wanted(settings={}, compare=True).resolved()
+    assert (alone.name, alone.distill, alone.teacher) == ("kd-alone", None, None)
+    assert alone.title.endswith("no teacher")
+    rest = {name for name in vars(student) if getattr(student, name) != getattr(alone, name)}
+    assert rest == {"name", "title", "teacher", "distill"}
+    with pytest.raises(UserError, match="none of these recipes distils"):
+        Wanted(("se",), compare=True).resolved()
+
+
+def test_a_budget_chooses_what_fits_and_a_resume_keeps_it(dms, tmp_path):  # noqa: F811
+    args = ("run", "small", "--data", "digits", "--budget", "3s", "--device", "cpu")
+    code, _, err = dms(*args, "--time-limit", "0.001s")
+    assert code == 75, err
+    teacher = tmp_path / "artifacts" / "digits" / "small" / "teacher" / "seed0"
+    begun = (teacher / "recipe.toml").read_text()
+    chosen = RunFolder(teacher).recipe()
+    assert chosen.data.batch_size == 128  # 1,438 images are more than 8 batches of them
+    code, _, err = dms(*args)
+    assert code == 0, err
+    assert (teacher / "recipe.toml").read_text() == begun
+    student = RunFolder(teacher.parents[1] / "seed0")
+    assert student.recipe().budget.minutes == 0.05
+    assert student.finished
+
+
+@pytest.mark.parametrize(
+    ("seconds", "name", "widths", "epochs"),
+    [
+        (1000, "dmsresnet", None, 100),  # as many epochs as fit
+        (10_000, "dmsresnet", None, 200),  # but not more than are of use
+        (199, "dmsresnet", [32, 64, 128], 79),  # 19 epochs of the first network would be too few
+        (10, "test_dmsresnet", None, 20),
+        (2, "test_dmsresnet", None, 4),
+    ],
+)
+def test_the_largest_network_that_trains_enough_epochs_is_chosen(monkeypatch, seconds, name, widths, epochs):
+    """An epoch takes 10, 2.5 and 0.5 seconds with the three networks, from the largest to the smallest."""
+
+    def known(recipe, sets, device):
+        epoch = 0.5 if recipe.model.name == "test_dmsresnet" else 2.5 if recipe.model.args else 10
+        return Estimate(parameters=1, macs=1, steps=10, step_seconds=epoch / 10, epoch_seconds=epoch)
+
+    monkeypatch.setattr(budget, "estimate", known)
+    recipe, sets = load_recipe("fast", "cifar10"), Data().open("digits")
+    chosen, _ = fitted(recipe, sets, torch.device("cpu"), seconds, set(), None)
+    assert (chosen.model.name, (chosen.model.args or {}).get("widths")) == (name, widths)
+    assert chosen.schedule.epochs == epochs
+    taught, _ = fitted(recipe, sets, torch.device("cpu"), seconds, {"model.name"}, known(recipe, sets, None))
+    assert taught.schedule.epochs == max(1, min(200, int(seconds / (10 * 4 / 3))))  # with the teacher's forward passes
+
+
+def test_what_the_command_sets_is_not_chosen(tmp_path):
+    sets = Data(8).open("digits")
+    recipe = load_recipe("small", "digits", None, {"data.batch_size": 64, "schedule.epochs": 7})
+    fixed = {"data.batch_size", "schedule.epochs"}
+    chosen, _ = fitted(recipe, sets, torch.device("cpu"), 0.5, fixed, None)
+    assert (chosen.data.batch_size, chosen.schedule.epochs) == (64, 7)
+    few = Sets(sets.train.subset(torch.arange(90)), sets.valid)
+    chosen, found = fitted(recipe, few, torch.device("cpu"), 3600, set(), None)
+    assert (chosen.data.batch_size, chosen.schedule.epochs, found.steps) == (8, 200, 11)
+
+
+def test_an_estimate_is_of_the_network_that_is_trained():
+    sets, recipe = Data(64).open("digits"), load_recipe("se", "digits", "test_dmsresnet")
+    state = torch.get_rng_state()
+    found = estimate(recipe, sets, torch.device("cpu"))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert found.parameters == 56_587
+    assert found.steps == 1438 // 64
+    macs = []
+
+    def count(module, _, output):
+        weights = module.weight[0].numel()
+        macs.append(weights * output[0].numel())
+
+    network = timm.create_model("test_dmsresnet", num_classes=10).eval()
+    for module in network.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.register_forward_hook(count)
+    network(torch.zeros(1, 3, 8, 8))
+    assert found.macs == sum(macs)
+    assert 0 < found.step_seconds < found.epoch_seconds
+
+
+def test_a_dry_run_says_what_would_be_trained_and_trains_nothing(dms, tmp_path):  # noqa: F811
+    code, out, err = dms("run", "kd", "--set", "teacher.model.name=test_dmsresnet", "--dry-run", "--device", "cpu")
+    assert code == 0, err
+    assert "digits: 1,438 training images of 10 classes, 139 to 146 of each; 359 to validate on (test); 8x8" in out
+    assert "56,587" in out
+    assert "in all on cpu" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_teacher_below_its_student_is_said():
+    def facts(accuracy, title="KD"):
+        last = Figures(epoch=3, train_loss=1.0, train_accuracy=0.5, valid_loss=1.0, valid_accuracy=accuracy)
+        return replace(RUN.facts, title=title, epochs=3, last=last)
+
+    assert teacher_advice(facts(0.9), facts(0.95)) == []
+    [line] = teacher_advice(facts(0.9), facts(0.8))
+    assert line.startswith("KD: its teacher has 80.00 % after 3 epochs, less than the student, 90.00 %")
