@@ -415,7 +415,7 @@ def test_the_code_that_a_result_depends_on_is_told_by_folder(tmp_path, monkeypat
         path.write_text(text.replace(old, new))
         return machine.versions()["dms-fastai"] != before
 
-    assert not changed("runs/progress.py", '"""A live line', '"""A lively line')
+    assert not changed("runs/progress.py", '"""What is seen', '"""What can be seen')
     assert not changed("report/tables.py", '"""The table', '"""A table')
     assert changed("callbacks/ema.py", "0.999", "0.99")
     assert changed("training/optimizers.py", "lr: Positive = 0.1", "lr: Positive = 0.2")
