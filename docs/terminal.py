@@ -1,7 +1,7 @@
 """An image of a command at work in a terminal of 80 columns: how it looks on the way, and how at its end.
 
 pip install pyte
-python -m docs.terminal --when "epoch 30/40" docs/images/terminal.svg dms-fastai run kd --data digits
+python -m docs.terminal --when "epoch 8/40" --last 14 docs/images/terminal.svg dms-fastai run kd --data digits
 """
 
 import argparse
@@ -64,13 +64,14 @@ def watch(command: list[str], when: str) -> tuple[list[Text], list[Text]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--when", required=True, help="text on the screen that the first image is taken at")
+    parser.add_argument("--last", type=int, default=LINES, help="how many lines of the end are shown")
     parser.add_argument("file", type=Path)
     parser.add_argument("command", nargs=argparse.REMAINDER)
     args = parser.parse_args()
     middle, end = watch(args.command, args.when)
     with open(os.devnull, "w") as nowhere:
         console = Console(record=True, width=COLUMNS, file=nowhere)
-        for line in (Text(f"$ {' '.join(args.command)}", "bold"), *middle, Text("   ⋮"), *end):
+        for line in (Text(f"$ {' '.join(args.command)}", "bold"), *middle, Text("   ⋮"), *end[-args.last :]):
             console.print(line)
         svg = console.export_svg(title=args.command[0])
     args.file.write_text(re.sub(r"@font-face \{.*?\}", "", svg, flags=re.S))  # fonts from elsewhere

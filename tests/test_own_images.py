@@ -68,17 +68,17 @@ def test_a_student_is_compared_with_itself_without_a_teacher():
 
 
 def test_a_budget_chooses_what_fits_and_a_resume_keeps_it(dms, tmp_path):  # noqa: F811
-    args = ("run", "small", "--data", "digits", "--budget", "3s", "--device", "cpu")
+    args = ("run", "small/kd", "--data", "digits", "--budget", "3s", "--device", "cpu")
     code, _, err = dms(*args, "--time-limit", "0.001s")
     assert code == 75, err
-    teacher = tmp_path / "artifacts" / "digits" / "small" / "teacher" / "seed0"
+    teacher = tmp_path / "artifacts" / "digits" / "small" / "seed0"
     begun = (teacher / "recipe.toml").read_text()
     chosen = RunFolder(teacher).recipe()
     assert chosen.data.batch_size == 128  # 1,438 images are more than 8 batches of them
     code, _, err = dms(*args)
     assert code == 0, err
     assert (teacher / "recipe.toml").read_text() == begun
-    student = RunFolder(teacher.parents[1] / "seed0")
+    student = RunFolder(teacher.parents[1] / "small" / "kd" / "seed0")
     assert student.recipe().budget.minutes == 0.05
     assert student.finished
 
@@ -88,8 +88,8 @@ def test_a_budget_chooses_what_fits_and_a_resume_keeps_it(dms, tmp_path):  # noq
     [
         (1000, "dmsresnet", None, 100),  # as many epochs as fit
         (10_000, "dmsresnet", None, 200),  # but not more than are of use
-        (199, "dmsresnet", [32, 64, 128], 79),  # 19 epochs of the first network would be too few
-        (10, "test_dmsresnet", None, 20),
+        (999, "dmsresnet", [32, 64, 128], 200),  # 99 epochs of ten steps are fewer than a thousand steps
+        (240, "test_dmsresnet", None, 200),
         (2, "test_dmsresnet", None, 4),
     ],
 )

@@ -21,7 +21,8 @@ NETWORKS: tuple[tuple[str, dict[str, Any] | None], ...] = (
     ("dmsresnet", {"depths": [2, 2, 2], "widths": [32, 64, 128]}),
     ("test_dmsresnet", None),
 )
-LEAST, MOST = 20, 200  # epochs
+LEAST, MOST = 10, 200  # epochs
+STEPS = 1000  # with fewer, a network of this kind has hardly begun to learn
 BATCHES = 8  # at least in an epoch, if batches of `SMALLEST` images allow it
 SMALLEST, LARGEST = 8, 128
 
@@ -31,7 +32,8 @@ def fitted(
 ) -> tuple[Recipe, Estimate]:
     """The recipe with what is chosen for it, and what it will take.
 
-    The network is the recipe's own, or else the first smaller one of `NETWORKS` that trains `LEAST` epochs in time.
+    The network is the recipe's own, or else the first smaller one of `NETWORKS` that trains enough in time: `LEAST`
+    epochs and `STEPS` steps.
 
     Args:
         recipe: What is to be trained.
@@ -52,11 +54,12 @@ def fitted(
         found = estimate(tried, sets, device)
         teaching = 0.0 if before is None else before.step_seconds / 3 * found.steps
         epochs = math.floor(seconds / (found.epoch_seconds + teaching))
-        if epochs >= LEAST:
+        least = max(LEAST, math.ceil(STEPS / found.steps))
+        if epochs >= least:
             break
     if "schedule.epochs" not in fixed:
-        if epochs < LEAST:
-            notice(f"{recipe.title}: {max(epochs, 1)} epochs fit into {clock(seconds)}; {LEAST} would be few")
+        if epochs < min(least, MOST):
+            notice(f"{recipe.title}: {max(epochs, 1)} epochs fit into {clock(seconds)}; {least} are wanted")
         epochs = min(max(epochs, 1), MOST)
         tried = replace(tried, schedule=replace(tried.schedule, epochs=epochs))
     return tried, found
