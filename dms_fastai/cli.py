@@ -156,7 +156,7 @@ def run(
         epochs=epochs,
         schedule=schedule,
         settings=settings,
-        budget=None if budget is None else seconds_of(budget) / 60,
+        budget=None if budget is None else seconds_of(budget, "budget") / 60,
         compare=compare,
     )
     check_device(device)
@@ -181,12 +181,12 @@ def run(
         _say_what_is_read(Path(teacher), trust_pickle)
     opened = Opened(data, trust_pickle)
     stages = plan(wanted, opened, restart, manner.device)
-    if dry_run:
-        _show_plan(stages, opened, manner)
-        return
     if not restart:
         for stage in stages:  # before anything is trained
             refuse_other_recipe(stage.recipe, stage.folder)
+    if dry_run:
+        _show_plan(stages, opened, manner)
+        return
     if at_once > 1:
         flags = {"--restart": restart, "--trust-pickle": trust_pickle, "--deterministic": deterministic}
         flags |= {"--profile": profile, "--keep-best": keep_best}
@@ -258,7 +258,7 @@ def _train_at_once(stages: "list[Stage]", root: Path, at_once: int, options: lis
 def _show_plan(stages: "list[Stage]", opened: "Opened", manner: "Manner") -> None:
     from .runs.foresee import foreseen
 
-    said, table = foreseen(stages, opened, manner.device)
+    said, table = foreseen(stages, opened, manner.device, manner.restart)
     for line in said[:-1]:
         console.say(line)
     console.print(table)
@@ -352,7 +352,7 @@ def lr_find(
     from .runs.plan import Opened, plan
 
     opened = Opened(data, trust_pickle)
-    *_, planned = plan(wanted, opened)
+    *_, planned = plan(wanted, opened, device=choose_device(device))
     stage = without_untrained_teacher(planned)
     if stage is not planned:
         console.say(f"without the teacher, which has not been trained: {planned.teacher}")

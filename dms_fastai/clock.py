@@ -11,7 +11,7 @@ def clock(seconds: float) -> str:
     return f"{minutes}:{seconds:02d}" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d}"
 
 
-def seconds_of(text: str) -> float:
+def seconds_of(text: str, what: str = "time limit") -> float:
     """Seconds of a duration such as 90s, 9m or 2h.
 
     Raises:
@@ -22,5 +22,5 @@ def seconds_of(text: str) -> float:
     except (KeyError, ValueError, IndexError):
         seconds = 0.0
     if not seconds > 0:
-        raise UserError(f"time limit is {text!r}; write 90s, 9m or 2h")
+        raise UserError(f"{what} is {text!r}; write 90s, 9m or 2h")
     return seconds

@@ -11,7 +11,7 @@ from torch import nn
 from dms_fastai import UserError, load_recipe
 from dms_fastai.data import Data, Sets
 from dms_fastai.run_folder import Figures, Run, RunFolder
-from dms_fastai.runs import budget
+from dms_fastai.runs import budget, plan
 from dms_fastai.runs.advice import teacher_advice
 from dms_fastai.runs.budget import fitted
 from dms_fastai.runs.estimate import Estimate, estimate
@@ -109,6 +109,63 @@ def test_the_largest_network_that_trains_enough_epochs_is_chosen(monkeypatch, se
     assert taught.schedule.epochs == max(1, min(200, int(seconds / (10 * 4 / 3))))  # with the teacher's forward passes
 
 
+@pytest.mark.parametrize("own", ["test_dmsresnet", "resnet18"])
+def test_in_place_of_a_network_comes_only_a_faster_one(monkeypatch, own):
+    seconds = {"test_dmsresnet": 50.0, "resnet18": 1.0, "dmsresnet": 100.0}
+    known = lambda recipe, *_: Estimate(1, 1, 10, 1.0, seconds[recipe.model.name])  # noqa: E731
+    monkeypatch.setattr(budget, "estimate", known)
+    sets = Data().open("digits")
+    chosen, _ = fitted(load_recipe("fast", "digits", own), sets, torch.device("cpu"), 20, set(), None)
+    assert chosen.model.name == own
+
+
+def test_what_does_not_fit_into_memory_is_not_chosen(monkeypatch):
+    def known(recipe, *_):
+        if recipe.model.name == "dmsresnet":
+            raise torch.OutOfMemoryError("out of memory")
+        return Estimate(1, 1, 10, 1.0, 1.0)
+
+    monkeypatch.setattr(budget, "estimate", known)
+    recipe, sets = load_recipe("fast", "cifar10"), Data().open("digits")
+    assert fitted(recipe, sets, torch.device("cpu"), 200, set(), None)[0].model.name == "test_dmsresnet"
+    with pytest.raises(UserError, match="do not fit into memory"):
+        fitted(recipe, sets, torch.device("cpu"), 200, {"model.name"}, None)
+
+
+def test_a_finished_run_is_not_taken_for_one_with_other_settings(dms, tmp_path):  # noqa: F811
+    args = ("run", "small", "--data", "digits", "--budget", "1s", "--device", "cpu", "--out", "x")
+    assert dms(*args)[0] == 0
+    assert dms(*args)[0] == 0
+    code, _, err = dms(*args, "--epochs", 123)
+    assert code == 2
+    assert "schedule.epochs" in err
+    assert "-> 123" in err
+    repeated = tmp_path / "x" / "small" / "seed0" / "recipe.toml"
+    assert dms("run", repeated, "--data", "digits", "--device", "cpu", "--out", "y")[0] == 0  # chooses nothing anew
+    again = tmp_path / "y" / "small" / "seed0" / "recipe.toml"
+    assert again.read_text() == repeated.read_text()
+
+
+def test_a_teacher_gets_half_of_the_budget_whatever_the_order(monkeypatch, tmp_path):
+    seen = {}
+
+    def known(recipe, sets, device, seconds, given, before):
+        seen[recipe.name] = seconds
+        return replace(recipe, budget=replace(recipe.budget, chosen=True)), Estimate(1, 1, 1, 1.0, 1.0)
+
+    monkeypatch.setattr(plan, "fitted", known)
+
+    def planned(*recipes):
+        seen.clear()
+        wanted = Wanted(recipes, out=tmp_path, settings={"model.name": "test_dmsresnet"})
+        return [(s.recipe.name, s.recipe.budget.chosen) for s in plan.plan(wanted, plan.Opened("digits"))]
+
+    assert planned("small/kd") == [("small", True), ("small/kd", True)]
+    assert seen == {"small": 120.0, "small/kd": 120.0}
+    assert planned("small/kd", "small") == planned("small", "small/kd") == [("small", True), ("small/kd", True)]
+    assert seen == {"small": 120.0, "small/kd": 240.0}
+
+
 def test_what_the_command_sets_is_not_chosen(tmp_path):
     sets = Data(8).open("digits")
     recipe = load_recipe("small", "digits", None, {"data.batch_size": 64, "schedule.epochs": 7})
@@ -118,6 +175,7 @@ def test_what_the_command_sets_is_not_chosen(tmp_path):
     few = Sets(sets.train.subset(torch.arange(90)), sets.valid)
     chosen, found = fitted(recipe, few, torch.device("cpu"), 3600, set(), None)
     assert (chosen.data.batch_size, chosen.schedule.epochs, found.steps) == (8, 200, 11)
+    assert chosen.budget.chosen
 
 
 def test_an_estimate_is_of_the_network_that_is_trained():

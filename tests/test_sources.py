@@ -134,6 +134,15 @@ def test_composed_and_decomposed_names_are_one(tmp_path):
     assert len(splits["test"]) == 12
 
 
+def test_classes_in_groups_are_read_and_said(tmp_path):
+    for place in ("animals/cat", "animals/dog", "vehicles/car"):
+        (tmp_path / "train" / place).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "train" / place / "1.png")
+    split, words = said(lambda: load_splits(tmp_path, 8)["train"])
+    assert split.vocab == ["car", "cat", "dog"]
+    assert "the classes are the innermost folders, such as animals/cat and vehicles/car" in words
+
+
 def test_a_name_that_is_not_utf8_is_escaped(tmp_path):
     root = make_folder(tmp_path / "colours")
     for split in ("train", "test"):
@@ -590,6 +599,12 @@ def test_a_table_may_have_splits(dms, tmp_path):  # noqa: F811
         ([("0.png", "a", "b"), ("0.png", "b", "b")], ("file", "label", "other"), "'b' here, and 'a' in a line before"),
         ([("0.png", "a", "dev")], ("file", "label", "split"), "split is 'dev'"),
         ([], ("file", "label"), "has no rows"),
+        ([("0.png", "a"), ("1.png", "")], ("file", "label"), "line 3: 1.png has no label"),
+        (
+            [("0.png", "a", "train"), ("0.png", "a", "test")],
+            ("file", "label", "split"),
+            "line 3: 0.png is in two splits",
+        ),
     ],
 )
 def test_tables_that_cannot_be_used(tmp_path, rows, header, words):
@@ -654,10 +669,16 @@ def test_parquet_files_of_hugging_face(tmp_path, monkeypatch):
     table = pyarrow.Table.from_pylist(rows).replace_schema_metadata(noted)
     (tmp_path / "d" / "data").mkdir(parents=True)
     parquet.write_table(table, tmp_path / "d" / "data" / "train-00000-of-00001.parquet")
-    parquet.write_table(table.slice(0, 6), tmp_path / "d" / "data" / "test-00000-of-00001.parquet")
+    test = tmp_path / "d" / "data" / "test-00000-of-00001.parquet"
+    unlabelled = table.slice(0, 6).set_column(1, "label", pyarrow.array([0, 1, 2, 0, 1, -1]))
+    parquet.write_table(unlabelled.replace_schema_metadata(noted), test)
     splits = load_splits(tmp_path / "d", 8)
-    assert (len(splits["train"]), len(splits["test"])) == (12, 6)
+    assert (len(splits["train"]), len(splits["test"])) == (12, 5)
     assert colours(splits["train"]) == classes(splits["train"])
+    parquet.write_table(table.slice(0, 3), test)  # is read again
+    assert len(load_splits(tmp_path / "d", 8)["test"]) == 3
+    monkeypatch.setattr("dms_fastai.data.decoded.open_image", None)  # and nothing else is
+    assert {name: len(split) for name, split in load_splits(tmp_path / "d", 8).items()} == {"train": 12, "test": 3}
 
 
 # Downloads

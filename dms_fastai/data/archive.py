@@ -2,11 +2,12 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from filelock import FileLock
@@ -22,19 +23,22 @@ def is_archive(file: Path) -> bool:
     return file.name.lower().endswith(ARCHIVES)
 
 
-def unpacked(source: Path, unpack: Callable[[Path, Path], None] | None = None) -> Path:
+def unpacked(
+    source: Path, unpack: Callable[[Path, Path], None] | None = None, files: Iterable[Path] | None = None
+) -> Path:
     """The folder with the content of a file. It is there as a whole or not at all, and only one process makes it.
 
     Args:
         source: A .zip or .tar file; or what `unpack` reads.
         unpack: Writes the content of `source` into an empty folder.
+        files: What the content depends on, if not on the file `source` alone.
 
     Raises:
         UserError: The file is damaged, has a password, holds paths that lead out of it, or is larger than the disk.
     """
-    stat = source.stat()
-    facts = f"{source.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}"
-    key = hashlib.sha256(facts.encode(errors="surrogateescape")).hexdigest()[:16]
+    stats = [(str(file.resolve()), file.stat()) for file in files or [source]]
+    facts = json.dumps([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
+    key = hashlib.sha256(facts.encode()).hexdigest()[:16]
     folder = cache_dir() / "unpacked" / f"{source.name}-{key}"
     if folder.is_dir():
         return folder

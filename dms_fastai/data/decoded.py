@@ -39,12 +39,14 @@ class Listing:
         files: Paths relative to it.
         labels: The class of each, an index into `vocab`.
         vocab: Names of the classes.
+        name: Tells it from other listings of the same folder.
     """
 
     root: Path
     files: Sequence[str]
     labels: Sequence[int]
     vocab: Sequence[str]
+    name: str = ""
 
 
 def cache_dir() -> Path:
@@ -76,7 +78,7 @@ def decoded_image_set(listing: Listing, size: int, like: ImageSet | None = None)
 def _read(listing: Listing, size: int, white: float | None) -> tuple[Tensor, float | None]:
     """The images, and the white that they were scaled with if there is grey of more than 8 bits."""
     root = listing.root.resolve()
-    where = hashlib.sha256(str(root).encode(errors="surrogateescape")).hexdigest()[:16]
+    where = hashlib.sha256(f"{root}{listing.name}".encode(errors="surrogateescape")).hexdigest()[:16]
     stamp = _stamp(listing, white)
     cache = cache_dir() / f"{root.parent.name}-{root.name}-{size}-{where}.safetensors"
     found = _load_cache(cache, stamp)

@@ -140,7 +140,7 @@ def _walk(root: Path) -> _Tree:
     def refuse(error: OSError) -> None:
         raise _unlistable(Path(error.filename), error) from None
 
-    tree, seen, endings = _Tree(), set(), Image.registered_extensions()
+    tree, seen, endings = _Tree(), set(), _readable_endings()
     for where, folders, names in os.walk(root, onerror=refuse, followlinks=True):
         real = os.path.realpath(where)
         if real in seen:
@@ -157,6 +157,10 @@ def _walk(root: Path) -> _Tree:
         elif not folders and where != str(root):
             tree.empty.append(here)
     return tree
+
+
+def _readable_endings() -> set[str]:
+    return {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
 
 def _classes(tree: _Tree, root: Path, split: str) -> dict[str, list[str]]:
@@ -213,6 +217,8 @@ def _class_level(folders: Iterable[PurePath], root: Path) -> int:
                 f"{root / other} and {root / inside} have the same name, so that either {other.name!r} or "
                 f"{other.parent.name!r} could be a class; put the images of each class into one folder, train/CLASS"
             )
+    if level and len({folder.parts[0] for folder in folders}) > 1:
+        notice(f"{root}: the classes are the innermost folders, such as {first} and {last}")
     return level
 
 

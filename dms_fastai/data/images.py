@@ -86,6 +86,8 @@ def open_image(file: str | Path | bytes) -> Iterator[Image.Image]:
             yield image
         except UserError as error:
             raise UserError(f"{name}: {error.message}") from None
+        except (ValueError, OSError) as error:  # of a mode that Pillow cannot convert
+            raise UserError(f"{name} is not an image that can be read ({error}); remove or replace it") from None
 
 
 def grey_white(image: Image.Image) -> float | None:

@@ -19,7 +19,7 @@ SPLIT_NAMES = {"train": "train", "test": "test", "validation": "val", "valid": "
 def parquet_files(source: Path) -> list[tuple[str, Path]]:
     """The parquet files in a folder with the split that each belongs to, or one file, for training."""
     if source.is_file():
-        return [("train", source)] if source.suffix == ".parquet" else []
+        return [("train", source)] if source.suffix.lower() == ".parquet" else []
     found = []
     for file in sorted(source.rglob("*.parquet")):
         words = re.split(r"[^a-z]+", file.relative_to(source).as_posix().lower())
@@ -63,6 +63,8 @@ def _rows(file: Path) -> Iterator[tuple[bytes, str]]:
                 content = content.get("bytes") if isinstance(content, dict) else content
                 if not isinstance(content, bytes) or value is None:
                     raise UserError(f"{file} has a row without an image's bytes or without a label")
+                if names and isinstance(value, int) and not 0 <= value < len(names):
+                    continue  # -1 is Hugging Face's mark of an image without a label
                 yield content, names[value] if names and isinstance(value, int) else str(value)
     except (pyarrow.ArrowException, OSError, ValueError, IndexError) as error:
         if isinstance(error, UserError):

@@ -45,6 +45,8 @@ def load_splits(data: str | Path, size: int | None = None, labels: str | Path | 
     """
     name = source_name(data)
     if str(data) in NAMED:
+        if labels is not None:
+            raise UserError(f"labels is {labels}, and {data} has labels of its own")
         splits = NAMED[name](name, size or DEFAULT_SIZE.get(name, 32))
     else:
         splits = _read(Path(data).expanduser(), size, None if labels is None else Path(labels).expanduser())
@@ -59,10 +61,10 @@ def _read(path: Path, size: int | None, labels: Path | None) -> Splits:
         if not path.is_dir():
             raise UserError(f"labels is {labels}, and {path} is no folder of images")
         return read_table(path, labels, size or 32)
-    if path.suffix == ".npz" and path.is_file():
+    if path.suffix.lower() == ".npz" and path.is_file():
         return read_npz(path, size)
-    if parquet_files(path):
-        images = unpacked(path, unpack_parquet)
+    if files := parquet_files(path):
+        images = unpacked(path, unpack_parquet, [file for _, file in files])
         return read_table(images, images / LABELS, size or 32)
     return read_cifar(path, size) if is_cifar(path) else read_folder(path, size or 32)
 

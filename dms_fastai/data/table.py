@@ -1,6 +1,7 @@
 """Images that a table labels: `--data images/ --labels train.csv`."""
 
 import csv
+import io
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
@@ -39,7 +40,11 @@ def read_table(folder: Path, table: Path, size: int) -> Splits:
     for line, name, label, split in rows:
         if split and split.lower() not in SPLIT_NAMES:
             raise UserError(f"{table}, line {line}: split is {split!r}; it must be train, test or val")
+        if not label:
+            raise UserError(f"{table}, line {line}: {name} has no label; give it one, or remove the row")
         file = files.find(name, f"{table}, line {line}")
+        if any(file in others for key, others in labelled.items() if key != SPLIT_NAMES.get(split.lower(), "train")):
+            raise UserError(f"{table}, line {line}: {name} is in two splits")
         before = labelled[SPLIT_NAMES.get(split.lower(), "train")].setdefault(file, class_name(label))
         if before != class_name(label):
             raise UserError(f"{table}, line {line}: {name} is {label!r} here, and {before!r} in a line before")
@@ -59,7 +64,8 @@ def read_table(folder: Path, table: Path, size: int) -> Splits:
         if strange:
             raise UserError(f"{table} has a class {strange[0]!r} in {split} that it does not have in train")
         place = {name: index for index, name in enumerate(vocab)}
-        listing = Listing(folder, list(classes), [place[name] for name in classes.values()], vocab)
+        labels = [place[name] for name in classes.values()]
+        listing = Listing(folder, list(classes), labels, vocab, f"{table.resolve()} {split}")
         return decoded_image_set(listing, size, None if split == "train" else splits["train"])
 
     for split in labelled:
@@ -78,7 +84,7 @@ def _rows(table: Path) -> list[tuple[int, str, str, str]]:
     try:
         first = text.partition("\n")[0]
         delimiter = max(",;\t", key=first.count)
-        reader = csv.DictReader(text.splitlines(), delimiter=delimiter, strict=True)
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         columns = {(name or "").strip().lower(): name for name in reader.fieldnames or []}
         file, label = (_column(columns, names, table) for names in (FILE_COLUMNS, LABEL_COLUMNS))
         split = next((columns[name] for name in SPLIT_COLUMNS if name in columns), None)

@@ -9,9 +9,11 @@ import torch
 
 from ..clock import clock
 from ..data import Sets
-from ..errors import notice
+from ..errors import UserError, notice
 from ..recipes import Recipe
+from ..training.budget import Budget
 from .estimate import Estimate, estimate
+from .machine import is_out_of_memory
 
 __all__ = ["fitted", "with_choices_of"]
 
@@ -28,48 +30,72 @@ SMALLEST, LARGEST = 8, 128
 
 
 def fitted(
-    recipe: Recipe, sets: Sets, device: torch.device, seconds: float, fixed: Collection[str], before: Estimate | None
+    recipe: Recipe, sets: Sets, device: torch.device, seconds: float, given: Collection[str], before: Estimate | None
 ) -> tuple[Recipe, Estimate]:
     """The recipe with what is chosen for it, and what it will take.
 
     The network is the recipe's own, or else the first smaller one of `NETWORKS` that trains enough in time: `LEAST`
-    epochs and `STEPS` steps.
+    epochs and `STEPS` steps. If none does, it is the fastest.
 
     Args:
         recipe: What is to be trained.
         sets: The images.
         device: Where to train.
         seconds: How long training may take.
-        fixed: Keys that the user has set, and that stay as they are.
+        given: Keys that the user has set, and that stay as they are.
         before: What its teacher takes, if it has one: a student's step holds the teacher's forward pass, too.
+
+    Raises:
+        UserError: There is too little memory even for the smallest network.
     """
     images = len(sets.train)
-    if "data.batch_size" not in fixed:
+    if "data.batch_size" not in given:
         fitting = 2 ** math.floor(math.log2(max(1, images / BATCHES)))
         recipe = replace(recipe, data=replace(recipe.data, batch_size=min(max(fitting, SMALLEST), LARGEST)))
-    own = (recipe.model.name, recipe.model.args)
-    smaller = [] if "model.name" in fixed else [network for network in NETWORKS if network != own]
-    for name, args in (own, *smaller):
+    found: list[tuple[float, Recipe, Estimate]] = []  # of each network, the seconds of an epoch first
+    for name, args in _networks(recipe, given):
         tried = replace(recipe, model=replace(recipe.model, name=name, args=args))
-        found = estimate(tried, sets, device)
-        teaching = 0.0 if before is None else before.step_seconds / 3 * found.steps
-        epochs = math.floor(seconds / (found.epoch_seconds + teaching))
-        least = max(LEAST, math.ceil(STEPS / found.steps))
-        if epochs >= least:
+        try:
+            took = estimate(tried, sets, device)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            continue
+        teaching = 0.0 if before is None else before.step_seconds / 3 * took.steps
+        found.append((took.epoch_seconds + teaching, tried, took))
+        least = max(LEAST, math.ceil(STEPS / took.steps))
+        if seconds / found[-1][0] >= least:
             break
-    if "schedule.epochs" not in fixed:
+    else:
+        if not found:
+            raise UserError(f"batches of {recipe.data.batch_size} images do not fit into memory; try smaller ones")
+        found.sort(key=lambda each: each[0])
+        found = found[:1]
+    epoch, chosen, took = found[-1]
+    epochs = max(1, math.floor(seconds / epoch))
+    if "schedule.epochs" not in given:
         if epochs < min(least, MOST):
-            notice(f"{recipe.title}: {max(epochs, 1)} epochs fit into {clock(seconds)}; {least} are wanted")
-        epochs = min(max(epochs, 1), MOST)
-        tried = replace(tried, schedule=replace(tried.schedule, epochs=epochs))
-    return tried, found
+            notice(f"{recipe.title}: {epochs} epochs fit into {clock(seconds)}; {least} are wanted")
+        chosen = replace(chosen, schedule=replace(chosen.schedule, epochs=min(epochs, MOST)))
+    return replace(chosen, budget=replace(recipe.budget or Budget(seconds / 60), chosen=True)), took
 
 
-def with_choices_of(recipe: Recipe, other: Recipe) -> Recipe:
-    """The recipe with what was chosen for `other`."""
-    return replace(
-        recipe,
-        data=replace(recipe.data, batch_size=other.data.batch_size),
-        schedule=replace(recipe.schedule, epochs=other.schedule.epochs),
-        model=replace(recipe.model, name=other.model.name, args=other.model.args),
-    )
+def _networks(recipe: Recipe, given: Collection[str]) -> list[tuple[str, dict[str, Any] | None]]:
+    """The recipe's own network, and what may be trained in its place, from large to small."""
+    own = (recipe.model.name, recipe.model.args)
+    if recipe.model.weights is not None or any(key.startswith("model.") for key in given):
+        return [own]
+    return [own, *NETWORKS[NETWORKS.index(own) + 1 if own in NETWORKS else 0 :]]
+
+
+def with_choices_of(recipe: Recipe, other: Recipe, given: Collection[str]) -> Recipe:
+    """The recipe with what was chosen for `other`, but for the keys that are given."""
+    model, schedule, data = recipe.model, recipe.schedule, recipe.data
+    if not any(key.startswith("model.") for key in given):
+        model = replace(model, name=other.model.name, args=other.model.args)
+    if "schedule.epochs" not in given:
+        schedule = replace(schedule, epochs=other.schedule.epochs)
+    if "data.batch_size" not in given:
+        data = replace(data, batch_size=other.data.batch_size)
+    budget = None if recipe.budget is None else replace(recipe.budget, chosen=True)
+    return replace(recipe, model=model, schedule=schedule, data=data, budget=budget)

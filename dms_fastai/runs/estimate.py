@@ -36,7 +36,7 @@ class Estimate:
 
 
 def estimate(recipe: Recipe, sets: Sets, device: torch.device) -> Estimate:
-    """Train a few steps of a recipe, without its teacher, and throw them away. Random states stay as they are."""
+    """Train a few steps of a recipe, without its teacher, and throw them away. torch's random states stay as before."""
     recipe = replace(recipe, teacher=None, distill=None, compile=None)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices, device_type="cuda"):
@@ -69,8 +69,8 @@ class _Clock(Callback):
         self.device, self.times = device, []
 
     def after_batch(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
         self.times.append(time.perf_counter())
         if len(self.times) > WARM_UP + STEPS or (
             len(self.times) > WARM_UP + 1 and self.times[-1] - self.times[WARM_UP] > SECONDS

@@ -13,22 +13,29 @@ from .plan import Opened, Stage
 __all__ = ["foreseen"]
 
 
-def foreseen(stages: Iterable[Stage], opened: Opened, device: torch.device) -> tuple[list[str], Table]:
-    """Lines about the data sets, and a table of the stages, with times that are measured by a few steps of each."""
+def foreseen(
+    stages: Iterable[Stage], opened: Opened, device: torch.device, restart: bool = False
+) -> tuple[list[str], Table]:
+    """Lines about the data sets, and a table of the stages, with times that are measured by a few steps of each recipe.
+
+    With `restart`, finished stages are to be trained again.
+    """
     said: list[str] = []
     table = Table("stage", "network", "parameters", "MACs", "batch", "steps an epoch", "epochs", "time")
     for column in table.columns[2:]:
         column.justify = "right"
-    total, steps = 0.0, {}
+    total, steps, measured = 0.0, {}, {}
     for stage in stages:
         recipe, sets = stage.recipe, opened.sets(stage.recipe.data.build())
         line = _described(sets)
         if line not in said:
             said.append(line)
-        if stage.folder.finished:
+        if stage.folder.finished and not restart:
             table.add_row(recipe.title, recipe.model.name, "", "", "", "", "", "finished")
             continue
-        found = estimate(recipe, sets, device)
+        if recipe.name not in measured:  # once for all seeds
+            measured[recipe.name] = estimate(recipe, sets, device)
+        found = measured[recipe.name]
         teaching = steps.get(str(stage.teacher), 0.0) / 3 * found.steps
         seconds = recipe.schedule.epochs * (found.epoch_seconds + teaching)
         steps[str(stage.folder.path)], total = found.step_seconds, total + seconds

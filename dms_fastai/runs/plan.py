@@ -1,7 +1,7 @@
 """The wanted stages, in order. What they need is opened once, and checked before anything is trained."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -72,24 +72,24 @@ class _Fits:
         self._fitted: dict[str, tuple[Recipe, Estimate | None]] = {}
 
     def teacher(self, recipe: Recipe) -> Recipe:
-        """A teacher that is to be trained, in half of its budget."""
+        """A teacher that is to be trained for a student, in half of its budget."""
         return self._fit(recipe, 0.5, None, self.wanted.given(to_teacher=True))
 
     def student(self, recipe: Recipe, teacher: Recipe | None = None) -> Recipe:
-        """A recipe in its budget, of which a teacher that is trained, too, has the other half."""
+        """A recipe in its budget, of which a teacher that is trained for it has the other half."""
         return self._fit(recipe, 0.5 if teacher else 1.0, teacher, self.wanted.given(to_teacher=False))
 
-    def _fit(self, recipe: Recipe, share: float, teacher: Recipe | None, fixed: set[str]) -> Recipe:
-        if recipe.budget is None:
+    def _fit(self, recipe: Recipe, share: float, teacher: Recipe | None, given: set[str]) -> Recipe:
+        if recipe.budget is None or recipe.budget.chosen:
             return recipe
         if recipe.name not in self._fitted:
             like = self._fitted.get(recipe.name.removesuffix(ALONE), (self._begun(recipe), None))[0]
             if like is not None:
-                self._fitted[recipe.name] = with_choices_of(recipe, like), None
+                self._fitted[recipe.name] = with_choices_of(recipe, like, given), None
             else:
                 sets, seconds = self.opened.sets(recipe.data.build()), 60 * share * recipe.budget.minutes
                 before = None if teacher is None else self._fitted.get(teacher.name, (teacher, None))[1]
-                self._fitted[recipe.name] = fitted(recipe, sets, self.device, seconds, fixed, before)
+                self._fitted[recipe.name] = fitted(recipe, sets, self.device, seconds, given, before)
         return self._fitted[recipe.name][0]
 
     def _begun(self, recipe: Recipe) -> Recipe | None:
@@ -132,10 +132,15 @@ def _with_teacher(recipe: Recipe, recipes: list[Recipe], seed: int, fits: _Fits)
     wanted, opened = fits.wanted, fits.opened
     teaching, before = wanted.teacher_of(recipe), []
     if isinstance(teaching, Recipe):
-        teaching = fits.teacher(teaching)
-        recipe = fits.student(recipe, teaching)
         named = next((other for other in recipes if other.name == teaching.name), None)
-        first = Stage(named or teaching, seed, _folder(teaching, seed, wanted))
+        if named is not None:
+            teaching, recipe = fits.student(named), fits.student(recipe)
+        else:
+            if recipe.budget is not None:
+                teaching = replace(teaching, budget=recipe.budget)
+            teaching = fits.teacher(teaching)
+            recipe = fits.student(recipe, teaching)
+        first = Stage(teaching, seed, _folder(teaching, seed, wanted))
         if named is not None or fits.restart or not first.folder.finished:
             before.append(first)
         else:
@@ -149,7 +154,10 @@ def _with_teacher(recipe: Recipe, recipes: list[Recipe], seed: int, fits: _Fits)
         check_pretrained(teaching, len(sets.vocab))
         images = Inputs(_shape(sets), MEAN, STD)
         check_teacher(opened.teacher(teaching), len(sets.vocab), images, sets.vocab)
-    return [*before, Stage(fits.student(recipe), seed, _folder(recipe, seed, wanted), teaching)]
+        recipe = fits.student(recipe)
+    else:
+        recipe = fits.student(recipe)
+    return [*before, Stage(recipe, seed, _folder(recipe, seed, wanted), teaching)]
 
 
 def _folder(recipe: Recipe, seed: int, wanted: Wanted) -> RunFolder:

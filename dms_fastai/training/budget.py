@@ -14,6 +14,8 @@ class Budget:
 
     Attributes:
         minutes: Minutes for the two together, for each seed.
+        chosen: Whether the recipe has what was chosen already.
     """
 
     minutes: Positive = 5.0
+    chosen: bool = False
