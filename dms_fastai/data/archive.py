@@ -81,7 +81,18 @@ def _unpack(archive: Path, folder: Path) -> None:
         else:
             with tarfile.open(archive) as opened:
                 _check_room(archive, sum(member.size for member in opened), folder)
-                opened.extractall(folder, filter="data")
+                for member in opened:
+                    if member.isfile():  # no links, no devices: nothing that could lead out of the folder
+                        _write(opened, member, folder)
+
+
+def _write(archive: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
+    file = (folder / member.name).resolve()
+    if not file.is_relative_to(folder.resolve()):
+        raise ValueError(f"{member.name} in it leads out of its folder")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with archive.extractfile(member) as content, file.open("wb") as opened:
+        shutil.copyfileobj(content, opened)
 
 
 def _check_room(archive: Path, needed: int, folder: Path) -> None:
