@@ -25,7 +25,7 @@ from .white import BYTE, describe
 __all__ = ["Listing", "cache_dir", "decoded_image_set"]
 
 SHOW_PROGRESS_FROM = 2000
-NAMED = 10  # unreadable files in one message
+LISTED = 10  # unreadable files in one message
 AHEAD = 64  # files that are given to the threads before the first is asked for
 READING = b"3"  # to be counted up when images are read in another way, so that older caches are not used
 
@@ -154,7 +154,7 @@ def _each(indices: Sequence[int], decode: Callable[[int], None], listing: Listin
         pool.shutdown(cancel_futures=True)
     if errors:
         _, *more = errors
-        named = ", ".join(more[:NAMED]) + (", ..." if len(more) > NAMED else "")
+        named = ", ".join(more[:LISTED]) + (", ..." if len(more) > LISTED else "")
         first = next(iter(errors.values())).message
         raise UserError(first + (f"; so it is with {len(more)} more in {listing.root}: {named}" if more else ""))
 

@@ -14,9 +14,9 @@ from ..errors import UserError, notice
 from .decoded import Listing, decoded_image_set
 from .splits import Splits, UnlabelledError
 
-__all__ = ["class_name", "find_images", "list_names", "read_folder"]
+__all__ = ["SPLIT_OF", "class_name", "find_images", "list_names", "only_folder", "read_folder"]
 
-SPLIT_FOLDERS = {"train": ("train",), "test": ("test",), "val": ("valid", "val", "validation")}
+SPLIT_OF = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
 PASSED_OVER = {"__MACOSX"}  # beside hidden files and folders
 ENDINGS = 5  # in one message
 
@@ -33,8 +33,9 @@ def read_folder(folder: Path, size: int) -> Splits:
         UserError: There are no classes, a class is empty or the only one, a split has a class that train has not, it
             is unclear which folders are the classes, or a file cannot be read as an image.
     """
-    folder = _inner(folder)
     found = _split_folders(folder)
+    if not found and (found := _split_folders(only_folder(folder))):
+        folder = only_folder(folder)
     if not found:
         found = {"train": [folder]}
     elif "train" not in found:
@@ -101,18 +102,20 @@ def _unlistable(folder: Path, error: OSError) -> UserError:
     return UserError(f"{folder} cannot be listed ({error.strerror}); make it readable, or remove it")
 
 
-def _inner(folder: Path) -> Path:
-    """The folder itself, or the only one in it, as in an archive."""
+def only_folder(folder: Path) -> Path:
+    """The folder, or the only one in it: archives often hold one."""
     names = list_names(folder)
-    only = folder / names[0] if len(names) == 1 else folder
-    return only if only != folder and only.is_dir() and _split_folders(only) else folder
+    return folder / names[0] if len(names) == 1 and (folder / names[0]).is_dir() else folder
 
 
 def _split_folders(folder: Path) -> dict[str, list[Path]]:
     """The folders that may be each split, whatever their case."""
     folders = [folder / name for name in list_names(folder) if (folder / name).is_dir()]
-    found = {split: [f for f in folders if f.name.lower() in names] for split, names in SPLIT_FOLDERS.items()}
-    return {split: folders for split, folders in found.items() if folders}
+    found: dict[str, list[Path]] = {}
+    for inner in folders:
+        if inner.name.lower() in SPLIT_OF:
+            found.setdefault(SPLIT_OF[inner.name.lower()], []).append(inner)
+    return found
 
 
 @dataclass

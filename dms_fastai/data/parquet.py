@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from .folder import SPLIT_OF
 
 __all__ = ["LABELS", "parquet_files", "unpack_parquet"]
 
 LABELS = "labels.csv"
-SPLIT_NAMES = {"train": "train", "test": "test", "validation": "val", "valid": "val", "val": "val"}
 
 
 def parquet_files(source: Path) -> list[tuple[str, Path]]:
@@ -23,7 +23,7 @@ def parquet_files(source: Path) -> list[tuple[str, Path]]:
     found = []
     for file in sorted(source.rglob("*.parquet")):
         words = re.split(r"[^a-z]+", file.relative_to(source).as_posix().lower())
-        split = next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), None)
+        split = next((SPLIT_OF[word] for word in words if word in SPLIT_OF), None)
         if split is not None:
             found.append((split, file))
     return found

@@ -15,7 +15,7 @@ from ..errors import UserError, notice
 from ..names import source_name
 from .archive import count_files, is_archive, unpacked
 from .cifar import is_cifar, read_cifar
-from .folder import find_images, read_folder
+from .folder import find_images, only_folder, read_folder
 from .images import resize, to_rgb
 from .imageset import ImageSet
 from .npz import read_npz
@@ -56,7 +56,7 @@ def load_splits(data: str | Path, size: int | None = None, labels: str | Path | 
 
 def _read(path: Path, size: int | None, labels: Path | None) -> Splits:
     if path.is_file() and is_archive(path):
-        path = _only(unpacked(path))
+        path = only_folder(unpacked(path))
     if labels is not None:
         if not path.is_dir():
             raise UserError(f"labels is {labels}, and {path} is no folder of images")
@@ -67,12 +67,6 @@ def _read(path: Path, size: int | None, labels: Path | None) -> Splits:
         images = unpacked(path, unpack_parquet, [file for _, file in files])
         return read_table(images, images / LABELS, size or 32)
     return read_cifar(path, size) if is_cifar(path) else read_folder(path, size or 32)
-
-
-def _only(folder: Path) -> Path:
-    """The folder, or the only one in it: archives often hold one."""
-    inside = [path for path in folder.iterdir() if not path.name.startswith((".", "__MACOSX"))]
-    return inside[0] if len(inside) == 1 and inside[0].is_dir() else folder
 
 
 def _digits(name: str, size: int) -> Splits:
@@ -134,8 +128,8 @@ def _check_complete(name: str, folder: Path) -> None:
             f"{folder} has {found:,} of the {whole:,} files in {archive}: it is still being unpacked, or that was "
             f"stopped; wait, or remove the folder, and the same command unpacks it again"
         )
-    if not archive.is_file() and len(find_images(folder)) < IMAGES[name]:
-        notice(f"{folder} has {len(find_images(folder)):,} of the {IMAGES[name]:,} images of {name}")
+    if not archive.is_file() and (images := len(find_images(folder))) < IMAGES[name]:
+        notice(f"{folder} has {images:,} of the {IMAGES[name]:,} images of {name}")
         return
     with contextlib.suppress(OSError):
         checked.touch()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import UserError, notice
 from .decoded import Listing, decoded_image_set
-from .folder import class_name, find_images
+from .folder import SPLIT_OF, class_name, find_images
 from .imageset import ImageSet
 from .splits import Splits
 
@@ -18,7 +18,6 @@ __all__ = ["read_table"]
 FILE_COLUMNS = ("file", "filename", "file_name", "image", "image_path", "path", "filepath", "image_id", "img", "id")
 LABEL_COLUMNS = ("label", "class", "class_name", "label_name", "category", "target", "y")
 SPLIT_COLUMNS = ("split", "set", "subset")
-SPLIT_NAMES = {"train": "train", "training": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
 
 
 def read_table(folder: Path, table: Path, size: int) -> Splits:
@@ -38,14 +37,14 @@ def read_table(folder: Path, table: Path, size: int) -> Splits:
     files = _Files(folder)
     labelled: dict[str, dict[str, str]] = defaultdict(dict)
     for line, name, label, split in rows:
-        if split and split.lower() not in SPLIT_NAMES:
+        if split and split.lower() not in SPLIT_OF:
             raise UserError(f"{table}, line {line}: split is {split!r}; it must be train, test or val")
         if not label:
             raise UserError(f"{table}, line {line}: {name} has no label; give it one, or remove the row")
         file = files.find(name, f"{table}, line {line}")
-        if any(file in others for key, others in labelled.items() if key != SPLIT_NAMES.get(split.lower(), "train")):
+        if any(file in others for key, others in labelled.items() if key != SPLIT_OF.get(split.lower(), "train")):
             raise UserError(f"{table}, line {line}: {name} is in two splits")
-        before = labelled[SPLIT_NAMES.get(split.lower(), "train")].setdefault(file, class_name(label))
+        before = labelled[SPLIT_OF.get(split.lower(), "train")].setdefault(file, class_name(label))
         if before != class_name(label):
             raise UserError(f"{table}, line {line}: {name} is {label!r} here, and {before!r} in a line before")
     if "train" not in labelled:
