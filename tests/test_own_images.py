@@ -151,14 +151,14 @@ def test_a_teacher_gets_half_of_the_budget_whatever_the_order(monkeypatch, tmp_p
 
     def known(recipe, sets, device, seconds, given, before):
         seen[recipe.name] = seconds
-        return replace(recipe, budget=replace(recipe.budget, chosen=True)), Estimate(1, 1, 1, 1.0, 1.0)
+        return replace(recipe, budget=replace(recipe.budget, fitted=True)), Estimate(1, 1, 1, 1.0, 1.0)
 
     monkeypatch.setattr(plan, "fitted", known)
 
     def planned(*recipes):
         seen.clear()
         wanted = Wanted(recipes, out=tmp_path, settings={"model.name": "test_dmsresnet"})
-        return [(s.recipe.name, s.recipe.budget.chosen) for s in plan.plan(wanted, plan.Opened("digits"))]
+        return [(s.recipe.name, s.recipe.budget.fitted) for s in plan.plan(wanted, plan.Opened("digits"))]
 
     assert planned("small/kd") == [("small", True), ("small/kd", True)]
     assert seen == {"small": 120.0, "small/kd": 120.0}
@@ -175,7 +175,7 @@ def test_what_the_command_sets_is_not_chosen(tmp_path):
     few = Sets(sets.train.subset(torch.arange(90)), sets.valid)
     chosen, found = fitted(recipe, few, torch.device("cpu"), 3600, set(), None)
     assert (chosen.data.batch_size, chosen.schedule.epochs, found.steps) == (8, 200, 11)
-    assert chosen.budget.chosen
+    assert chosen.budget.fitted
 
 
 def test_an_estimate_is_of_the_network_that_is_trained():

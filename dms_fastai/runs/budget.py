@@ -77,7 +77,7 @@ def fitted(
         if epochs < min(least, MOST):
             notice(f"{recipe.title}: {epochs} epochs fit into {clock(seconds)}; {least} are wanted")
         chosen = replace(chosen, schedule=replace(chosen.schedule, epochs=min(epochs, MOST)))
-    return replace(chosen, budget=replace(recipe.budget or Budget(seconds / 60), chosen=True)), took
+    return replace(chosen, budget=replace(recipe.budget or Budget(seconds / 60), fitted=True)), took
 
 
 def _networks(recipe: Recipe, given: Collection[str]) -> list[tuple[str, dict[str, Any] | None]]:
@@ -97,5 +97,5 @@ def with_choices_of(recipe: Recipe, other: Recipe, given: Collection[str]) -> Re
         schedule = replace(schedule, epochs=other.schedule.epochs)
     if "data.batch_size" not in given:
         data = replace(data, batch_size=other.data.batch_size)
-    budget = None if recipe.budget is None else replace(recipe.budget, chosen=True)
+    budget = None if recipe.budget is None else replace(recipe.budget, fitted=True)
     return replace(recipe, model=model, schedule=schedule, data=data, budget=budget)

@@ -80,7 +80,7 @@ class _Fits:
         return self._fit(recipe, 0.5 if teacher else 1.0, teacher, self.wanted.given(to_teacher=False))
 
     def _fit(self, recipe: Recipe, share: float, teacher: Recipe | None, given: set[str]) -> Recipe:
-        if recipe.budget is None or recipe.budget.chosen:
+        if recipe.budget is None or recipe.budget.fitted:
             return recipe
         if recipe.name not in self._fitted:
             like = self._fitted.get(recipe.name.removesuffix(ALONE), (self._begun(recipe), None))[0]

@@ -14,8 +14,8 @@ class Budget:
 
     Attributes:
         minutes: Minutes for the two together, for each seed.
-        chosen: Whether the recipe has what was chosen already.
+        fitted: Whether the recipe has what was chosen already.
     """
 
     minutes: Positive = 5.0
-    chosen: bool = False
+    fitted: bool = False
