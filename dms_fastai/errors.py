@@ -1,10 +1,11 @@
 """Errors that the user can fix: one line that says what was wrong, with which value, and what to do."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
-__all__ = ["Notice", "UserError", "either", "no_format", "no_model", "notice", "unknown"]
+__all__ = ["Notice", "UserError", "damage", "either", "no_format", "no_model", "notice", "unknown"]
 
 MANY = 24  # names in a message
 
@@ -25,6 +26,17 @@ class Notice(UserWarning):
 def notice(message: str) -> None:
     """Say something that the user should know, in one line."""
     warnings.warn(message, Notice, stacklevel=2)
+
+
+@contextmanager
+def damage(what: str) -> Iterator[None]:
+    """Turn what the readers of damaged files raise, which may be anything, into a UserError: `what`, and the reason."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what}: {str(error) or type(error).__name__}") from None
 
 
 def either(words: Iterable[str]) -> str:

@@ -1,18 +1,16 @@
 """Data sets in one file, .zip, .tar or parquet: unpacked once, into the cache of decoded images."""
 
-import contextlib
 import hashlib
 import json
-import os
 import shutil
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from filelock import FileLock
 
-from ..errors import UserError, notice
+from ..errors import UserError, damage, notice
 from ..names import ARCHIVES
 from .decoded import cache_dir
 
@@ -64,7 +62,7 @@ def count_files(archive: Path) -> int:
     Raises:
         UserError: It is damaged.
     """
-    with _damage(archive):
+    with damage(f"{archive} cannot be unpacked"):
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as opened:
                 return sum(not info.is_dir() for info in opened.infolist())
@@ -73,7 +71,7 @@ def count_files(archive: Path) -> int:
 
 
 def _unpack(archive: Path, folder: Path) -> None:
-    with _damage(archive):
+    with damage(f"{archive} cannot be unpacked"):
         if archive.suffix.lower() == ".zip":
             with zipfile.ZipFile(archive) as opened:
                 _check_room(archive, sum(info.file_size for info in opened.infolist()), folder)
@@ -102,15 +100,3 @@ def _check_room(archive: Path, needed: int, folder: Path) -> None:
             f"{archive} holds {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free in {folder.parent}; make room, "
             f"or set DMS_FASTAI_CACHE to a folder on another disk"
         )
-
-
-@contextlib.contextmanager
-def _damage(archive: Path) -> Iterator[None]:
-    """Turn what the readers of damaged files raise, which may be anything, into a UserError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        reason = str(error) or type(error).__name__
-        raise UserError(f"{os.fspath(archive)} cannot be unpacked: {reason}") from None

@@ -3,18 +3,18 @@
 import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import UserError, damage
 from .arrays import ImagesAndLabels, array_splits
 from .splits import Splits
 
 __all__ = ["read_npz"]
 
+NO_NPZ = "{} cannot be read as an .npz file of plain arrays"
 KERAS = {"x_train": "train_images", "y_train": "train_labels", "x_test": "test_images", "y_test": "test_labels"}
 
 
@@ -48,10 +48,10 @@ class _Archive(Mapping[str, np.ndarray]):
 
     def __init__(self, file: Path):
         self.file = file
-        with _damage(file), file.open("rb") as opened:
+        with damage(NO_NPZ.format(file)), file.open("rb") as opened:
             if opened.read(6) == b"\x93NUMPY":
                 raise UserError(f"{file} is a single array (.npy); save several with numpy.savez")
-        with _damage(file), zipfile.ZipFile(file) as archive:
+        with damage(NO_NPZ.format(file)), zipfile.ZipFile(file) as archive:
             members = [name for name in archive.namelist() if name.endswith(".npy")]
         names = {name.removesuffix(".npy"): name for name in members}
         self._members = {KERAS.get(name, name): member for name, member in names.items()}
@@ -64,7 +64,7 @@ class _Archive(Mapping[str, np.ndarray]):
 
     def __getitem__(self, name: str) -> np.ndarray:
         member = self._members[name]
-        with _damage(self.file), zipfile.ZipFile(self.file) as archive, archive.open(member) as opened:
+        with damage(NO_NPZ.format(self.file)), zipfile.ZipFile(self.file) as archive, archive.open(member) as opened:
             shape, dtype = _header(opened)
             needed, there = dtype.itemsize * int(np.prod(shape, dtype=object)), _memory()
             if needed > there:
@@ -74,20 +74,8 @@ class _Archive(Mapping[str, np.ndarray]):
                 )
             if needed > archive.getinfo(member).file_size:
                 raise ValueError(f"{member} is shorter than its shape {shape} says")
-        with _damage(self.file), np.load(self.file, allow_pickle=False) as archive:
+        with damage(NO_NPZ.format(self.file)), np.load(self.file, allow_pickle=False) as archive:
             return archive[member]
-
-
-@contextmanager
-def _damage(file: Path) -> Iterator[None]:
-    """Turn what the readers of damaged files raise, which may be anything, into a UserError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        reason = str(error) or type(error).__name__
-        raise UserError(f"{file} cannot be read as an .npz file of plain arrays: {reason}") from None
 
 
 def _header(opened: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
