@@ -88,7 +88,7 @@ def loaders(data: str, recipe: Recipe, images: int | None, device: torch.device)
     if images is not None:
         chosen = torch.randperm(len(sets.train), generator=torch.Generator().manual_seed(0))[:images]
         sets = replace(sets, train=sets.train.subset(chosen))
-    return sets.loaders(recipe.data.batch_size, recipe.augment.build(), device=device)
+    return sets.loaders(recipe.data.batch_size, recipe.augment.build(), device=device, balance=recipe.data.balance)
 
 
 if __name__ == "__main__":

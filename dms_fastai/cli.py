@@ -134,6 +134,7 @@ def run(
     restart: Annotated[bool, typer.Option("--restart", help="Delete what these runs have, and begin again.")] = False,
     checkpoint_steps: Annotated[int | None, typer.Option(min=1, help="Also checkpoint every so many steps.")] = None,
     keep_best: Annotated[bool, typer.Option("--keep-best", help="Also keep the weights of the best epoch.")] = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write the epochs for TensorBoard.")] = False,
     trust_pickle: Annotated[bool, TRUST] = False,
     deterministic: Annotated[bool, typer.Option("--deterministic", help="Repeatable on a GPU, but slower.")] = False,
     profile: Annotated[bool, typer.Option("--profile", help="Print where step time goes; trace a few steps.")] = False,
@@ -164,7 +165,7 @@ def run(
     if from_ is not None:
         from .runs.start_from import refuse_same_folder
 
-        folders = [wanted.root / found[0].name / f"seed{seed}" for seed in wanted.seeds]
+        folders = [wanted.folder(found[0], seed).path for seed in wanted.seeds]
         refuse_same_folder(from_, folders)
         console.say(f"--from is short for --set model.weights={from_}; the run goes to {folders[0].parent}")
 
@@ -174,7 +175,7 @@ def run(
     from .runs.stage import Manner
 
     gc.freeze()
-    manner = Manner(choose_device(device), deadline, restart, profile, checkpoint_steps, keep_best)
+    manner = Manner(choose_device(device), deadline, restart, profile, checkpoint_steps, keep_best, tensorboard)
     if deterministic:
         be_deterministic()
     if teacher is not None:
@@ -189,7 +190,7 @@ def run(
         return
     if at_once > 1:
         flags = {"--restart": restart, "--trust-pickle": trust_pickle, "--deterministic": deterministic}
-        flags |= {"--profile": profile, "--keep-best": keep_best}
+        flags |= {"--profile": profile, "--keep-best": keep_best, "--tensorboard": tensorboard}
         options = ["--data", data, "--device", device, *(flag for flag, given in flags.items() if given)]
         options += [] if checkpoint_steps is None else ["--checkpoint-steps", str(checkpoint_steps)]
         _train_at_once(stages, wanted.root, at_once, options, manner)
@@ -220,7 +221,9 @@ def _train_in_turn(stages: "list[Stage]", opened: "Opened", manner: "Manner") ->
             runs[teacher.path] = Run.read(teacher.path)
             facts = runs[teacher.path].facts
             known = (
-                "" if facts.last is None else f": {100 * facts.last.valid_accuracy:.2f} % after {facts.epochs} epochs"
+                ""
+                if facts.last is None
+                else f": {100 * facts.last.valid_accuracy:.2f} % after {facts.epochs_done} epochs"
             )
             console.say(f"taught by the finished run in {teacher.path}{known}")
         to_come = ahead(stages[place:], stages[: place - 1], manner.restart)

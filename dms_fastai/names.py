@@ -4,6 +4,8 @@ The command line uses them to complete a word, and to refuse a mistyped one at o
 """
 
 import ast
+import hashlib
+import os
 import re
 import sys
 from functools import cache
@@ -24,6 +26,7 @@ __all__ = [
     "is_architecture",
     "shipped",
     "source_name",
+    "source_place",
 ]
 
 DATA_SETS = ("digits", "cifar10", "cifar100", "imagenette")
@@ -133,6 +136,14 @@ def source_name(data: str | Path) -> str:
             )
         return path.name[: -len(ending)]
     raise unknown("data set, folder or .npz file", str(data), DATA_SETS)
+
+
+def source_place(data: str | Path) -> str | None:
+    """What tells a folder or file of images from others of its name: a hash of its path. None for a known name."""
+    if str(data) in DATA_SETS:
+        return None
+    path = os.path.realpath(Path(data).expanduser())
+    return hashlib.blake2b(os.fsencode(path), digest_size=3).hexdigest()
 
 
 def check_device(name: str) -> None:

@@ -50,6 +50,7 @@ class Facts:
             with.
         parameters: Number of parameters of the model.
         data, valid: The data set, and which split of it is validated on.
+        place: What tells the data set from others of its name, as `source_place` gives it.
         mixup: Whether training accuracy is measured on mixed images.
         teacher, teacher_digest: The teacher, and a hash of its weights.
         data_digest: Hashes of the training and the validation images.
@@ -80,6 +81,7 @@ class Facts:
     teacher: str | None = None
     teacher_digest: str | None = None
     data_digest: list[str] | None = None
+    place: str | None = None
     device: str | None = None
     threads: Number | None = None
     versions: dict[str, str] = field(default_factory=dict)
@@ -145,6 +147,11 @@ class RunFolder:
     @property
     def profile(self) -> Path:
         return self.path / "profile"
+
+    @property
+    def tensorboard(self) -> Path:
+        """A folder of TensorBoard's, if the run writes one."""
+        return self.path / "tensorboard"
 
     def partial_files(self) -> list[Path]:
         """What a killed process has left half written of this run's files."""

@@ -330,9 +330,9 @@ def test_a_teacher_is_shown_the_same_images(dms, tmp_path):
     teacher = load_recipe(tmp_path / "x" / "teacher" / "seed0" / "recipe.toml")
     assert (teacher.data.size, teacher.data.valid) == (16, 0.2)
     shutil.rmtree(tmp_path / "x" / "kd")
-    code, _, err = dms("run", "kd", "--epochs", 1, "--out", "x")
+    code, _, err = dms("run", "kd", "--epochs", 1, "--out", "x", "--set", "data.size=16")
     assert code == 2
-    assert "data.size 16 -> default" in err
+    assert "data.valid 0.2 -> test" in err
 
 
 def test_a_held_out_share_is_not_called_the_test_set(dms):

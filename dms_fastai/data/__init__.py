@@ -28,6 +28,7 @@ def load_data(
     std: tuple[float, ...] = STD,
     device: str | torch.device | None = None,
     labels: str | Path | None = None,
+    balance: bool = False,
     **crops: Any,
 ) -> DataLoaders:
     """fastai `DataLoaders` over a data set, with crops and flips in training.
@@ -41,15 +42,16 @@ def load_data(
         mean, std: What pixels (0...1) are normalised with, a value for each channel.
         device: Where images and batches are. None: the GPU if there is one.
         labels: A .csv table with the labels of the images in a folder.
+        balance: As in `Data`.
         crops: As in `Crops`; digits are not flipped unless `flip` is given.
 
     Raises:
         UserError: Data that are missing or cannot be trained on, or a setting out of range.
     """
-    chosen = Data(bs, size, valid, None if labels is None else str(labels))
+    chosen = Data(bs, size, valid, None if labels is None else str(labels), balance)
     if crops.get("flip") is None:
         crops.pop("flip", None)
     if source_name(data) in NO_FLIP:
         crops.setdefault("flip", 0.0)
     cropped = Crops(**crops)
-    return chosen.open(data, seed).loaders(bs, cropped, mean, std, device)
+    return chosen.open(data, seed).loaders(bs, cropped, mean, std, device, balance)

@@ -18,7 +18,7 @@ from ..models.dmsresnet import MEAN, STD
 from .augment import Crops, affine, normalize
 from .imageset import ImageSet
 
-__all__ = ["BatchLoader", "ImageLoaders", "statistics", "vocabulary"]
+__all__ = ["BatchLoader", "ImageLoaders", "balanced", "statistics", "vocabulary"]
 
 
 class BatchLoader(TfmdDL):
@@ -34,6 +34,7 @@ class BatchLoader(TfmdDL):
         bs: int = 128,
         shuffle: bool = False,
         drop_last: bool = False,
+        balance: bool = False,
         crops: Crops | None = None,
         mean: tuple[float, ...] = MEAN,
         std: tuple[float, ...] = STD,
@@ -45,11 +46,13 @@ class BatchLoader(TfmdDL):
             bs: Images in a batch.
             shuffle: Draw a new order every epoch, from torch's random state.
             drop_last: Leave out a last batch of fewer than `bs` images.
+            balance: In every pass, draw equally many images of each class.
             crops: How training images are cropped and flipped; None: as the paper does.
             mean, std: What pixels (0...1) are normalised with, a value for each channel.
         """
         kwargs["num_workers"] = 0  # nothing is left to do for workers
         super().__init__(dataset, bs=bs, shuffle=shuffle, drop_last=drop_last, **kwargs)
+        self.balance = balance
         self.crops, self.mean, self.std = crops or Crops(), tuple(mean), tuple(std)
         self.passes = 0
         self._affine_on: dict[torch.device, tuple[Tensor, Tensor]] = {}
@@ -63,12 +66,14 @@ class BatchLoader(TfmdDL):
         """This loader over another set, or over images that `ImageSet.from_items` can read."""
         if dataset is not None and not isinstance(dataset, ImageSet):
             dataset = self.dataset.from_items(dataset)
-        own = {key: getattr(self, key) for key in ("crops", "mean", "std")}
+        own = {key: getattr(self, key) for key in ("balance", "crops", "mean", "std")}
         # TfmdDL.new would draw a batch here to learn its types; they are known.
         return DataLoader.new(self, dataset, cls, **{"do_setup": False, **own, **kwargs})
 
     def get_idxs(self) -> Tensor:
         """The order of the next pass: int64, shape (n,)."""
+        if self.balance and self.dataset.labels is not None:
+            return balanced(self.dataset.labels)
         return torch.randperm(self.n) if self.shuffle else torch.arange(self.n)
 
     def sample(self) -> Tensor | Iterator[int]:
@@ -149,6 +154,23 @@ class ImageLoaders(DataLoaders):
                 found.split_idx = 1
                 return found
         return None
+
+
+def balanced(labels: Tensor) -> Tensor:
+    """As many indices as there are labels, shape (N,), in a random order, with equally many of each class.
+
+    The images of a class come equally often, up to one; of a class with too many, some are left out. What N leaves
+    after its division by the classes goes to classes drawn at random.
+    """
+    classes = labels.unique()
+    share, left = divmod(len(labels), len(classes))
+    drawn = []
+    for place, c in enumerate(classes[torch.randperm(len(classes))]):
+        wanted, own = share + (place < left), (labels == c).nonzero().flatten()
+        rounds = [own[torch.randperm(len(own))] for _ in range(-(-wanted // len(own)))]
+        drawn.append(torch.cat(rounds)[:wanted])
+    order = torch.cat(drawn)
+    return order[torch.randperm(len(order))]
 
 
 def vocabulary(dls: DataLoaders) -> list[str] | None:

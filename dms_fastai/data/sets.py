@@ -51,12 +51,13 @@ class Sets:
         mean: tuple[float, ...] = MEAN,
         std: tuple[float, ...] = STD,
         device: str | torch.device | None = None,
+        balance: bool = False,
     ) -> DataLoaders:
         """fastai DataLoaders with batches of `bs` training images. Arguments as in `load_data`."""
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         bs = min(bs, len(self.train))
         own = {"crops": crops, "mean": mean, "std": std, "device": device}
-        train = BatchLoader(self.train, bs, shuffle=True, drop_last=True, **own)
+        train = BatchLoader(self.train, bs, shuffle=True, drop_last=True, balance=balance, **own)
         valid = BatchLoader(self.valid, max(bs, VALID_BATCH.get(device.type, bs)), **own)
         return ImageLoaders(train, valid, device=device)
 
@@ -72,12 +73,15 @@ class Data:
         valid: What to validate on: "test" or "val" (either stands in for the other where it is missing), or the share
             of the training images to hold out instead.
         labels: A .csv table with the labels of the images in a folder; None: the images lie in folders of classes.
+        balance: Whether an epoch has equally many images of each class: those of rare classes come several times, and
+            of frequent ones some are left out.
     """
 
     batch_size: Count = 128
     size: Pixels | None = None
     valid: ValidSplit = "test"
     labels: str | None = None
+    balance: bool = False
 
     def open(self, data: str | Path, seed: int = 0) -> Sets:
         """Read a data set. `seed` chooses the held-out images, and nothing else.

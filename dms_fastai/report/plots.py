@@ -34,6 +34,7 @@ MANY_TIMES = 5  # the epochs of the shortest run, from which on a linear axis wo
 FAR = 3  # times the span of all other rows, at which a row is left out of the frame
 TALLEST = 300  # inches; matplotlib draws no image of 65,536 pixels
 HARDEST = 15  # how many classes the plot of classes shows
+SHADE = 0.85  # opacity of the black over what said nothing
 WIDE = 42  # letters of a label in a line
 LINES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (9, 3)))  # of the rows that share a colour
 MARKERS = "os^DvP"
@@ -372,8 +373,17 @@ def classes_data(section: Section) -> Any:
 
 
 def mistakes(section: Section, theme: Theme) -> Figure | None:
+    return _mistakes(section, regions=False)
+
+
+def regions(section: Section, theme: Theme) -> Figure | None:
+    return _mistakes(section, regions=True)
+
+
+def _mistakes(section: Section, regions: bool) -> Figure | None:
+    """The mistakes of the headline's first run, with or without the regions that speak for them."""
     found = section.headline.predictions[0]
-    if not found or not len(found[0].mistakes):
+    if not found or not len(found[0].mistakes) or (regions and found[0].regions is None):
         return None
     p = found[0]
     columns = min(len(p.mistakes), 6)
@@ -381,8 +391,13 @@ def mistakes(section: Section, theme: Theme) -> Figure | None:
     drawn = figure(max(1.5 * columns, 2.5), (1.85 if p.files is None else 2.0) * lines + 0.3)
     for axes in drawn.subplots(lines, columns, squeeze=False).flat:
         axes.set_axis_off()
-    for axes, index, image in zip(drawn.axes, p.mistakes, p.images, strict=False):
+    for number, (axes, index, image) in enumerate(zip(drawn.axes, p.mistakes, p.images, strict=False)):
         axes.imshow(image, interpolation="nearest")
+        if regions:
+            height, width = image.shape[:2]
+            shade = np.zeros((*p.regions[number].shape, 4))
+            shade[..., 3] = SHADE * (1 - p.regions[number] / 255)
+            axes.imshow(shade, extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation="bilinear")
         certain = np.exp(np.float64(p.log_probabilities[index].max()))
         true, said = (shortened(p.vocab[each[index]], 14) for each in (p.labels, p.predicted))
         file = "" if p.files is None else f"\n{shortened(p.files[index], 22)}"
@@ -548,6 +563,12 @@ PLOTS = (
         "mistakes",
         "The most confident mistakes: what was predicted, how confidently, and what it is.",
         mistakes,
+        mistakes_data,
+    ),
+    Plot(
+        "regions",
+        "Where in these images the network saw what it answered (Grad-CAM); the brighter, the more.",
+        regions,
         mistakes_data,
     ),
     Plot("reliability", "How often a prediction is right, by its confidence.", reliability, reliability_data),

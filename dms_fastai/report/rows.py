@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..names import DATA_SETS
 from ..recipes import ablation_of, flat, recipe_names
 from ..run_folder import Facts, Problem, Run
 from ..runs.lock import held
@@ -54,9 +55,9 @@ class Row:
 
     @property
     def measured(self) -> list[Run]:
-        """The runs that count: those that have finished the most epochs, and at least one."""
+        """The runs that count: those that have come the furthest, by one epoch at least."""
         begun = [run for run in self.runs if run.facts.last]
-        return [run for run in begun if run.facts.epochs_done == max(r.facts.epochs_done for r in begun)]
+        return [run for run in begun if _come(run) == max(map(_come, begun))]
 
     @property
     def seeds(self) -> list[int]:
@@ -174,10 +175,23 @@ def sections(runs: Iterable[Run], shipped: Collection[Path] = ()) -> list[Sectio
 
 
 def _by_data(runs: Iterable[Run]) -> list[Section]:
-    by_data: dict[str, dict[str, list[Run]]] = {}
-    for run in sorted(map(_as_it_is, runs), key=lambda run: run.facts.started, reverse=True):
-        by_data.setdefault(run.facts.data, {}).setdefault(_kind(run), []).append(run)
-    return [Section(printable(data), _noted(_rows(groups.values()))) for data, groups in by_data.items()]
+    by_data: dict[tuple[str, str | None], dict[str, list[Run]]] = {}
+    runs = sorted(map(_as_it_is, runs), key=lambda run: run.facts.started, reverse=True)
+    for run in runs:
+        by_data.setdefault(_data(run, runs), {}).setdefault(_kind(run), []).append(run)
+    names = [name for name, _ in by_data]
+    return [
+        Section(printable(name if names.count(name) == 1 else f"{name} ({place})"), _noted(_rows(groups.values())))
+        for (name, place), groups in by_data.items()
+    ]
+
+
+def _data(run: Run, runs: Iterable[Run]) -> tuple[str, str | None]:
+    """The data set of a run: its name, and its place. Earlier versions did not say which place it is."""
+    name, place = run.facts.data, run.facts.place
+    if place is None and name not in DATA_SETS:
+        place = next((other.facts.place for other in runs if other.facts.data == name and other.facts.place), None)
+    return name, place
 
 
 def _as_it_is(run: Run) -> Run:
@@ -210,7 +224,7 @@ def _comparable(row: Row, other: Row) -> bool:
     if _network(row) != _network(other):
         return False
     keys = ("epochs", "valid", "validation_images", "data_digest")
-    done = [{(run.facts.seed, run.facts.epochs_done) for run in r.measured} for r in (row, other)]
+    done = [{(run.facts.seed, _come(run)) for run in r.measured} for r in (row, other)]
     return bool(done[0] & done[1]) and all(getattr(row.first, key) == getattr(other.first, key) for key in keys)
 
 
@@ -223,6 +237,11 @@ def _distance(row: Row, other: Row) -> int:
 def _network(row: Row) -> str:
     """The row's architecture; a plain one is the network that squeeze-and-excitation is added to."""
     return str(row.first.model).removesuffix("_plain")
+
+
+def _come(run: Run) -> int:
+    """How many of its epochs a run has come; a finished one all, even if it has stopped early."""
+    return run.facts.epochs if run.finished else run.facts.epochs_done
 
 
 def _last(run: Run) -> float:

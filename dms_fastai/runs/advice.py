@@ -41,6 +41,8 @@ def advice(facts: Facts, rows: Sequence[Row], steps: int, largest: float, others
             f"an accuracy of {_percent(accuracy)} is not better than to answer with the largest class every time, "
             f"{_percent(largest)}; train for longer, or on as many images of each class"
         )
+    if len(rows) < facts.epochs:
+        found.append(f"stopped early, after epoch {len(rows)} of {facts.epochs}")
     if steps < FEW_STEPS and accuracy < GOOD:
         found.append(f"{steps:,} training steps are few; try more --epochs, or a smaller --set data.batch_size")
     if (rise := _overfitting(rows)) is not None:
@@ -64,8 +66,8 @@ def teacher_advice(student: Facts, teacher: Facts) -> list[str]:
     if teaching >= taught:
         return []
     return [
-        f"{student.title}: its teacher has {_percent(teaching)} after {teacher.epochs} epochs, less than the student, "
-        f"{_percent(taught)}; train the teacher for longer, or see with --compare what it is worth"
+        f"{student.title}: its teacher has {_percent(teaching)} after {teacher.epochs_done} epochs, less than the "
+        f"student, {_percent(taught)}; train the teacher for longer, or see with --compare what it is worth"
     ]
 
 
@@ -91,7 +93,7 @@ def other_settings(run: Run) -> int:
     """
     name, path = run.facts.recipe, run.folder.path.resolve()
     root = [path, *path.parents][: name.count("/") + 3][-1]
-    seeds = f"{escape(name)}/seed*/{run.folder.facts_file.name}"
+    seeds = f"{escape(name)}*/seed*/{run.folder.facts_file.name}"
     found = []
     for file in {*root.glob(seeds), *root.glob(f"*/{seeds}"), *root.parent.glob(seeds)}:
         try:

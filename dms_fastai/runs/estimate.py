@@ -40,7 +40,7 @@ def estimate(recipe: Recipe, sets: Sets, device: torch.device) -> Estimate:
     recipe = replace(recipe, teacher=None, distill=None, compile=None)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices, device_type="cuda"):
-        dls = sets.loaders(recipe.data.batch_size, recipe.augment.build(), device=device)
+        dls = sets.loaders(recipe.data.batch_size, recipe.augment.build(), device=device, balance=recipe.data.balance)
         clock = _Clock(device)
         learn = dms_learner(dls, recipe, cbs=clock)
         with learn.no_bar(), learn.no_logging():

@@ -58,7 +58,7 @@ def find_rates(
     recipe = stage.recipe
     sets = opened.sets(recipe.data.build())
     teacher = None if stage.teacher is None else opened.teacher(stage.teacher)
-    dls = sets.loaders(recipe.data.batch_size, recipe.augment.build(), device=device)
+    dls = sets.loaders(recipe.data.batch_size, recipe.augment.build(), device=device, balance=recipe.data.balance)
     set_seed(stage.seed)
     with TemporaryDirectory() as folder:  # for the weights that fastai saves meanwhile
         learn = dms_learner(dls, recipe, teacher, path=folder, cbs=Callback(after_batch=lambda _: step()))

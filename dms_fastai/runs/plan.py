@@ -83,7 +83,7 @@ class _Fits:
         if recipe.budget is None or recipe.budget.fitted:
             return recipe
         if recipe.name not in self._fitted:
-            like = self._fitted.get(recipe.name.removesuffix(ALONE), (self._begun(recipe), None))[0]
+            like = self._fitted.get(recipe.name.removesuffix(ALONE), (self._begun(recipe, given), None))[0]
             if like is not None:
                 self._fitted[recipe.name] = with_choices_of(recipe, like, given), None
             else:
@@ -92,10 +92,10 @@ class _Fits:
                 self._fitted[recipe.name] = fitted(recipe, sets, self.device, seconds, given, before)
         return self._fitted[recipe.name][0]
 
-    def _begun(self, recipe: Recipe) -> Recipe | None:
+    def _begun(self, recipe: Recipe, given: set[str]) -> Recipe | None:
         """What was chosen when the recipe was begun, with any of the seeds."""
         for seed in () if self.restart else self.wanted.seeds:
-            folder = _folder(recipe, seed, self.wanted)
+            folder = self.wanted.folder(recipe, seed, "model.name" not in given)
             if folder.begun and folder.recipe_file.is_file():
                 return folder.recipe()
         return None
@@ -140,7 +140,8 @@ def _with_teacher(recipe: Recipe, recipes: list[Recipe], seed: int, fits: _Fits)
                 teaching = replace(teaching, budget=recipe.budget)
             teaching = fits.teacher(teaching)
             recipe = fits.student(recipe, teaching)
-        first = Stage(teaching, seed, _folder(teaching, seed, wanted))
+        theirs = wanted.given(to_teacher=named is None)  # a teacher that is there may be any network
+        first = Stage(teaching, seed, wanted.folder(teaching, seed, "model.name" not in theirs))
         if named is not None or fits.restart or not first.folder.finished:
             before.append(first)
         else:
@@ -157,11 +158,8 @@ def _with_teacher(recipe: Recipe, recipes: list[Recipe], seed: int, fits: _Fits)
         recipe = fits.student(recipe)
     else:
         recipe = fits.student(recipe)
-    return [*before, Stage(recipe, seed, _folder(recipe, seed, wanted), teaching)]
-
-
-def _folder(recipe: Recipe, seed: int, wanted: Wanted) -> RunFolder:
-    return RunFolder(wanted.root / recipe.name / f"seed{seed}")
+    chosen = recipe.budget is not None and "model.name" not in wanted.given(to_teacher=False)
+    return [*before, Stage(recipe, seed, wanted.folder(recipe, seed, any_network=chosen), teaching)]
 
 
 def _try_networks(stages: Iterable[Stage], opened: Opened) -> None:

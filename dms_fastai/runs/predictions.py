@@ -12,6 +12,7 @@ from ..legacy import modern_predictions
 
 if TYPE_CHECKING:  # to read predictions needs no torch
     from fastai.learner import Learner
+    from torch import Tensor
 
 __all__ = ["Predictions", "read_predictions", "write_predictions"]
 
@@ -33,6 +34,8 @@ class Predictions:
         images: These images, uint8, shape (M, H, W, 3).
         files: The files of the validation images, relative to the data set's folder, shape (N,); None if they come from
             none.
+        regions: Where in these images the network found the predicted class, as `grad_cam` gives it, uint8, shape
+            (M, h, w); None if it has no such map.
     """
 
     log_probabilities: np.ndarray
@@ -42,6 +45,7 @@ class Predictions:
     mistakes: np.ndarray
     images: np.ndarray
     files: np.ndarray | None = None
+    regions: np.ndarray | None = None
 
     @property
     def right(self) -> np.ndarray:
@@ -59,6 +63,7 @@ def write_predictions(learn: "Learner", file: Path) -> None:
     images, files = learn.dls.valid_ds.images, getattr(learn.dls.valid_ds, "files", None)
     step = -(-images.shape[-1] // PIXELS)
     shown = images[mistakes.to(images.device)][..., ::step, ::step].permute(0, 2, 3, 1)
+    regions = _regions(learn, mistakes, predicted)
     small = np.int16 if logs.shape[1] < 2**15 else np.int32
     with whole(file) as partial, partial.open("wb") as opened:
         np.savez_compressed(
@@ -70,7 +75,18 @@ def write_predictions(learn: "Learner", file: Path) -> None:
             mistakes=mistakes.cpu().numpy(),
             images=shown.cpu().numpy(),
             **({} if files is None else {"files": np.array([str(file) for file in files])}),
+            **({} if regions is None else {"regions": regions}),
         )
+
+
+def _regions(learn: "Learner", mistakes: "Tensor", predicted: "Tensor") -> np.ndarray | None:
+    """The regions of the images at `mistakes` that speak for the predicted classes."""
+    from ..models.grad_cam import grad_cam
+
+    loader, device = learn.dls.valid, next(learn.model.parameters()).device
+    x = loader.load_batch(mistakes.to(loader.device))[0].to(device)
+    found = grad_cam(learn.model, x, predicted[mistakes].to(device))
+    return None if found is None else (255 * found.float()).round().byte().numpy()
 
 
 def read_predictions(file: Path) -> Predictions:
@@ -107,6 +123,7 @@ def _is_sound(p: Predictions) -> bool:
         and p.images.dtype == np.uint8
         and p.images.shape == (m, *p.images.shape[1:3], 3)
         and (m == 0 or p.images.size > 0)
+        and (p.regions is None or (p.regions.dtype == np.uint8 and p.regions.ndim == 3 and len(p.regions) == m))
     )
 
 

@@ -22,6 +22,7 @@ from ..export import export_run
 from ..files import whole
 from ..learner import DMSLearner, dms_learner
 from ..models.weights import load_weights
+from ..names import source_place
 from ..recipes import cut_path
 from ..run_folder import Facts, Figures, Run, RunFolder
 from ..trained import check_classes
@@ -38,6 +39,7 @@ from .predictions import write_predictions
 from .profile import StepProfile
 from .progress import NOTHING, Ahead, RichProgress
 from .stop import StopOnRequest
+from .tensorboard import TensorBoard
 
 __all__ = ["Manner", "run_stage"]
 
@@ -53,6 +55,7 @@ class Manner:
         profile: Trace a few steps, and print where their time goes.
         checkpoint_steps: Write a checkpoint after every so many steps, and not only after epochs.
         keep_best: Also keep the weights of the best epoch; a run that has begun to goes on doing so.
+        tensorboard: Also write the epochs for TensorBoard.
         ahead: What the command trains after this stage, for the time left.
     """
 
@@ -62,6 +65,7 @@ class Manner:
     profile: bool = False
     checkpoint_steps: int | None = None
     keep_best: bool = False
+    tensorboard: bool = False
     ahead: Ahead = NOTHING
 
 
@@ -88,7 +92,7 @@ def run_stage(stage: Stage, opened: Opened, manner: Manner | None = None, consol
         refuse_other_recipe(recipe, folder)
     sets = opened.sets(recipe.data.build())
     teacher = None if stage.teacher is None else opened.teacher(stage.teacher)
-    origin = {"data_digest": sets.digest}
+    origin = {"data_digest": sets.digest, "place": source_place(opened.data)}
     if teacher is not None:
         check_classes(teacher, sets.vocab)
         origin |= {"teacher": cut_path(stage.teacher), "teacher_digest": teacher.digest}
@@ -107,7 +111,8 @@ def run_stage(stage: Stage, opened: Opened, manner: Manner | None = None, consol
             return Run.read(folder.path)
         gc.collect()  # free the Learner of the stage before, which its callbacks refer to
         torch.compiler.reset()  # and its graphs, which hold gigabytes of a GPU's memory
-        dls = sets.loaders(recipe.data.batch_size, recipe.augment.build(), device=manner.device)
+        crops, balance = recipe.augment.build(), recipe.data.balance
+        dls = sets.loaders(recipe.data.batch_size, crops, device=manner.device, balance=balance)
         _seed_everything(stage.seed)  # only after fastai's loaders have drawn from Python's generator
         begun = folder.finished or any(folder.checkpoints.glob("*.pt"))
         learn = dms_learner(dls, recipe, teacher=teacher, path=folder.path, begun=begun)
@@ -137,7 +142,7 @@ class _Training:
         self.note("running")
         try:
             self.fit(first_epoch)
-            if len(self.history.rows) < self.recipe.schedule.epochs:
+            if len(self.history.rows) < self.recipe.schedule.epochs and not self.stopped_early:
                 return self.told(self.note("interrupted"))
             self.leave()
             finished = self.note("finished")
@@ -176,9 +181,16 @@ class _Training:
             cbs.append(stack.enter_context(shown))
             if self.manner.keep_best or self.folder.best.is_file():
                 cbs.append(KeepBest(self.folder))
+            if self.manner.tensorboard:
+                cbs.append(TensorBoard(self.folder.tensorboard, self.history))
             if self.manner.profile:
                 cbs += stack.enter_context(StepProfile(self.folder.profile, self.console)).edges
             self.learn.fit_recipe(cbs=cbs, start_epoch=first_epoch)
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether the recipe's own `EarlyStopping` has ended the training."""
+        return hasattr(self.learn, "early_stopping") and self.learn.early_stopping.stopped
 
     def leave(self) -> None:
         """Write what a finished run leaves."""

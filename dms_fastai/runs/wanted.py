@@ -4,15 +4,18 @@ Whatever is mistyped is refused here, before torch is imported.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError, unknown
-from ..names import architectures, is_architecture, shipped, source_name
+from ..errors import UserError, notice, unknown
+from ..names import DATA_SETS, architectures, is_architecture, shipped, source_name, source_place
 from ..recipes import SCALARS, Recipe, ablation_of, load_recipe, recipe_names
+from ..run_folder import Run, RunFolder
 from ..training.parts import PARTS
 
 __all__ = ["ABLATION", "ALONE", "FOR_TEACHER", "SAME_IMAGES", "Wanted"]
@@ -55,10 +58,38 @@ class Wanted:
     budget: float | None = None
     compare: bool = False
 
-    @property
+    @cached_property
     def root(self) -> Path:
-        """The folder of the runs."""
-        return self.out if self.out is not None else Path("artifacts") / source_name(self.data)
+        """The folder of the runs; if artifacts/DATA has those of other data of this name, one beside it."""
+        if self.out is not None:
+            return self.out
+        name, place = source_name(self.data), source_place(self.data)
+        root = Path("artifacts") / name
+        places = {run.facts.place for run in _runs_in(root)}
+        if name not in DATA_SETS:
+            places.discard(None)  # of runs that do not say it
+        if place is None or not places or place in places:
+            return root
+        beside = root.with_name(f"{name}-{place}")
+        notice(f"{root} has runs on other data called {name!r}; those on {self.data} are in {beside}")
+        return beside
+
+    def folder(self, recipe: Recipe, seed: int, any_network: bool = False) -> RunFolder:
+        """The folder of a recipe's run; if the recipe's own has runs of another network or size, one beside it.
+
+        Args:
+            recipe: The recipe, as it is to be trained.
+            seed: The seed.
+            any_network: Take the recipe's own folder whatever network its runs have.
+        """
+        own = self.root / recipe.name
+        theirs = next(_recipes_in(own), recipe)
+        differs = []
+        if theirs.model.name != recipe.model.name and not any_network:
+            differs.append(recipe.model.name)
+        if theirs.data.size != recipe.data.size:
+            differs.append(f"{recipe.data.size}px" if recipe.data.size else "own-size")
+        return RunFolder(own.with_name("-".join([own.name, *differs])) / f"seed{seed}")
 
     def resolved(self) -> list[Recipe]:
         """The recipes, as they are to be trained.
@@ -144,6 +175,21 @@ class Wanted:
                 near = get_close_matches(part, recipe_names(), n=1)
                 hint = f"did you mean {near[0]!r}?" if near else "give a recipe, a run's folder, a file or timm:NAME"
                 raise UserError(f"no teacher at {part}; {hint}")
+
+
+def _runs_in(folder: Path, below: str = "**/seed*") -> Iterator[Run]:
+    """The runs in a folder; a damaged one is left out."""
+    for file in sorted(folder.glob(f"{below}/{RunFolder(folder).facts_file.name}")):
+        with suppress(UserError):
+            yield Run.read(file.parent)
+
+
+def _recipes_in(folder: Path) -> Iterator[Recipe]:
+    """The recipes of the runs in a recipe's folder that have something to lose; a damaged one is left out."""
+    for run in _runs_in(folder, "seed*"):
+        with suppress(UserError):
+            if run.folder.begun:
+                yield run.folder.recipe()
 
 
 def _without_teacher(recipe: Recipe) -> list[Recipe]:

@@ -54,6 +54,8 @@ PARTS = (
     Part("optimizer", "training.optimizers:OPTIMIZERS", always=True),
     Part("lookahead", "training.optimizers:Lookahead"),
     Part("ema", "callbacks.ema:EMA", order=8),
+    # after_epoch: whether there is to be another one.
+    Part("early_stopping", "callbacks.early_stopping:EarlyStopping", order=63),  # after fastai's trackers
 )
 
 

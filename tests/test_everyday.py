@@ -1,0 +1,223 @@
+"""What a training on one's own images meets every day: rare classes, an early end, TensorBoard, and other folders."""
+
+import shutil
+from itertools import count
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dms_fastai import EarlyStopping, UserError, dms_learner, load_data
+from dms_fastai.data.loader import balanced
+from dms_fastai.models.grad_cam import grad_cam
+from dms_fastai.report.rows import sections
+from dms_fastai.run_folder import Run, RunFolder, find_runs
+from dms_fastai.runs.predictions import read_predictions
+from dms_fastai.runs.stop import StopOnRequest
+from dms_fastai.runs.wanted import Wanted
+from tests.test_runs import dms, figures  # noqa: F401  (the first is a fixture)
+
+# --- rare classes
+
+
+@pytest.mark.parametrize("counts", [[90, 9, 1], [5, 5, 5], [1, 0, 7], [2, 3]])
+def test_classes_come_equally_often(counts):
+    labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    drawn = balanced(labels)
+    assert len(drawn) == len(labels)
+    there = [count for count in counts if count]
+    per_class = labels[drawn].bincount(minlength=len(counts)).tolist()
+    assert max(n for n, c in zip(per_class, counts, strict=True) if c) - len(labels) // len(there) <= 1
+    assert min(n for n, c in zip(per_class, counts, strict=True) if c) >= len(labels) // len(there)
+    for c in range(len(counts)):  # every image of a class as often as any other, up to one
+        own = (labels == c).nonzero().flatten()
+        times = [(drawn == index).sum().item() for index in own]
+        assert not times or max(times) - min(times) <= 1
+
+
+def test_a_balanced_loader_draws_rare_images_more_often(tmp_path):
+    for split, name, images in (("train", "many", 60), ("train", "few", 4), ("test", "many", 2), ("test", "few", 2)):
+        folder = tmp_path / "d" / split / name
+        folder.mkdir(parents=True)
+        for number in range(images):
+            Image.new("L", (8, 8), 40 * (name == "few") + number).save(folder / f"{number}.png")
+    dls = load_data(tmp_path / "d", bs=32, size=8, balance=True)
+    seen = torch.cat([y for _, y in dls.train])
+    assert seen.bincount().tolist() == [32, 32]
+    assert torch.cat([y for _, y in dls.valid]).tolist() == [0, 0, 1, 1]  # as they are
+
+
+# --- an early end
+
+
+def stopping(dls, **kwargs):
+    learn = dms_learner(dls, "se", arch="test_dmsresnet", cbs=EarlyStopping(**kwargs))
+    return learn
+
+
+def test_training_ends_when_validation_no_longer_improves(dls):
+    learn = stopping(dls, patience=2)
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(12, 1e-12)  # no step moves a weight
+    losses = [values[2] for values in learn.recorder.values]
+    best = int(np.argmin(losses))
+    assert len(losses) < 12
+    assert len(losses) == best + 3
+    assert learn.early_stopping.stopped
+
+
+def test_an_early_end_is_the_same_after_a_resume(dms, tmp_path, monkeypatch):  # noqa: F811
+    args = ("run", "se", "--epochs", 9, "--set", "early_stopping.patience=3", "--set", "optimizer.lr=1e-12")
+    assert dms(*args, "--out", "whole")[0] == 0
+    whole = Run.read(tmp_path / "whole" / "se" / "seed0")
+    assert whole.finished
+    assert 4 <= whole.facts.epochs_done < 9
+    done = whole.facts.epochs_done
+    steps = count(1)
+    monkeypatch.setattr(StopOnRequest, "asked", lambda stop: _stops(stop, next(steps) == 23 * (done - 2) + 5))
+    assert dms(*args, "--out", "parts")[0] == 75  # in the epoch before the last but one, two of which have been waited
+    parts = Run.read(tmp_path / "parts" / "se" / "seed0")
+    assert parts.facts.epochs_done == done - 2
+    assert dms(*args, "--out", "parts")[0] == 0
+    assert figures(parts.folder.path) == figures(whole.folder.path)
+    code, out, _ = dms("report", "whole")
+    assert code == 0
+    assert f" {done} " in out
+
+
+def _stops(stop, now):
+    stop.reason = "time limit" if now else None
+    return now
+
+
+# --- TensorBoard
+
+
+def test_the_epochs_can_be_seen_in_tensorboard(dms, tmp_path):  # noqa: F811
+    args = ("run", "se", "--epochs", 2, "--tensorboard")
+    assert dms(*args, "--time-limit", "0.001s")[0] == 75
+    assert dms(*args)[0] == 0
+    folder = RunFolder(tmp_path / "artifacts" / "digits" / "se" / "seed0")
+    events = EventAccumulator(str(folder.tensorboard))
+    events.Reload()
+    written = [(event.step, event.value) for event in events.Scalars("accuracy/valid")]
+    expected = [(row["epoch"], row["valid_accuracy"]) for row in folder.rows()]
+    assert written == [(step, pytest.approx(value, abs=1e-6)) for step, value in expected]
+
+
+# --- where a network looks
+
+
+def test_grad_cam_finds_the_corner_that_decides():
+    """A network whose class is the mean of the lower right quarter: nothing else may be bright."""
+
+    class Corner(torch.nn.Module):
+        num_features = 2
+
+        def forward_features(self, x):
+            return torch.nn.functional.avg_pool2d(x[:, :2], 4)
+
+        def forward_head(self, features):
+            seen = features[:, :, 1, 1]
+            return torch.stack([seen[:, 0], -seen[:, 0]], 1)
+
+    x = torch.rand(3, 3, 8, 8)
+    x[:, 0] += 1
+    maps = grad_cam(Corner(), x, torch.zeros(3, dtype=torch.long))
+    pooled = torch.nn.functional.avg_pool2d(x[:, :1], 4)[:, 0]
+    expected = pooled / pooled.amax((1, 2), keepdim=True)  # the channel's weight is a number, which drops out
+    assert torch.allclose(maps, expected)
+    assert grad_cam(Corner(), x, torch.ones(3, dtype=torch.long)).abs().max() == 0  # it only speaks against
+
+
+def test_grad_cam_of_a_linear_head_is_its_weights_times_the_features():
+    network = timm.create_model("test_dmsresnet", num_classes=10).eval()
+    x, classes = torch.randn(4, 3, 32, 32), torch.tensor([1, 3, 3, 9])
+    with torch.no_grad():
+        features = network.forward_features(x)
+        raw = torch.einsum("bc,bchw->bhw", network.fc.weight[classes], features).clamp(min=0)
+    expected = raw / raw.amax((1, 2), keepdim=True).clamp(min=1e-30)
+    assert torch.allclose(grad_cam(network.train(), x, classes), expected, atol=1e-5)
+    assert network.training
+
+
+def test_a_network_without_a_feature_map_has_no_regions():
+    assert grad_cam(torch.nn.Linear(3, 2), torch.zeros(1, 3), torch.zeros(1, dtype=torch.long)) is None
+
+
+def test_a_run_keeps_where_it_looked_in_its_mistakes(dms, tmp_path):  # noqa: F811
+    assert dms("run", "se", "--epochs", 1)[0] == 0
+    kept = read_predictions(tmp_path / "artifacts" / "digits" / "se" / "seed0" / "predictions.npz")
+    assert len(kept.mistakes)
+    assert kept.regions.shape == (len(kept.mistakes), 2, 2)
+    assert kept.regions.max() == 255
+
+
+# --- other folders
+
+
+def shades(folder, shade):
+    for split in ("train", "test"):
+        for name in ("dark", "light"):
+            (folder / split / name).mkdir(parents=True)
+            for number in range(6):
+                Image.new("L", (8, 8), shade + number + 90 * (name == "light")).save(
+                    folder / split / name / f"{number}.png"
+                )
+    return folder
+
+
+def test_two_folders_of_one_name_share_nothing(dms, tmp_path):  # noqa: F811
+    one, other = shades(tmp_path / "a" / "pets", 10), shades(tmp_path / "b" / "pets", 40)
+    args = ("--epochs", 1, "--set", "data.size=8", "--set", "data.batch_size=4")
+    for data in (one, other):
+        assert dms("run", "se", "--data", data, *args)[0] == 0
+    assert dms("run", "baseline", "--data", other, *args)[0] == 0
+    roots = sorted(path.name for path in (tmp_path / "artifacts").iterdir())
+    assert len(roots) == 2
+    assert roots[0] == "pets"
+    assert roots[1].startswith("pets-")
+    assert sorted(p.name for p in (tmp_path / "artifacts" / roots[1]).iterdir()) == ["baseline", "se"]
+    code, out, _ = dms("run", "se", "--data", one, *args)  # each finds its own again
+    assert (code, "epoch 1/1" in out) == (0, False)
+    found, _ = find_runs([tmp_path / "artifacts"])
+    assert sorted(len(section.rows) for section in sections(found)) == [1, 2]
+    assert len({section.data for section in sections(found)}) == 2
+
+
+def test_a_folder_called_like_a_known_data_set_is_another(dms, tmp_path):  # noqa: F811
+    assert dms("run", "se", "--epochs", 1)[0] == 0
+    data = shades(tmp_path / "digits", 10)
+    assert Wanted(("se",), data=data).root.name.startswith("digits-")
+    assert Wanted(("se",), data="digits").root.name == "digits"
+    shutil.rmtree(tmp_path / "digits")
+
+
+@pytest.mark.parametrize(
+    ("option", "beside"),
+    [
+        (("--arch", "test_dmsresnet_plain"), "se-test_dmsresnet_plain"),
+        (("--set", "data.size=16"), "se-16px"),
+        (("--set", "data.size=16", "--arch", "test_dmsresnet_plain"), "se-test_dmsresnet_plain-16px"),
+    ],
+)
+def test_another_network_or_size_lies_beside(dms, tmp_path, option, beside):  # noqa: F811
+    root = tmp_path / "artifacts" / "digits"
+    for further in ((), option, option):
+        code, _, err = dms("run", "se", "--epochs", 1, *further)
+        assert code == 0, err
+    assert sorted(path.name for path in root.iterdir()) == sorted(["se", beside])
+    started = Run.read(root / "se" / "seed0").facts.started
+    assert dms("run", "se", "--epochs", 1)[0] == 0
+    assert Run.read(root / "se" / "seed0").facts.started == started
+    code, _, err = dms("run", "se", "--epochs", 2)
+    assert code == 2
+    assert "schedule.epochs 1 -> 2" in err
+
+
+def test_a_value_out_of_range_is_refused():
+    with pytest.raises(UserError, match="EarlyStopping's patience is 0"):
+        EarlyStopping(0)
