@@ -26,6 +26,7 @@ from .errors import Notice, UserError, either, no_format, no_model, notice
 from .names import DATA_SETS, DEVICES, architectures, check_device, entries, shipped, source_name
 from .recipes import ablation_of, added_by, all_keys, flat, load_recipe, parse_setting, recipe_names
 from .run_folder import RunFolder
+from .runs.threads import Load, fitting
 from .runs.wanted import ABLATION, Wanted
 from .schema import choices_of
 from .terminal import Terminal, any_encoding
@@ -140,6 +141,7 @@ def run(
     profile: Annotated[bool, typer.Option("--profile", help="Print where step time goes; trace a few steps.")] = False,
 ) -> None:
     """Train recipes and the teachers that they need, and print the results. After a stop, the same command resumes."""
+    load = Load()
     deadline = None if time_limit is None else time.monotonic() + seconds_of(time_limit)
     data = os.path.expanduser(data)
     teacher = None if teacher is None else ",".join(map(os.path.expanduser, teacher.split(",")))
@@ -178,6 +180,8 @@ def run(
     manner = Manner(choose_device(device), deadline, restart, profile, checkpoint_steps, keep_best, tensorboard)
     if deterministic:
         be_deterministic()
+    elif manner.device.type == "cpu" and at_once == 1 and "OMP_NUM_THREADS" not in os.environ:
+        manner = replace(manner, threads=_choose_threads(load))
     if teacher is not None:
         _say_what_is_read(Path(teacher), trust_pickle)
     opened = Opened(data, trust_pickle)
@@ -203,6 +207,21 @@ def run(
             from .runs.best import describe_best
 
             console.say(f"best: {describe_best(last)}")
+
+
+def _choose_threads(load: Load) -> int:
+    """The number of threads to train with, in a line if it is not torch's own; torch then has it, too."""
+    import torch
+
+    most, free = torch.get_num_threads(), load.free()
+    threads = fitting(free, most)
+    if threads < most:
+        console.say(
+            f"others leave {free:.1f} of {most} cores free: computing with {threads} thread{'s' * (threads > 1)}; "
+            f"OMP_NUM_THREADS={most} takes all"
+        )
+        torch.set_num_threads(threads)
+    return threads
 
 
 def _train_in_turn(stages: "list[Stage]", opened: "Opened", manner: "Manner") -> None:

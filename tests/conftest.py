@@ -1,5 +1,7 @@
 """What several tests share: digits in loaders, a trained teacher, and a cache folder of the session's own."""
 
+import os
+
 import matplotlib
 import pytest
 import torch
@@ -9,6 +11,9 @@ from hypothesis import settings
 from dms_fastai import dms_learner, load_data
 
 matplotlib.use("agg")
+
+# The number of threads decides the last bits of a training; it is not to depend on what else the machine does.
+os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
 
 # The same examples in every run, so that a failure is the change's; `--hypothesis-profile=default` looks for new ones.
 settings.load_profile("ci")

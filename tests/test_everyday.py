@@ -1,5 +1,6 @@
 """What a training on one's own images meets every day: rare classes, an early end, TensorBoard, and other folders."""
 
+import os
 import shutil
 from itertools import count
 
@@ -10,11 +11,12 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dms_fastai import EarlyStopping, UserError, dms_learner, load_data
+from dms_fastai import EarlyStopping, UserError, cli, dms_learner, load_data
 from dms_fastai.data.loader import balanced
 from dms_fastai.models.grad_cam import grad_cam
 from dms_fastai.report.rows import sections
 from dms_fastai.run_folder import Run, RunFolder, find_runs
+from dms_fastai.runs import threads
 from dms_fastai.runs.predictions import read_predictions
 from dms_fastai.runs.stop import StopOnRequest
 from dms_fastai.runs.wanted import Wanted
@@ -221,3 +223,59 @@ def test_another_network_or_size_lies_beside(dms, tmp_path, option, beside):  # 
 def test_a_value_out_of_range_is_refused():
     with pytest.raises(UserError, match="EarlyStopping's patience is 0"):
         EarlyStopping(0)
+
+
+# --- other processes
+
+
+@pytest.mark.skipif(not threads.STAT.exists(), reason="Linux alone tells")
+def test_free_cores_are_those_that_others_leave(monkeypatch, tmp_path):
+    """On two cores, in two seconds: others take all of one and half of the other, and this process a quarter of it."""
+    tick = os.sysconf("SC_CLK_TCK")
+    stat = tmp_path / "stat"
+    monkeypatch.setattr(threads, "STAT", stat)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 3})
+    clock = iter([100.0, 102.0, 102.0])
+    monkeypatch.setattr(threads.time, "monotonic", lambda: next(clock))
+    own = iter([7.0, 7.5])
+    monkeypatch.setattr(threads.time, "process_time", lambda: next(own))
+
+    def told(first, second):
+        rows = [f"cpu{core} {' '.join(str(int(tick * s)) for s in row)} 0 0" for core, row in ((0, first), (3, second))]
+        stat.write_text("\n".join(["cpu 9 9 9 9", "cpu1 1 1 1 1 1 1 1 1 0 0", *rows, "intr 5"]))
+
+    told((1, 1, 1, 50, 5, 0, 0, 0), (2, 0, 0, 40, 0, 0, 0, 0))
+    load = threads.Load()
+    told((1, 3, 1, 50, 5, 0, 0, 0), (3.5, 0, 0, 40.25, 0.25, 0, 0, 0))
+    assert load.free() == pytest.approx(0.25 + 0.25)  # idle, and waiting or its own
+
+
+def test_a_system_that_does_not_tell_leaves_all_threads(monkeypatch, tmp_path):
+    monkeypatch.setattr(threads, "STAT", tmp_path / "none")
+    assert threads.Load().free() is None
+    (tmp_path / "none").write_text("cpu0 0 0 0 0 0 0 0 0 0 0\n")
+    assert threads.Load().free() is None
+
+
+@pytest.mark.parametrize(
+    ("free", "most", "threads_"), [(None, 8, 8), (7.6, 8, 8), (7.4, 8, 7), (0.1, 2, 1), (1.2, 2, 1), (9.0, 4, 4)]
+)
+def test_every_thread_has_a_core_to_itself(free, most, threads_):
+    assert threads.fitting(free, most) == threads_
+
+
+def test_a_resumed_run_keeps_its_threads(dms, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    before = torch.get_num_threads()
+    try:
+        for free, code in ((0.2, 75), (8.0, 0)):
+            monkeypatch.setattr(cli.Load, "free", lambda load, free=free: free)
+            torch.set_num_threads(2)
+            limit = ("--time-limit", "0.001s") if code else ()
+            found, out, err = dms("run", "se", "--epochs", 1, *limit)
+            assert found == code, err
+            assert ("computing with 1 thread" in out) == (code == 75)
+            assert Run.read(tmp_path / "artifacts" / "digits" / "se" / "seed0").facts.threads == 1
+            assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)

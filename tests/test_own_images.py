@@ -1,5 +1,6 @@
 """One's own images: what fits a budget, what settings reach teacher and student, and the student without a teacher."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import timm
 import torch
 from torch import nn
 
-from dms_fastai import UserError, load_recipe
+from dms_fastai import Teacher, UserError, load_recipe
 from dms_fastai.data import Data, Sets
 from dms_fastai.run_folder import Figures, Run, RunFolder
 from dms_fastai.runs import budget, plan
@@ -96,7 +97,7 @@ def test_a_budget_chooses_what_fits_and_a_resume_keeps_it(dms, tmp_path):  # noq
 def test_the_largest_network_that_trains_enough_epochs_is_chosen(monkeypatch, seconds, name, widths, epochs):
     """An epoch takes 10, 2.5 and 0.5 seconds with the three networks, from the largest to the smallest."""
 
-    def known(recipe, sets, device):
+    def known(recipe, sets, device, teacher=None):
         epoch = 0.5 if recipe.model.name == "test_dmsresnet" else 2.5 if recipe.model.args else 10
         return Estimate(parameters=1, macs=1, steps=10, step_seconds=epoch / 10, epoch_seconds=epoch)
 
@@ -200,6 +201,19 @@ def test_an_estimate_is_of_the_network_that_is_trained():
     assert 0 < found.step_seconds < found.epoch_seconds
 
 
+def test_an_estimate_has_the_time_of_a_teacher_that_is_there():
+    class Slow(nn.Module):
+        def forward(self, x):
+            time.sleep(0.05)
+            return torch.zeros(len(x), 10)
+
+    sets, recipe = Data(64).open("digits"), load_recipe("kd", "digits", "test_dmsresnet")
+    found = estimate(recipe, sets, torch.device("cpu"), Teacher(Slow()))
+    assert found.step_seconds > 0.05
+    assert found.epoch_seconds > 22 * 0.05
+    assert found.parameters == 56_587
+
+
 def test_a_dry_run_says_what_would_be_trained_and_trains_nothing(dms, tmp_path):  # noqa: F811
     code, out, err = dms("run", "kd", "--set", "teacher.model.name=test_dmsresnet", "--dry-run", "--device", "cpu")
     assert code == 0, err
@@ -212,7 +226,7 @@ def test_a_dry_run_says_what_would_be_trained_and_trains_nothing(dms, tmp_path):
 def test_a_teacher_below_its_student_is_said():
     def facts(accuracy, title="KD"):
         last = Figures(epoch=3, train_loss=1.0, train_accuracy=0.5, valid_loss=1.0, valid_accuracy=accuracy)
-        return replace(RUN.facts, title=title, epochs=3, last=last)
+        return replace(RUN.facts, title=title, epochs=3, epochs_done=3, last=last)
 
     assert teacher_advice(facts(0.9), facts(0.95)) == []
     [line] = teacher_advice(facts(0.9), facts(0.8))

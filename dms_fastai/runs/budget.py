@@ -11,6 +11,7 @@ from ..clock import clock
 from ..data import Sets
 from ..errors import UserError, notice
 from ..recipes import Recipe
+from ..trained import Teacher
 from ..training.budget import Budget
 from .estimate import Estimate, estimate
 from .machine import is_out_of_memory
@@ -30,7 +31,12 @@ SMALLEST, LARGEST = 8, 128
 
 
 def fitted(
-    recipe: Recipe, sets: Sets, device: torch.device, seconds: float, given: Collection[str], before: Estimate | None
+    recipe: Recipe,
+    sets: Sets,
+    device: torch.device,
+    seconds: float,
+    given: Collection[str],
+    before: Estimate | Teacher | None = None,
 ) -> tuple[Recipe, Estimate]:
     """The recipe with what is chosen for it, and what it will take.
 
@@ -43,7 +49,8 @@ def fitted(
         device: Where to train.
         seconds: How long training may take.
         given: Keys that the user has set, and that stay as they are.
-        before: What its teacher takes, if it has one: a student's step holds the teacher's forward pass, too.
+        before: Its teacher, if it is there, or what the teacher takes that is to be trained before: a student's step
+            holds the teacher's forward pass, too.
 
     Raises:
         UserError: There is too little memory even for the smallest network.
@@ -56,12 +63,12 @@ def fitted(
     for name, args in _networks(recipe, given):
         tried = replace(recipe, model=replace(recipe.model, name=name, args=args))
         try:
-            took = estimate(tried, sets, device)
+            took = estimate(tried, sets, device, before if isinstance(before, Teacher) else None)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             continue
-        teaching = 0.0 if before is None else before.step_seconds / 3 * took.steps
+        teaching = before.step_seconds / 3 * took.steps if isinstance(before, Estimate) else 0.0
         found.append((took.epoch_seconds + teaching, tried, took))
         least = max(LEAST, math.ceil(STEPS / took.steps))
         if seconds / found[-1][0] >= least:

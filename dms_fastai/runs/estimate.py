@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..data import Sets
 from ..learner import dms_learner
 from ..recipes import Recipe
+from ..trained import Teacher
 
 __all__ = ["Estimate", "estimate"]
 
@@ -24,8 +25,8 @@ class Estimate:
         parameters: Of the network.
         macs: Multiply-accumulates of a forward pass of one image.
         steps: Steps of an epoch.
-        step_seconds: Seconds of a training step, without a teacher.
-        epoch_seconds: Seconds of an epoch with its validation, without a teacher.
+        step_seconds: Seconds of a training step, with the teacher that was given.
+        epoch_seconds: Seconds of an epoch with its validation, with that teacher.
     """
 
     parameters: int
@@ -35,14 +36,19 @@ class Estimate:
     epoch_seconds: float
 
 
-def estimate(recipe: Recipe, sets: Sets, device: torch.device) -> Estimate:
-    """Train a few steps of a recipe, without its teacher, and throw them away. torch's random states stay as before."""
-    recipe = replace(recipe, teacher=None, distill=None, compile=None)
+def estimate(recipe: Recipe, sets: Sets, device: torch.device, teacher: Teacher | None = None) -> Estimate:
+    """Train a few steps of a recipe and throw them away. torch's random states stay as before.
+
+    A teacher that is there takes part. Without one, the recipe is trained as if it did not distil.
+    """
+    if teacher is None:
+        recipe = replace(recipe, teacher=None, distill=None)
+    recipe = replace(recipe, compile=None)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices, device_type="cuda"):
         dls = sets.loaders(recipe.data.batch_size, recipe.augment.build(), device=device, balance=recipe.data.balance)
         clock = _Clock(device)
-        learn = dms_learner(dls, recipe, cbs=clock)
+        learn = dms_learner(dls, recipe, teacher=teacher, cbs=clock)
         with learn.no_bar(), learn.no_logging():
             learn.fit_recipe(1 + (WARM_UP + STEPS) // max(1, len(dls.train)))
         image = torch.zeros(1, *sets.train.images.shape[1:], device=device)

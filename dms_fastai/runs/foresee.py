@@ -25,6 +25,8 @@ def foreseen(
     for column in table.columns[2:]:
         column.justify = "right"
     total, steps, measured = 0.0, {}, {}
+    stages = list(stages)
+    planned = {str(stage.folder.path) for stage in stages if restart or not stage.folder.finished}
     for stage in stages:
         recipe, sets = stage.recipe, opened.sets(stage.recipe.data.build())
         line = _described(sets)
@@ -34,7 +36,8 @@ def foreseen(
             table.add_row(recipe.title, recipe.model.name, "", "", "", "", "", "finished")
             continue
         if recipe.name not in measured:  # once for all seeds
-            measured[recipe.name] = estimate(recipe, sets, device)
+            there = None if stage.teacher is None or str(stage.teacher) in planned else opened.teacher(stage.teacher)
+            measured[recipe.name] = estimate(recipe, sets, device, there)
         found = measured[recipe.name]
         teaching = steps.get(str(stage.teacher), 0.0) / 3 * found.steps
         seconds = recipe.schedule.epochs * (found.epoch_seconds + teaching)

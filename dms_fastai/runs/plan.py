@@ -75,11 +75,15 @@ class _Fits:
         """A teacher that is to be trained for a student, in half of its budget."""
         return self._fit(recipe, 0.5, None, self.wanted.given(to_teacher=True))
 
-    def student(self, recipe: Recipe, teacher: Recipe | None = None) -> Recipe:
-        """A recipe in its budget, of which a teacher that is trained for it has the other half."""
-        return self._fit(recipe, 0.5 if teacher else 1.0, teacher, self.wanted.given(to_teacher=False))
+    def student(self, recipe: Recipe, teaching: Recipe | None = None, teacher: Teacher | None = None) -> Recipe:
+        """A recipe in its budget; half of it, if a recipe trains its teacher. `teacher` is one that is there."""
+        before = teacher if teaching is None or teacher is not None else self._took(teaching)
+        return self._fit(recipe, 0.5 if teaching else 1.0, before, self.wanted.given(to_teacher=False))
 
-    def _fit(self, recipe: Recipe, share: float, teacher: Recipe | None, given: set[str]) -> Recipe:
+    def _took(self, recipe: Recipe) -> Estimate | None:
+        return self._fitted.get(recipe.name, (recipe, None))[1]
+
+    def _fit(self, recipe: Recipe, share: float, before: Estimate | Teacher | None, given: set[str]) -> Recipe:
         if recipe.budget is None or recipe.budget.fitted:
             return recipe
         if recipe.name not in self._fitted:
@@ -88,7 +92,6 @@ class _Fits:
                 self._fitted[recipe.name] = with_choices_of(recipe, like, given), None
             else:
                 sets, seconds = self.opened.sets(recipe.data.build()), 60 * share * recipe.budget.minutes
-                before = None if teacher is None else self._fitted.get(teacher.name, (teacher, None))[1]
                 self._fitted[recipe.name] = fitted(recipe, sets, self.device, seconds, given, before)
         return self._fitted[recipe.name][0]
 
@@ -139,23 +142,26 @@ def _with_teacher(recipe: Recipe, recipes: list[Recipe], seed: int, fits: _Fits)
             if recipe.budget is not None:
                 teaching = replace(teaching, budget=recipe.budget)
             teaching = fits.teacher(teaching)
-            recipe = fits.student(recipe, teaching)
         theirs = wanted.given(to_teacher=named is None)  # a teacher that is there may be any network
         first = Stage(teaching, seed, wanted.folder(teaching, seed, "model.name" not in theirs))
-        if named is not None or fits.restart or not first.folder.finished:
+        if named is not None:
             before.append(first)
+        elif fits.restart or not first.folder.finished:
+            before.append(first)
+            recipe = fits.student(recipe, teaching)
         else:
             asked = [key.removeprefix(FOR_TEACHER) for key in wanted.settings if key.startswith(FOR_TEACHER)]
             refuse_other_recipe(teaching, first.folder, (*SAME_IMAGES, *asked), or_else="--restart")
             origin = {"data_digest": opened.sets(teaching.data.build()).digest}
             refuse_other_origin(origin, first.folder, or_else="--restart")
+            recipe = fits.student(recipe, teaching, opened.teacher(first.folder.path))
         teaching = first.folder.path
     elif teaching is not None:  # refuse one that is missing or does not fit now, not after stages are trained
         sets = opened.sets(recipe.data.build())
         check_pretrained(teaching, len(sets.vocab))
         images = Inputs(_shape(sets), MEAN, STD)
         check_teacher(opened.teacher(teaching), len(sets.vocab), images, sets.vocab)
-        recipe = fits.student(recipe)
+        recipe = fits.student(recipe, teacher=opened.teacher(teaching))
     else:
         recipe = fits.student(recipe)
     chosen = recipe.budget is not None and "model.name" not in wanted.given(to_teacher=False)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import datetime
 import gc
+import os
 import platform
 import random
 import shutil
@@ -57,6 +58,7 @@ class Manner:
         keep_best: Also keep the weights of the best epoch; a run that has begun to goes on doing so.
         tensorboard: Also write the epochs for TensorBoard.
         ahead: What the command trains after this stage, for the time left.
+        threads: Threads to compute with; a resumed run keeps those that it was begun with. None: whatever torch has.
     """
 
     device: torch.device | str = "cpu"
@@ -67,6 +69,7 @@ class Manner:
     keep_best: bool = False
     tensorboard: bool = False
     ahead: Ahead = NOTHING
+    threads: int | None = None
 
 
 def run_stage(stage: Stage, opened: Opened, manner: Manner | None = None, console: Console | None = None) -> Run:
@@ -109,6 +112,8 @@ def run_stage(stage: Stage, opened: Opened, manner: Manner | None = None, consol
                 said = f"{recipe.title}: already finished, nothing to profile; give --out another folder"
                 console.print(said, markup=False)
             return Run.read(folder.path)
+        if manner.threads is not None:
+            torch.set_num_threads(_threads(folder, manner.threads))
         gc.collect()  # free the Learner of the stage before, which its callbacks refer to
         torch.compiler.reset()  # and its graphs, which hold gigabytes of a GPU's memory
         crops, balance = recipe.augment.build(), recipe.data.balance
@@ -253,6 +258,12 @@ def _empty(folder: RunFolder) -> None:
             shutil.rmtree(path)
         elif path.name != LOCK:
             path.unlink()
+
+
+def _threads(folder: RunFolder, threads: int) -> int:
+    """The threads that a run was begun with, as other numbers give other last digits; `threads` if it begins now."""
+    begun = folder.facts().threads if folder.begun else None
+    return threads if begun is None or begun > (os.cpu_count() or 1) else begun
 
 
 def _seed_everything(seed: int) -> None:
