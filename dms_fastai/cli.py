@@ -239,11 +239,8 @@ def _train_in_turn(stages: "list[Stage]", opened: "Opened", manner: "Manner") ->
         if teacher is not None and teacher.finished and teacher.path not in runs:
             runs[teacher.path] = Run.read(teacher.path)
             facts = runs[teacher.path].facts
-            known = (
-                ""
-                if facts.last is None
-                else f": {100 * facts.last.valid_accuracy:.2f} % after {facts.epochs_done} epochs"
-            )
+            epochs = f"{facts.epochs_done} epoch{'s' * (facts.epochs_done != 1)}"
+            known = "" if facts.last is None else f": {100 * facts.last.valid_accuracy:.2f} % after {epochs}"
             console.say(f"taught by the finished run in {teacher.path}{known}")
         to_come = ahead(stages[place:], stages[: place - 1], manner.restart)
         result = run_stage(stage, opened, replace(manner, ahead=to_come), console)
