@@ -11,7 +11,7 @@ import tomli_w
 
 from .errors import either
 from .recipes import SCALARS, Recipe, load_recipe, origins_of
-from .schema import choices_of, meaning_of, settings_of
+from .schema import Table, choices_of, meaning_of, settings_of
 from .settings import described
 from .terminal import printable
 from .training.parts import PARTS
@@ -76,7 +76,8 @@ def _keys(at: str, where: str) -> list[Key]:
 
 def _joined(key: Key, other: Key, name: str) -> Key:
     """The key of several parts, of which the one called `name` may have another default."""
-    default = key.default if key.default == other.default else f"{key.default}; for {json.dumps(name)}: {other.default}"
+    first = key.default.split("; for ")[0]
+    default = key.default if first == other.default else f"{key.default}; for {json.dumps(name)}: {other.default}"
     return replace(key, default=default, of=(*key.of, name))
 
 
@@ -102,8 +103,21 @@ def annotated(recipe: str | Path, data: str = "", settings: Mapping[str, Any] | 
         UserError: As in `load_recipe`.
     """
     found = load_recipe(recipe, data, settings=settings)
-    lines = _Lines({key.key: key.meaning for key in every_key()}, origins_of(recipe, data, settings))
+    meanings = {key.key: key.meaning for key in every_key()}
+    for part in PARTS:
+        meanings |= _meanings(getattr(found, part.table), part.table)
+    lines = _Lines(meanings, origins_of(recipe, data, settings))
     return "\n".join(lines.of_recipe(found)) + "\n"
+
+
+def _meanings(table: Table | None, where: str) -> dict[str, str]:
+    """What the keys of a table mean to the part that is chosen: each optimiser has a weight decay of its own."""
+    if table is None:
+        return {}
+    found = {f"{where}.{name}": said for name, said in meaning_of(table.at).settings.items()}
+    for name, value in vars(table).items():
+        found |= _meanings(value, f"{where}.{name}") if isinstance(value, Table) else {}
+    return found
 
 
 @dataclass(frozen=True)
@@ -140,7 +154,8 @@ class _Lines:
 
     def of_value(self, dotted: str, key: str, value: Any) -> Iterator[str]:
         yield from _comment(self.meanings.get(dotted, ""))
-        yield tomli_w.dumps({key: value}).strip() + self.origin(dotted)
+        begun = tomli_w.dumps({key: 0}).strip().removesuffix("0")
+        yield begun + _toml(value) + self.origin(dotted)
 
     def origin(self, dotted: str) -> str:
         return f"  # {printable(self.origins.get(dotted, 'default'))}"
@@ -154,6 +169,9 @@ def _header(keys: tuple[str, ...]) -> str:
 
 
 def _toml(value: Any) -> str:
+    """A value as TOML; a list in one line, but for one that holds tables."""
+    if isinstance(value, (list, tuple)) and not any(isinstance(item, Mapping) for item in value):
+        return f"[{', '.join(map(_toml, value))}]"
     return tomli_w.dumps({"": value}).partition("=")[2].strip()
 
 
