@@ -115,7 +115,7 @@ def run(
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs of every stage, in place of the recipe's.")] = None,
     schedule: Annotated[
-        str | None, typer.Option(help="cosine, one-cycle or linear, for every stage.", autocompletion=schedule_words)
+        str | None, typer.Option(help="cosine, one-cycle, sgdr ..., for every stage.", autocompletion=schedule_words)
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the weights, the batches and the augmentation.")] = 0,
     seeds: Annotated[str | None, typer.Option(help="Several seeds, each trained: 0,1,2.")] = None,

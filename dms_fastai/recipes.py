@@ -65,6 +65,9 @@ RelativePath = Annotated[
 class Recipe(Tables):
     """Everything that a training run needs besides its data, its seed and its folder: a table for each part.
 
+    Raises, when it is made:
+        UserError: Settings of the schedule that do not fit together.
+
     Attributes:
         name: Name of the recipe and of its runs' folder; the file's name by default, not inherited.
         title: Name in tables and plots; `name` by default, not inherited.
@@ -75,12 +78,15 @@ class Recipe(Tables):
     title: str = ""
     teacher: str | None = None
 
+    def __post_init__(self) -> None:
+        self.schedule.build().hypers(self.optimizer.lr, self.optimizer.momentum)  # refuses what does not fit together
+
     def to_table(self) -> Nested:
         """The recipe as nested dictionaries, without what is None."""
         words = {key: getattr(self, key) for key in SCALARS}
         tables = {part.table: getattr(self, part.table) for part in PARTS}
         tables = {key: dataclasses.asdict(table) for key, table in tables.items() if table is not None}
-        return _without_none(words | tables)
+        return _plain(words | tables)
 
     def to_toml(self) -> str:
         """The whole recipe as TOML; `load_recipe` reads it back to an equal one."""
@@ -355,8 +361,11 @@ def _nest(keys: list[str], value: Any) -> Nested:
     return {keys[0]: _nest(keys[1:], value) if keys[1:] else value}
 
 
-def _without_none(table: Nested) -> Nested:
-    return {k: _without_none(v) if isinstance(v, dict) else v for k, v in table.items() if v is not None}
+def _plain(value: Any) -> Any:
+    """The value as TOML would give it: without what is None, and with lists for tuples."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items() if inner is not None}
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _read(table: Mapping[str, Any]) -> Recipe:

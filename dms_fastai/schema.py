@@ -150,7 +150,7 @@ def read_table(at: str, table: Any, where: str, known_keys: Sequence[str] = ()) 
         if key not in known:
             others = [name for name, other in (several or {}).items() if key in settings_of(other)]
             if others:
-                raise UserError(f"{where}.{key} is a setting of {' and '.join(map(repr, others))}, not of {chosen!r}")
+                raise UserError(f"{where}.{key} is a setting of {either(map(repr, others))}, not of {chosen!r}")
             raise unknown_key(f"{where}.{key}", [f"{where}.{name}" for name in known] or [where], known_keys)
         setting, dotted = known[key], f"{where}.{key}"
         if setting.choices is not None:

@@ -20,8 +20,11 @@ from .errors import UserError, either
 
 __all__ = [
     "Count",
+    "Counts",
     "Fraction",
+    "Milestones",
     "Momentum",
+    "Names",
     "NotNegative",
     "OneOf",
     "Pixels",
@@ -67,6 +70,17 @@ Momentum = Annotated[float, Rule(lambda v: 0 <= v < 1, "at least 0 and below 1")
 Count = Annotated[int, Rule(lambda v: v >= 1, "at least 1")]
 Steps = Annotated[int, Rule(lambda v: v >= 0, "0 or more")]
 Pixels = Annotated[int, Rule(lambda v: v >= 8, "at least 8")]
+Counts = Annotated[
+    tuple[int, ...], Rule(lambda v: len(v) > 0 and min(v) >= 1, "not empty, with each number at least 1")
+]
+Names = tuple[str, ...]
+Milestones = Annotated[
+    tuple[int | float, ...],
+    Rule(
+        lambda v: list(v) == sorted(set(v)) and (all(type(m) is int and m > 0 for m in v) or all(0 < m < 1 for m in v)),
+        "rising, and either whole epochs or shares above 0 and below 1",
+    ),
+]
 ValidSplit = Annotated[
     str | float,
     Rule(lambda v: v in ("test", "val") or (isinstance(v, float) and 0 < v < 1), "'test', 'val' or 0 < share < 1"),
@@ -99,11 +113,13 @@ def is_setting(hint: Any) -> bool:
     if get_origin(hint) is Annotated:
         return not any(isinstance(more, OneOf) for more in hint.__metadata__)
     plain = (bool, int, float, str)
-    return hint in plain or get_origin(hint) is Literal or (_is_union(hint) and any(map(is_setting, get_args(hint))))
+    if hint in plain or get_origin(hint) in (Literal, tuple):
+        return True
+    return _is_union(hint) and any(map(is_setting, get_args(hint)))
 
 
 def convert(value: Any, hint: Any, where: str) -> Any:
-    """`value` in the type of the annotation `hint`. A whole number becomes a float; nothing else is converted.
+    """`value` in the type of the annotation `hint`. A whole number becomes a float, and a list a tuple.
 
     Raises:
         UserError: The value has another type or lies outside the range; the message begins with `where`.
@@ -148,6 +164,8 @@ def _fits(value: Any, option: Any) -> Any:
         return value if same else REFUSED
     if option is type(None):
         return value if value is None else REFUSED
+    if kind is tuple:
+        return _tuple(value, get_args(option)[0])
     if isinstance(value, bool) != (kind is bool):
         return REFUSED
     if kind is float:
@@ -155,6 +173,14 @@ def _fits(value: Any, option: Any) -> Any:
     if kind is int:
         return int(value) if isinstance(value, numbers.Integral) else REFUSED
     return value if isinstance(value, kind) else REFUSED
+
+
+def _tuple(value: Any, hint: Any) -> Any:
+    """A list as a tuple of what `hint` allows, or `REFUSED`."""
+    if not isinstance(value, list | tuple):
+        return REFUSED
+    fits = [[found for o in _options(hint) if (found := _fits(item, o.type)) is not REFUSED] for item in value]
+    return tuple(found[0] for found in fits) if all(fits) else REFUSED
 
 
 def _is_finite(value: numbers.Real) -> bool:
@@ -177,5 +203,8 @@ def _is_union(hint: Any) -> bool:
 def _describe(option: Any) -> str:
     if get_origin(option) is Literal:
         return either(map(repr, get_args(option)))
+    if get_origin(option) is tuple:
+        lists = {int: "a list of whole numbers, such as [10, 20]", str: 'a list of names, such as ["a", "b"]'}
+        return lists.get(get_args(option)[0], "a list of numbers, such as [10, 20]")
     kinds = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text", dict: "a table"}
     return kinds.get(get_origin(option) or option, str(option))

@@ -112,7 +112,10 @@ def test_another_choice_inherits_what_it_has_too(tmp_path):
     ("settings", "words"),
     [
         ({"distill.divergence.beta": 3}, "distill.divergence.beta is a setting of 'dkd', not of 'kl'"),
-        ({"schedule.name": "one-cycle", "schedule.step": "epoch"}, "a setting of 'cosine', not of 'one-cycle'"),
+        (
+            {"schedule.name": "one-cycle", "schedule.step": "epoch"},
+            "a setting of 'cosine', 'warmup-cosine' or 'sgdr', not of",
+        ),
         ({"cutmix.share": 0.5, "mixup": False, "cutmix.alpha": "x"}, "cutmix.alpha is 'x'"),
         ({"distill.divergence.name": "js"}, "distill.divergence.name is 'js'; it must be 'kl', 'dkd' or 'dist'"),
         ({"optimizer.name": "sdg"}, "optimizer.name is 'sdg'; it must be 'sgd'"),

@@ -172,7 +172,7 @@ def test_the_plain_variant_of_an_architecture_is_the_ablations_baseline():
         ({"settings": {"schedule.epochs": 0}}, "schedule.epochs is 0; it must be at least 1"),
         ({"settings": {"schedule.epochs": 1.5}}, "must be a whole number"),
         ({"settings": {"schedule.epochs": True}}, "must be a whole number"),
-        ({"settings": {"schedule.name": "trapezoid"}}, "must be 'cosine', 'one-cycle' or 'linear'"),
+        ({"settings": {"schedule.name": "trapezoid"}}, "'cosine', 'one-cycle', 'linear', 'warmup-cosine'"),
         ({"settings": {"optimizer.lr": "fast"}}, "optimizer.lr is 'fast'; it must be a finite number"),
         ({"settings": {"optimizer.lr": float("nan")}}, "must be a finite number"),
         ({"settings": {"optimizer.lr": float("inf")}}, "must be a finite number"),

@@ -378,7 +378,7 @@ def make_bad_folders(folder):
         ("run kd --set schedule.epoch=3", "did you mean 'schedule.epochs'?"),
         ("run kd --set lr", "write table.key=value"),
         ("run kd --epochs 0", "schedule.epochs is 0"),
-        ("run kd --schedule trapezoid", "'cosine', 'one-cycle' or 'linear'"),
+        ("run kd --schedule trapezoid", "'sgdr', 'flat-cosine' or 'step'"),
         ("run kd --set distill.alpha=1.5", "between 0 and 1"),
         ("run kd --set distill.T=0", "above 0"),
         ("run se --set distill.alpha=0.5", "without a teacher"),
