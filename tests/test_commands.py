@@ -151,8 +151,15 @@ def test_what_is_shown_is_the_recipe(name, data, tmp_path):
     settings = {"ema": True, "model.args.widths": [8, 16, 32], "model.args.odd.key b": 'x"#'}
     text = annotated(name, data, settings)
     assert tomllib.loads(text) == load_recipe(name, data, settings=settings).to_table()
+    assert "widths = [8, 16, 32]  # --set\n" in text
     (tmp_path / "shown.toml").write_text(text)
     assert load_recipe(tmp_path / "shown.toml") == load_recipe(name, data, settings=settings)
+
+
+def test_a_key_of_several_parts_is_shown_with_its_meaning_for_the_one_that_is_chosen():
+    assert "\n# Momentum as in torch" in annotated("se")
+    assert "\n# beta1, " in annotated("se", settings={"optimizer.name": "adamw"})
+    assert "\n# Weight of the classes other" in annotated("kd", settings={"distill.divergence.name": "dkd"})
 
 
 def test_values_come_from_where_they_were_said_last(tmp_path):
@@ -209,8 +216,10 @@ def test_the_list_of_keys_is_complete(dms):  # noqa: F811
     for at, where in (("training.optimizers:SGD", "optimizer"), ("data.augment:Crops", "augment")):
         for name, parameter in inspect.signature(load(at)).parameters.items():
             default = by_key[f"{where}.{name}"].default.partition(";")[0]
-            assert tomllib.loads(f"value = {default}")["value"] == parameter.default
-    assert by_key["optimizer.lr"].default == '0.1; for "muon": 0.05'
+            read = tomllib.loads(f"value = {default}")["value"]
+            assert (tuple(read) if isinstance(read, list) else read) == parameter.default
+    assert by_key["optimizer.lr"].default == '0.1; for "muon": 0.05; for "adamw": 0.001'
+    assert by_key["optimizer.momentum"].default == '0.9; for "muon": 0.6'
     assert by_key["optimizer.rest"].of == ("muon",)
     assert by_key["schedule.epochs"].of == ()
     code, out, err = dms("show", "keys")

@@ -1,11 +1,15 @@
-"""Muon, Nesterov's step and the linear schedule, by arithmetic and in runs."""
+"""Muon, AdamW, Nesterov's step, exemption from decay and the linear schedule, by arithmetic and in runs."""
+
+import copy
 
 import numpy as np
 import pytest
 import torch
+from fastai.learner import load_learner
+from torch import nn
 
 from dms_fastai import UserError, dms_learner
-from dms_fastai.training.optimizers import SGD, Muon, optimizer
+from dms_fastai.training.optimizers import OPTIMIZERS, SGD, AdamW, Lookahead, Muon, optimizer, parameters_called
 from dms_fastai.training.schedules import triangle
 from tests.conftest import quiet
 from tests.test_runs import dms, same_run  # noqa: F401  (a fixture)
@@ -66,11 +70,165 @@ def test_the_linear_schedule_is_a_triangle(dls):
     assert rates[-1] == pytest.approx(0.1 / steps / 0.8, rel=1e-3)
 
 
-def test_fastais_methods_work_with_muon(dls):
-    learn = quiet(dms_learner(dls, "fast"))
-    assert learn.lr_find(show_plot=False).valley > 0
-    learn.fit_one_cycle(2, slice(0.02, 0.1))
-    assert learn.recorder.final_record[-1] > 0.5
+def small_network():
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(body, nn.Linear(8, 5))
+
+
+def trained(model, opt, steps=5):
+    """The parameters after a few steps along random gradients."""
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=generator)
+        opt.step()
+    return [p.detach() for p in model.parameters()]
+
+
+def test_adamw_is_torchs_with_groups():
+    """Body and head at rates of their own; norms and biases without decay."""
+    ours, theirs = small_network(), small_network()
+    settings = AdamW(lr=0.02, momentum=0.8, beta2=0.95, eps=1e-6, weight_decay=0.5)
+    groups = [list(ours[0].parameters()), list(ours[1].parameters())]
+    opt = optimizer(groups, slice(0.002, 0.02), settings)
+    plain = torch.optim.AdamW(
+        [
+            {"params": [theirs[0][0].weight], "lr": 0.002},
+            {"params": [theirs[0][0].bias, *theirs[0][1].parameters()], "lr": 0.002, "weight_decay": 0},
+            {"params": [theirs[1].weight]},
+            {"params": [theirs[1].bias], "weight_decay": 0},
+        ],
+        lr=0.02,
+        betas=(0.8, 0.95),
+        eps=1e-6,
+        weight_decay=0.5,
+        foreach=False,
+        fused=False,
+    )
+    for a, b in zip(trained(ours, opt), trained(theirs, plain), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    opt.set_hyper("mom", 0.6)
+    assert {group["betas"] for group in opt.opt.param_groups} == {(0.6, 0.95)}
+    assert opt.hypers[0] == {"lr": pytest.approx(0.002), "mom": 0.6, "wd": 0.5}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS.values())
+@pytest.mark.parametrize("wd_bn_bias", [True, False])
+def test_what_no_decay_names_stays_where_no_gradient_moves_it(kind, wd_bn_bias):
+    model = small_network()
+    settings = kind(lr=0.1, weight_decay=0.5, wd_bn_bias=wd_bn_bias, no_decay=("0.0.weight", "1.bias"))
+    named = parameters_called(settings.no_decay, model)
+    assert [id(p) for p in named] == [id(model[0][0].weight), id(model[1].bias)]
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    opt = optimizer(list(model.parameters()), 0.1, settings, undecayed=named)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    opt.step()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == ({"1.weight", "0.0.bias", "0.1.weight"} if wd_bn_bias else {"1.weight"})  # 0.1.bias is 0
+
+
+def test_names_of_parameters_may_be_the_last_parts():
+    model = nn.ModuleDict({"blocks": small_network(), "conv": nn.Conv2d(3, 8, 3)})
+    assert len(parameters_called(["bias"], model)) == 4
+    assert [p.shape for p in parameters_called(["1.weight", "conv.weight"], model)] == [(8,), (5, 8), (8, 3, 3, 3)]
+    assert [p.shape for p in parameters_called(["1.weight"], model["blocks"])] == [(5, 8)]  # a whole name
+    for name in ("ias", "conv", "onv.weight", "conv.weight.x"):
+        with pytest.raises(UserError, match=f"unknown parameter in optimizer.no_decay '{name}'"):
+            parameters_called([name], model)
+
+
+def test_a_learner_exempts_what_the_recipe_names(dls, tmp_path):
+    with pytest.raises(UserError, match=r"no_decay 'fc.wieght': did you mean 'fc.weight'"):
+        dms_learner(dls, "se", settings={"optimizer.no_decay": ["fc.wieght"]})
+    learn = quiet(dms_learner(dls, "se", settings={"optimizer.no_decay": ["fc.weight"]}, path=tmp_path))
+    learn.export("own.pkl")
+    for each in (learn, load_learner(tmp_path / "own.pkl"), copy.deepcopy(learn)):
+        each.create_opt()
+        free = [p for group in each.opt.opt.param_groups if group["weight_decay"] == 0 for p in group["params"]]
+        assert [p.shape for p in free] == [learn.model.fc.weight.shape]
+        assert free[0] is each.model.fc.weight
+        assert len(each.opt.hypers) == 2
+
+
+def test_without_the_option_the_groups_are_those_of_before(dls):
+    sgd, adamw = (dms_learner(dls, "se", settings={"optimizer.name": name}) for name in ("sgd", "adamw"))
+    for learn, halves in ((sgd, 1), (adamw, 2)):
+        learn.create_opt()
+        assert len(learn.opt.opt.param_groups) == 2 * halves
+    free = [p for group in adamw.opt.opt.param_groups[1::2] for p in group["params"]]
+    assert {p.ndim for p in free} == {1}
+    assert {p.ndim for group in adamw.opt.opt.param_groups[::2] for p in group["params"]} == {2, 4}
+
+
+RATES = {"sgd": 0.05, "muon": 0.05, "adamw": 0.01}
+
+
+@pytest.fixture(params=[(name, slow) for name in RATES for slow in (False, True)], ids=str)
+def learner(dls, request, tmp_path):
+    """A Learner with each optimiser, with and without Lookahead."""
+    name, slow = request.param
+    settings = {"optimizer.name": name, "optimizer.lr": RATES[name], "optimizer.weight_decay": 0.01, "lookahead": slow}
+    settings["optimizer.no_decay"] = ["fc.weight"]
+    return quiet(dms_learner(dls, "se", settings=settings, path=tmp_path))
+
+
+def test_fastais_methods_work_with_every_optimiser(learner):
+    def weights():
+        return [p.detach().clone() for p in learner.model.parameters() if p.ndim > 1]
+
+    before, rate = weights(), RATES[learner.recipe.optimizer.name]
+    assert learner.lr_find(num_it=20, show_plot=False).valley > 0
+    assert all(map(torch.equal, weights(), before))
+    learner.freeze_to(-1)
+    learner.fit_one_cycle(1, rate)
+    assert [torch.equal(*pair) for pair in zip(weights(), before, strict=True)].count(False) == 1  # the classifier's
+    learner.unfreeze()
+    learner.fit_one_cycle(1, slice(rate / 10, rate))
+    assert learner.opt.hypers[0]["lr"] == pytest.approx(learner.opt.hypers[1]["lr"] / 10)
+    losses = learner.recorder.losses
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+    assert not any(map(torch.equal, weights(), before))
+
+
+def test_a_saved_optimiser_goes_on_as_if_it_had_not_been(learner):
+    learner.fit_one_cycle(1)
+    learner.save("here")
+
+    def next_step():
+        torch.manual_seed(1)
+        for p in learner.model.parameters():
+            p.grad = torch.randn(p.shape)
+        learner.opt.step()
+        return [p.detach().clone() for p in learner.model.parameters()]
+
+    once = next_step()
+    next_step()
+    learner.create_opt()
+    learner.load("here")
+    assert all(torch.equal(a, b) for a, b in zip(once, next_step(), strict=True))
+
+
+def test_one_cycle_moves_the_first_beta_and_leaves_the_second(dls):
+    settings = {"optimizer.name": "adamw", "optimizer.lr": 0.01, "schedule.name": "one-cycle"}
+    learn = quiet(dms_learner(dls, "se", settings=settings))
+    learn.fit_recipe(2)
+    ours, rates = learn.recorder.hps["mom"], learn.recorder.hps["lr"]
+    assert {group["betas"][1] for group in learn.opt.opt.param_groups} == {0.999}
+    learn.fit_one_cycle(2, 0.01)
+    assert ours == pytest.approx(learn.recorder.hps["mom"], abs=1e-6)
+    assert rates == pytest.approx(learn.recorder.hps["lr"], abs=1e-6)
+
+
+def test_lookahead_is_around_adamw():
+    """By hand, under a constant gradient: AdamW's steps are lr each, and timm's slow weight begins at the fifth."""
+    p = nn.Parameter(torch.zeros(1))
+    opt = optimizer([p], 0.1, AdamW(lr=0.1, weight_decay=0.0, eps=1e-12), Lookahead(k=5, alpha=0.5))
+    for _ in range(11):
+        p.grad = torch.ones(1)
+        opt.step()
+    assert p.item() == pytest.approx(-0.5 - 0.5 * 0.5 - 0.1, rel=1e-4)
 
 
 def test_a_stopped_run_with_muon_ends_as_one_without_interruption(dms, tmp_path):  # noqa: F811

@@ -29,7 +29,7 @@ from ..recipes import Recipe, load_recipe
 from ..schema import load
 from ..trained import Inputs, begin_from, check_teacher, inputs_of
 from ..training.losses import DMSLoss, check_class_weights
-from ..training.optimizers import optimizer
+from ..training.optimizers import optimizer, parameters_called
 from ..training.parts import PARTS
 from .arguments import check_kinds, ends, listed, refuse_stock_mixers, refuse_two_of_one, with_own
 from .events import EventLearner
@@ -257,7 +257,8 @@ def dms_learner(
         loss_func = recipe.loss.build(**distilling)
     if opt_func is None:
         lookahead = None if recipe.lookahead is None else recipe.lookahead.build()
-        opt_func = partial(optimizer, settings=recipe.optimizer.build(), lookahead=lookahead)
+        undecayed = parameters_called(recipe.optimizer.no_decay, module)
+        opt_func = partial(optimizer, settings=recipe.optimizer.build(), lookahead=lookahead, undecayed=undecayed)
         usual = recipe.optimizer.lr
     else:
         usual = getattr(opt_func, "keywords", {}).get("lr", defaults.lr)

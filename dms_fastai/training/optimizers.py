@@ -1,7 +1,7 @@
 """torch's optimisers for fastai, in a wrapper that costs less than fastai's and can exempt weights from decay."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +10,19 @@ import torch
 from fastai.optimizer import OptimWrapper
 from torch import nn
 
-from ..errors import UserError
-from ..settings import Count, Momentum, NotNegative, Positive, Share, checked
+from ..errors import UserError, unknown
+from ..settings import Count, Momentum, Names, NotNegative, Positive, Share, checked
 
-__all__ = ["OPTIMIZERS", "SGD", "GroupedOptimWrapper", "Lookahead", "Muon", "optimizer"]
+__all__ = [
+    "OPTIMIZERS",
+    "SGD",
+    "AdamW",
+    "GroupedOptimWrapper",
+    "Lookahead",
+    "Muon",
+    "optimizer",
+    "parameters_called",
+]
 
 FASTAI_NAMES = {"lr": "lr", "mom": "momentum", "wd": "weight_decay"}
 
@@ -31,6 +40,7 @@ class SGD:
         weight_decay: Factor with which the weights are added to their gradients.
         wd_bn_bias: Whether batch norms and biases decay, too, as in the paper.
         nesterov: Whether the step looks ahead along the momentum (Nesterov, 1983).
+        no_decay: Parameters that do not decay, such as ["pos_embed"]: whole names, or the last parts of several.
     """
 
     lr: Positive = 0.1
@@ -38,6 +48,7 @@ class SGD:
     weight_decay: NotNegative = 5e-4
     wd_bn_bias: bool = True
     nesterov: bool = False
+    no_decay: Names = ()
 
     def over(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
         """torch's optimiser for these parameter groups.
@@ -54,6 +65,35 @@ class SGD:
 
 @checked
 @dataclass(frozen=True)
+class AdamW:
+    """torch's fused AdamW, Adam with decoupled weight decay (Loshchilov and Hutter, 2019).
+
+    Attributes:
+        lr: Highest learning rate.
+        momentum: beta1, under the name that it has in every optimiser here: a one-cycle schedule moves it.
+        beta2: Share of the average of squared gradients that each step keeps.
+        eps: Added to the root of that average.
+        weight_decay: Share of lr by which each step shrinks what decays.
+        wd_bn_bias: Whether norms and biases, the parameters with one dimension, decay, too.
+        no_decay: Parameters that do not decay, such as ["pos_embed"]: whole names, or the last parts of several.
+    """
+
+    lr: Positive = 1e-3
+    momentum: Momentum = 0.9
+    beta2: Momentum = 0.999
+    eps: Positive = 1e-8
+    weight_decay: NotNegative = 0.01
+    wd_bn_bias: bool = False
+    no_decay: Names = ()
+
+    def over(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+        """torch's optimiser for these parameter groups."""
+        betas = (self.momentum, self.beta2)
+        return torch.optim.AdamW(groups, lr, betas, self.eps, self.weight_decay, fused=True)
+
+
+@checked
+@dataclass(frozen=True)
 class Muon:
     """timm's Muon: a matrix moves by its momentum, made orthogonal by a Newton-Schulz iteration (Jordan et al., 2024).
 
@@ -66,6 +106,7 @@ class Muon:
         wd_bn_bias: Whether norms and biases decay, too.
         rest: Learning rate of the rest, as a multiple of `lr`.
         steps: Newton-Schulz iterations.
+        no_decay: Parameters that do not decay, such as ["pos_embed"]: whole names, or the last parts of several.
     """
 
     lr: Positive = 0.05
@@ -74,6 +115,7 @@ class Muon:
     wd_bn_bias: bool = False
     rest: Positive = 0.1
     steps: Count = 3
+    no_decay: Names = ()
 
     def over(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
         """timm's optimiser for these parameter groups."""
@@ -107,11 +149,15 @@ class Lookahead:
         return timm.optim.Lookahead(fast, self.alpha, self.k)
 
 
-OPTIMIZERS = {"sgd": SGD, "muon": Muon}
+OPTIMIZERS = {"sgd": SGD, "muon": Muon, "adamw": AdamW}
 
 
 def optimizer(
-    params: Any, lr: float | slice, settings: Any, lookahead: Lookahead | None = None
+    params: Any,
+    lr: float | slice,
+    settings: Any,
+    lookahead: Lookahead | None = None,
+    undecayed: Collection[nn.Parameter] = (),
 ) -> "GroupedOptimWrapper":
     """Build a fastai optimiser.
 
@@ -120,13 +166,31 @@ def optimizer(
         lr: Learning rate of all groups, or a slice of rates from the first group to the last, as in fastai.
         settings: An instance of one of `OPTIMIZERS`: it has lr, momentum and wd_bn_bias, and `over`.
         lookahead: Adds slow weights, if given.
+        undecayed: Parameters that do not decay, beside the norms and biases: those that `settings.no_decay` names.
     """
     groups = _groups(params)
-    halves = [half for group in groups for half in _halves(group, settings.wd_bn_bias)]
+    halves = [half for group in groups for half in _halves(group, settings.wd_bn_bias, undecayed)]
     made = settings.over(halves, lr.stop if isinstance(lr, slice) else lr)
     opt = GroupedOptimWrapper(made if lookahead is None else lookahead.around(made), len(halves) // len(groups))
     opt.set_hyper("lr", lr)
     return opt
+
+
+def parameters_called(names: Iterable[str], model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a model with these names. What is no whole name stands for all names that end in its parts.
+
+    Raises:
+        UserError: No name ends so.
+    """
+    whole, ends = dict(model.named_parameters()), defaultdict(list)
+    for name, parameter in whole.items():
+        parts = name.split(".")
+        for start in range(len(parts)):
+            ends[".".join(parts[start:])].append(parameter)
+    for name in names:
+        if name not in ends:
+            raise unknown("parameter in optimizer.no_decay", name, ends)
+    return [p for name in names for p in ([whole[name]] if name in whole else ends[name])]
 
 
 class GroupedOptimWrapper(OptimWrapper):
@@ -199,9 +263,14 @@ def _groups(params: Any) -> list[list[nn.Parameter]]:
     return [params] if not params or isinstance(params[0], torch.Tensor) else [list(group) for group in params]
 
 
-def _halves(group: list[nn.Parameter], wd_bn_bias: bool) -> list[dict[str, Any]]:
-    """The group for torch; in two halves if norms and biases, the parameters with one dimension, are not to decay."""
-    if wd_bn_bias:
+def _halves(group: list[nn.Parameter], wd_bn_bias: bool, undecayed: Collection[nn.Parameter]) -> list[dict[str, Any]]:
+    """The group for torch; in two halves if some parameters are not to decay.
+
+    These are the `undecayed` and, without `wd_bn_bias`, norms and biases: the parameters with one dimension.
+    """
+    if wd_bn_bias and not undecayed:
         return [{"params": group}]
-    decayed, undecayed = ([p for p in group if (p.ndim > 1) == decays] for decays in (True, False))
-    return [{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}]
+    named = {id(p) for p in undecayed}
+    exempt = [id(p) in named or (p.ndim <= 1 and not wd_bn_bias) for p in group]
+    decayed, rest = ([p for p, e in zip(group, exempt, strict=True) if e is half] for half in (False, True))
+    return [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]

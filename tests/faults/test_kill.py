@@ -120,6 +120,50 @@ def test_killed_at_random_moments(zygote, command, uninterrupted, tmp_path):
     assert kills >= 20
 
 
+OTHERS = {
+    "adamw, sgdr": """
+[optimizer]
+name = "adamw"
+lr = 0.01
+no_decay = ["fc.weight"]
+[schedule]
+name = "sgdr"
+cycles = [1, 2]
+""",
+    "muon, one-cycle": """
+[optimizer]
+name = "muon"
+lr = 0.05
+[schedule]
+name = "one-cycle"
+""",
+}
+
+
+@pytest.mark.parametrize("parts", OTHERS)
+def test_killed_with_another_optimiser_and_schedule(zygote, data, tmp_path, parts):
+    recipe, folder = tmp_path / "own.toml", tmp_path / "pieces"
+    small = '[model]\nname = "test_dmsresnet"\n[data]\nbatch_size = 32\n'
+    recipe.write_text(f'extends = "se"\n{small}{OTHERS[parts]}epochs = 3\n')
+    command = ["run", recipe, "--data", data, "--device", "cpu", "--checkpoint-steps", "1", "--out"]
+    assert zygote.run(tmp_path, *command, "whole") == 0, (tmp_path / "log.txt").read_text()
+    kills = 0
+    while kills < 4:
+        pid, seen = zygote.start(tmp_path, *command, folder), checkpoints(folder)
+        code = kill_when(zygote, pid, lambda seen=seen: len(checkpoints(folder) - seen) >= 2, 60)
+        if code != -signal.SIGKILL:
+            break
+        kills += 1
+    assert kills
+    assert zygote.run(tmp_path, *command, folder) == 0, (tmp_path / "log.txt").read_text()
+    same_run(tmp_path / "whole" / "own" / "seed0", folder / "own" / "seed0")
+    assert len(figures(folder / "own" / "seed0")) == 3
+
+
+def checkpoints(folder):
+    return set(folder.glob("own/seed0/checkpoint/*.pt"))
+
+
 @pytest.mark.parametrize("stage", ["master", "pupil"])
 def test_killed_while_a_checkpoint_is_written(zygote, command, uninterrupted, tmp_path, stage):
     place, hits = tmp_path / "x" / stage / "seed0" / "checkpoint", 0
