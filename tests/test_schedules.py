@@ -93,8 +93,8 @@ def test_a_restart_falls_on_an_epochs_first_batch_and_on_no_other(cycles):
 
 
 def test_steps_are_torchs():
-    theirs = of_torch(torch.optim.lr_scheduler.MultiStepLR, 49, [7, 21, 42], gamma=0.2)
-    for milestones in ((7, 21, 42), (1 / 7, 3 / 7, 6 / 7)):
+    theirs = of_torch(torch.optim.lr_scheduler.MultiStepLR, 49, [1, 8, 32], gamma=0.2)
+    for milestones in ((1, 8, 32), (1 / 49, 8 / 49, 32 / 49)):
         ours = by_batch(Step(49, milestones, 0.2), 37)
         assert ours == pytest.approx(np.repeat(theirs, 37), rel=1e-12)
 
