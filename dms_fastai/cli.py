@@ -324,11 +324,15 @@ def show(
 
 @app.command()
 def models() -> None:
-    """List this package's architectures with their parameters for 10 classes."""
-    listing = Table("model", "parameters", "weights", "what it is")
-    listing.columns[1].justify = "right"
+    """List this package's architectures: parameters for 10 classes, and multiply-accumulates for one image."""
+    from .models.macs import entry_macs
+
+    listing = Table("model", "parameters", "MACs", "weights", "what it is")
+    for column in listing.columns[1:3]:
+        column.justify = "right"
     for entry in entries():
-        listing.add_row(entry.name, entry.parameters, entry.weights or "-", entry.what)
+        cost = f"{entry_macs(entry.name) / 1e6:,.1f} M"
+        listing.add_row(entry.name, entry.parameters, cost, entry.weights or "-", entry.what)
     console.print(listing)
     console.print("Any other timm architecture works as well: dms-fastai run se --arch resnet18")
 

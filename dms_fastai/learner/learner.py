@@ -25,6 +25,7 @@ from ..files import whole
 from ..models.build import needs_more_than_one, try_network
 from ..models.card import ModelCard
 from ..models.groups import body_and_head
+from ..models.staged import StagedNet
 from ..recipes import Recipe, load_recipe
 from ..schema import load
 from ..trained import Inputs, begin_from, check_teacher, inputs_of
@@ -150,10 +151,11 @@ class DMSLearner(EventLearner):
         model, dls = self.recipe.model, self.dls
         there = len(dls.train_ds) or self.exported_inputs is None
         inputs = inputs_of(dls) if there else self.exported_inputs
-        args = {"drop_rate": model.drop_rate, **(model.args or {})}
+        args = {"drop_rate": model.drop_rate, **model.build().args_for(inputs.shape)}
         vocab = vocabulary(dls) or [str(index) for index in range(dls.c)]
         white = getattr(dls.train_ds, "white", None)
-        return ModelCard(model.name, vocab, inputs.mean, inputs.std, inputs.shape, args, white)
+        note = self.model.note if isinstance(self.model, StagedNet) else None
+        return ModelCard(model.name, vocab, inputs.mean, inputs.std, inputs.shape, args, white, note)
 
     def export(self, fname: str | Path = "export.pkl", pickle_module: Any = PORTABLE, pickle_protocol: int = 2) -> None:
         """`Learner.export`, whole or not at all, and without the folders of this machine."""

@@ -56,12 +56,31 @@ class Model:
             if key in args:
                 raise UserError(f"model.args.{key} chooses weights to begin from; say that with model.weights")
         try:
-            built = timm.create_model(self.name, num_classes=num_classes, drop_rate=self.drop_rate, **args)
+            sized = args | self.args_for(shape)
+            built = timm.create_model(self.name, num_classes=num_classes, drop_rate=self.drop_rate, **sized)
         except Exception as error:  # an architecture may raise anything; its arguments are the user's
             raise UserError(f"{self.name} cannot be built with model.args {args}: {_reason(error)}") from None
         size = f"--set model.args.img_size={shape[1]} if it has that, --set data.size=N"
         try_network(built, self.name, num_classes, shape, f"try {size}, or another architecture")
         return built.to(memory_format=torch.channels_last)
+
+    def args_for(self, shape: tuple[int, int, int]) -> dict[str, Any]:
+        """`args`; with `img_size`, if the architecture is built for one size of images and takes no others.
+
+        Args:
+            shape: Channels, height and width of the images.
+        """
+        args, size = self.args or {}, tuple(shape[1:])
+        cfg = timm.get_pretrained_cfg(self.name)
+        fixed = cfg is not None and cfg.fixed_input_size and tuple(cfg.input_size[1:]) != size
+        if not fixed or any("img_size" in key for key in args):
+            return args
+        with no_random(reproducible=False), torch.no_grad(), torch.device("meta"):
+            try:
+                timm.create_model(self.name, **channels_of(shape), **args).eval()(torch.zeros(1, *shape))
+            except Exception:  # an architecture may raise anything
+                return {**args, "img_size": size[0] if size[0] == size[1] else list(size)}
+        return args
 
 
 def try_network(network: nn.Module, name: str, num_classes: int, shape: tuple[int, int, int], hint: str) -> None:

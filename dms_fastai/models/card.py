@@ -41,6 +41,7 @@ class ModelCard:
         mean, std: What pixels (0...1) are normalised with, a value for each channel.
         shape: Channels, height and width of the training images.
         white: The value of pixels that stands for 255, if the training images were no bytes; as in `ImageSet`.
+        note: What else to know about the architecture: that it is an approximation.
     """
 
     arch: str
@@ -50,6 +51,7 @@ class ModelCard:
     shape: tuple[int, int, int]
     args: dict[str, Any] = field(default_factory=dict)
     white: float | None = None
+    note: str | None = None
 
     def build(self) -> nn.Module:
         """The model, with fresh weights, in evaluation mode."""
@@ -58,7 +60,10 @@ class ModelCard:
 
     def to_json(self) -> str:
         """The card as `read_card` reads it."""
-        return json.dumps(asdict(self))
+        table = asdict(self)
+        if self.note is None:
+            del table["note"]  # which earlier versions do not know
+        return json.dumps(table)
 
 
 def channels_of(shape: tuple[int, int, int]) -> dict[str, int]:
@@ -84,7 +89,7 @@ def read_card(text: str) -> ModelCard:
     for name in told.keys() - set(names):
         raise ValueError(f"its card has a field {_short(name)}, which is unknown")
     for name in names:
-        if name not in told and name not in ("args", "white"):
+        if name not in told and name not in ("args", "white", "note"):
             raise ValueError(f"its card has no {name!r}")
     args = told.get("args", {})
     if isinstance(args, dict):
@@ -140,6 +145,7 @@ _CHECKS = {
     "shape": lambda v: isinstance(v, list) and len(v) == 3 and all(_whole(n) and 0 < n <= LARGEST for n in v),
     "args": _args,
     "white": lambda v: v is None or (_number(v) and 0 < v < 2**16),
+    "note": lambda v: v is None or (isinstance(v, str) and len(v) <= LONGEST),
 }
 
 

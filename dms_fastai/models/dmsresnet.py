@@ -10,18 +10,12 @@ every block (`dmsresnet_seblocks`); what its authors ran has one, after the stem
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from timm.layers import DropPath, SEModule, create_classifier
-from timm.models import (
-    build_model_with_cfg,
-    checkpoint_seq,
-    generate_default_cfgs,
-    register_model,
-)
-from timm.models._features import feature_take_indices
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from .dropout import Dropout
+from .staged import StagedNet
 
 __all__ = ["DMSResNet"]
 
@@ -114,8 +108,10 @@ class Bottleneck(ResidualBlock):
         ]
 
 
-class DMSResNet(nn.Module):
+class DMSResNet(StagedNet):
     """A residual network for small images, any size from 8x8 up."""
+
+    stem_names = r"^conv1|bn1|se\."
 
     def __init__(
         self,
@@ -154,7 +150,6 @@ class DMSResNet(nn.Module):
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
-        self.grad_checkpointing = False
 
         channels = widths[0]
         self.conv1, self.bn1 = conv_bn(in_chans, channels, 3, **dd)
@@ -180,95 +175,8 @@ class DMSResNet(nn.Module):
             channels, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd
         )
 
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Regular expressions that group the parameters by depth, for layer-wise learning rates."""
-        blocks = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"
-        return {"stem": r"^conv1|bn1|se\.", "blocks": blocks}
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
-        self.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put a new classifier on the network, and another pooling where one is given."""
-        self.num_classes = num_classes
-        pool_type = self.global_pool.pool_type if global_pool is None else global_pool
-        device, dtype = self.conv1.weight.device, self.conv1.weight.dtype
-        self.global_pool, self.fc = create_classifier(
-            self.num_features, num_classes, pool_type=pool_type, device=device, dtype=dtype
-        )
-
     def forward_stem(self, x: Tensor) -> Tensor:
         return self.se(self.act1(self.bn1(self.conv1(x))))
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The feature maps after the stem and after each stage.
-
-        Args:
-            x: Images, shape (B, C, H, W).
-            indices: The last n if a number, all if None, else those listed; 0 is the stem.
-            norm: No effect here; part of the common signature.
-            stop_early: Skip the stages after the last of `indices`.
-            output_fmt: "NCHW", the only layout there is.
-            intermediates_only: Return the list alone.
-
-        Returns:
-            The final feature map and the list of intermediate ones, or the list alone.
-        """
-        if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt is {output_fmt!r}; the only layout here is 'NCHW'")
-        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
-        intermediates = []
-        x = self.forward_stem(x)
-        if 0 in take_indices:
-            intermediates.append(x)
-        stages = self.stages[:max_index] if stop_early else self.stages
-        for index, stage in enumerate(stages, start=1):
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint_seq(stage, x)
-            else:
-                x = stage(x)
-            if index in take_indices:
-                intermediates.append(x)
-        return intermediates if intermediates_only else (x, intermediates)
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop the stages after the last of `indices`, and the head; returns the indices that were kept."""
-        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
-        self.stages = self.stages[:max_index]
-        if prune_head:
-            self.reset_classifier(0, "")
-        return take_indices
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        x = self.forward_stem(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.stages, x, flatten=True)
-        return self.stages(x)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        x = self.head_drop(self.global_pool(x))
-        return x if pre_logits else self.fc(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits, shape (B, num_classes), of normalised images, shape (B, C, H, W)."""
-        return self.forward_head(self.forward_features(x))
 
 
 def _create_dmsresnet(variant: str, pretrained: bool, num_stages: int = 3, **kwargs: Any) -> DMSResNet:

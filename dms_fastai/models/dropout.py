@@ -5,9 +5,15 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Dropout", "dropout"]
+__all__ = ["Dropout", "dropout", "on_eager_cpu"]
 
 LEVELS = 2**16  # an element is dropped or kept by 16 random bits
+
+
+def on_eager_cpu(x: Tensor) -> bool:
+    """Whether a CPU computes with `x` here and now, and no tracer, compiler or exporter looks on."""
+    graphed = isinstance(x, torch.fx.Proxy) or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return not graphed and x.device.type == "cpu"
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
@@ -16,8 +22,7 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     On a CPU, torch draws for each element, one after the other, which took a sixth of a training step. `p` is exact to
     1 in 65,536. Tracers, compilers and exporters see torch's own.
     """
-    graphed = isinstance(x, torch.fx.Proxy) or torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if graphed or not training or p in (0.0, 1.0) or x.device.type != "cpu":
+    if not training or p in (0.0, 1.0) or not on_eager_cpu(x):
         return F.dropout(x, p, training)
     n = x.numel()
     bits = torch.empty((n + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[:n]

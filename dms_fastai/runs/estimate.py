@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from fastai.callback.core import Callback, CancelFitException
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..data import Sets
 from ..learner import dms_learner
+from ..models.macs import macs
 from ..recipes import Recipe
 from ..trained import Teacher
 
@@ -51,15 +51,11 @@ def estimate(recipe: Recipe, sets: Sets, device: torch.device, teacher: Teacher 
         learn = dms_learner(dls, recipe, teacher=teacher, cbs=clock)
         with learn.no_bar(), learn.no_logging():
             learn.fit_recipe(1 + (WARM_UP + STEPS) // max(1, len(dls.train)))
-        image = torch.zeros(1, *sets.train.images.shape[1:], device=device)
-        learn.model.eval()
-        with FlopCounterMode(display=False) as flops, torch.inference_mode():
-            learn.model(image)
     step = clock.seconds_a_step
     validation = step / 3 * len(sets.valid) / dls.train.bs  # a forward pass is a third of a step
     return Estimate(
         parameters=sum(p.numel() for p in learn.model.parameters()),
-        macs=flops.get_total_flops() // 2,
+        macs=macs(learn.model, sets.train.images.shape[1:]),
         steps=len(dls.train),
         step_seconds=step,
         epoch_seconds=len(dls.train) * step + validation,

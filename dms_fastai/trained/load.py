@@ -2,6 +2,7 @@
 
 import copy
 import os
+import sys
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -94,7 +95,8 @@ def begin_from(model: nn.Module, source: str, arch: str) -> None:
 
     Args:
         model: Of the architecture `arch`.
-        source: "timm" for timm's pretrained weights, a run's folder or a .safetensors file.
+        source: "timm" for timm's pretrained weights, a run's folder or a .safetensors file. If they are of another
+            size of images, a table of positions is resampled.
         arch: Name of the timm entry.
 
     Raises:
@@ -107,13 +109,24 @@ def begin_from(model: nn.Module, source: str, arch: str) -> None:
         if file is None or file.suffix != ".safetensors":
             raise UserError(f"model.weights is {source!r}; give 'timm', a run's folder or a .safetensors file")
         state = load_weights(file)[0].state_dict()
-    ours = model.state_dict()
+    ours, state = model.state_dict(), _resized(state, model)
     other = sorted(name for name in ours.keys() | state.keys() if _shape(ours, name) != _shape(state, name))
     heads = classifiers(model)
     head = [name for name, module in model.named_modules() if module in heads]
     if any(name.rpartition(".")[0] not in head for name in other):
         raise UserError(f"the weights at {source} are of another network than {arch} (see {other[0]}); take its own")
     model.load_state_dict({name: value for name, value in state.items() if name not in other}, strict=False)
+
+
+def _resized(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """A state, its table of positions resampled if the images had another size and the architecture knows how."""
+    resize = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)  # timm's name for it
+    if resize is None or _shape(state, "pos_embed") == _shape(model.state_dict(), "pos_embed"):
+        return state
+    try:
+        return resize(state, model)
+    except Exception:  # as of weights of another network
+        return state
 
 
 def _shape(state: dict[str, Tensor], name: str) -> tuple[int, ...] | None:
