@@ -108,7 +108,7 @@ class StagedNet(nn.Module):
         return take_indices
 
     def forward_blocks(self, blocks: nn.Module, x: Tensor) -> Tensor:
-        return checkpoint_seq(blocks, x, flatten=True) if self.grad_checkpointing else blocks(x)
+        return checkpoint_seq(blocks, x) if self.grad_checkpointing else blocks(x)
 
     def forward_features(self, x: Tensor) -> Tensor:
         x = self.forward_stem(x)
