@@ -29,7 +29,7 @@ from tests.conftest import quiet
 from tests.test_runs import dms  # noqa: F401  (a fixture)
 
 TESTS = ["test_cct", "test_hcgnet", "test_plain_cnn"]
-FEWER = {"test_hcgnet": {"depths": (1, 1, 1)}}  # for what takes long
+FEWER = {"test_hcgnet": {"growths": (4, 8), "depths": (1, 1)}}  # for what takes long
 NAMES = ["cct_7_3x1", "cct_7_3x1_sine", "hcgnet_a2", "plain_cnn", *TESTS]
 
 
@@ -220,8 +220,8 @@ def test_hcgnet_is_the_function_of_the_paper(name, depths, training):
         expected = hcgnet(model, x, depths, training)
         tolerance = 1e-9 if training else 1e-11
         torch.testing.assert_close(model.train(training)(x), expected, rtol=tolerance, atol=tolerance)
-        channels_last = model.to(memory_format=torch.channels_last)
-        torch.testing.assert_close(channels_last(x), expected, rtol=tolerance, atol=tolerance) if not training else None
+        channels_last = x.to(memory_format=torch.channels_last)
+        torch.testing.assert_close(model(channels_last), expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize(("name", "stages"), [("plain_cnn", [4, 3, 2, 1]), ("test_plain_cnn", [2, 2, 1, 1])])
@@ -560,10 +560,8 @@ def test_images_of_another_size_than_it_was_built_for():
     [("vit_tiny_patch16_224", 64, {"img_size": 64}), ("crossvit_9_240", 64, {}), ("resnet18", 64, {})],
 )
 def test_timms_own_networks_get_a_size_only_if_they_would_refuse_the_images(name, size, args):
-    torch.manual_seed(3)
-    assert Model(name).args_for((3, size, size)) == args
     state = torch.get_rng_state()
-    torch.manual_seed(3)
+    assert Model(name).args_for((3, size, size)) == args
     assert torch.equal(state, torch.get_rng_state())
     kept = {"dynamic_img_size": True}
     assert Model(name, args=kept).args_for((3, size, size)) == kept
@@ -610,9 +608,9 @@ def test_a_run_its_exports_and_its_student(dms, tmp_path, name):  # noqa: F811
     folder, image = tmp_path / "x" / "se" / "seed0", tmp_path / "image.png"
     pixels = load_data("digits").valid_ds.images[:3]
     Image.fromarray(pixels[0].permute(1, 2, 0).numpy()).save(image)
-    code, answer, _ = dms("predict", folder, image)
-    assert code == 0
-    assert dms("predict", folder / "learner.pkl", image, "--trust-pickle")[1] == answer
+    for source in (folder, folder / "learner.pkl"):
+        code, answer, _ = dms("predict", source, image, "--trust-pickle")
+        assert (code, answer[: len(str(image))]) == (0, str(image))
     assert dms("export", folder, tmp_path / "x.onnx")[0] == 0
     model, card = load_weights(folder / "model.safetensors")
     session = onnxruntime.InferenceSession(tmp_path / "x.onnx")
