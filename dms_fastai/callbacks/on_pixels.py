@@ -1,0 +1,37 @@
+"""What callbacks that work on pixels share: from normalised images to whole numbers, and back."""
+
+from fastai.callback.core import Callback
+from torch import Tensor
+
+from ..data.augment import affine, normalize
+from ..data.loader import statistics
+
+__all__ = ["OnPixels"]
+
+
+class OnPixels(Callback):
+    """Change the training images as whole numbers 0...255; a part of a recipe says how, in `change`."""
+
+    run_valid = False
+    scaling: tuple[Tensor, Tensor] | None = None
+    _stateattrs = ("scaling",)
+
+    def before_fit(self) -> None:
+        self.scaling = None  # the DataLoaders may have changed
+
+    def before_batch(self) -> None:
+        x, *rest = self.learn.xb
+        if self.scaling is None or self.scaling[0].device != x.device:
+            self.scaling = affine(*statistics(self.learn.dls), 1, x.device)
+        scale, shift = self.scaling
+        pixels = ((x - shift) / scale).round().clamp(0, 255)
+        self.learn.xb = (normalize(self.change(pixels, -shift / scale), scale, shift), *rest)
+
+    def change(self, pixels: Tensor, mean: Tensor) -> Tensor:
+        """Changed images.
+
+        Args:
+            pixels: Whole numbers 0...255 as float32, shape (B, 3, H, W).
+            mean: The data's mean in the same units, shape (1, 3, 1, 1).
+        """
+        raise NotImplementedError
