@@ -19,9 +19,11 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from .errors import UserError, either
 
 __all__ = [
+    "Acute",
     "Count",
     "Counts",
     "Fraction",
+    "Magnitude",
     "Milestones",
     "Momentum",
     "Names",
@@ -67,6 +69,8 @@ Share = Annotated[float, Rule(lambda v: 0 <= v <= 1, "between 0 and 1")]
 PositiveShare = Annotated[float, Rule(lambda v: 0 < v <= 1, "above 0 and at most 1")]
 Fraction = Annotated[float, Rule(lambda v: 0 < v < 1, "above 0 and below 1")]
 Momentum = Annotated[float, Rule(lambda v: 0 <= v < 1, "at least 0 and below 1")]
+Acute = Annotated[float, Rule(lambda v: 0 <= v < 90, "at least 0 and below 90")]
+Magnitude = Annotated[float, Rule(lambda v: 0 <= v <= 10, "between 0 and 10")]
 Count = Annotated[int, Rule(lambda v: v >= 1, "at least 1")]
 Steps = Annotated[int, Rule(lambda v: v >= 0, "0 or more")]
 Pixels = Annotated[int, Rule(lambda v: v >= 8, "at least 8")]

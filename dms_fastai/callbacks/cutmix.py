@@ -1,6 +1,7 @@
 """CutMix, and the switch between it and MixUp."""
 
 import random
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,38 +21,46 @@ class CutMix(MixUp):
     keeps. All else is as in `MixUp`.
     """
 
-    def __init__(self, alpha: Positive = 1.0):
+    def __init__(self, alpha: Positive = 1.0, partner: Literal["random", "reversed"] = "random"):
         """
         Args:
             alpha: Lambda is drawn from Beta(alpha, alpha); 1 is uniform.
+            partner: As in `MixUp`.
 
         Raises:
             UserError: A value out of range.
         """
-        super().__init__(alpha)
+        super().__init__(alpha, partner=partner)
 
     def pair(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         inside, lam = cut(x.shape[-2], x.shape[-1], self.draw(len(x), x.device))
-        shuffle = torch.randperm(len(x), device=x.device)
-        return torch.where(inside, x[shuffle], x), y[shuffle], lam
+        partners = self.partners(len(x), x.device)
+        return torch.where(inside, x[partners], x), y[partners], lam
 
 
 @checked
 class MixUpOrCutMix(MixUp):
     """Apply MixUp or CutMix, drawn for each batch, as timm's recipes do."""
 
-    def __init__(self, alpha: Positive = 1.0, cutmix_alpha: Positive = 1.0, share: Share = 0.5):
+    def __init__(
+        self,
+        alpha: Positive = 1.0,
+        cutmix_alpha: Positive = 1.0,
+        share: Share = 0.5,
+        partner: Literal["random", "reversed"] = "random",
+    ):
         """
         Args:
             alpha: alpha of MixUp.
             cutmix_alpha: alpha of CutMix.
             share: Share of the batches that get CutMix, 0...1.
+            partner: As in `MixUp`.
 
         Raises:
             UserError: A value out of range.
         """
-        super().__init__(alpha)
-        self.cutmix, self.share = CutMix(cutmix_alpha), share
+        super().__init__(alpha, partner=partner)
+        self.cutmix, self.share = CutMix(cutmix_alpha, partner), share
 
     def pair(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.cutmix.pair(x, y) if random.random() < self.share else super().pair(x, y)

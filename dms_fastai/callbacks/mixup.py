@@ -29,19 +29,26 @@ class MixUp(Callback):
 
     order, run_valid = order_of("mixup"), False
     beta: Beta | None = None
-    _stateattrs = ("beta", "partner")
+    partner = "random"  # also of Learners that were exported before there was a choice
+    _stateattrs = ("beta", "second")
 
-    def __init__(self, alpha: Positive = 1.0, per: Literal["batch", "sample"] = "batch"):
+    def __init__(
+        self,
+        alpha: Positive = 1.0,
+        per: Literal["batch", "sample"] = "batch",
+        partner: Literal["random", "reversed"] = "random",
+    ):
         """
         Args:
             alpha: Lambda is drawn from Beta(alpha, alpha); 1 is uniform.
             per: "batch" draws one lambda for a batch, as the paper does; "sample" one for each image.
+            partner: "random" shuffles the batch for the partners; "reversed" turns its order round, as timm does.
 
         Raises:
             UserError: A value out of range.
         """
         super().__init__()
-        self.alpha, self.per = alpha, per
+        self.alpha, self.per, self.partner = alpha, per, partner
 
     def before_train(self) -> None:
         mixers = [cb for cb in self.learn.cbs if isinstance(cb, MixUp)]
@@ -54,17 +61,17 @@ class MixUp(Callback):
     def before_batch(self) -> None:
         """Mix the images; their shape stays the same."""
         x, y = self.learn.xb[0], self.learn.yb[0]
-        mixed, *self.partner = self.pair(x, y)
+        mixed, *self.second = self.pair(x, y)
         self.learn.xb = (mixed, *self.learn.xb[1:])
         if isinstance(self.learn.loss_func, DMSLoss):
-            self.learn.yb = (y, *self.partner)
+            self.learn.yb = (y, *self.second)
 
     def after_loss(self) -> None:
         """Put the single target back for later callbacks; with another loss, add the loss of the partners' labels."""
         if isinstance(self.learn.loss_func, DMSLoss):
             self.learn.yb = self.learn.yb[:1]
             return
-        y_b, lam = self.partner
+        y_b, lam = self.second
         loss_b = self.learn.loss_func(self.learn.pred, y_b)
         self.learn.loss_grad = torch.lerp(loss_b, self.learn.loss_grad, lam.to(loss_b.dtype))
         self.learn.loss = self.learn.loss_grad.detach().clone()
@@ -74,10 +81,16 @@ class MixUp(Callback):
             self.learn.yb = self.learn.yb[:1]
 
     def pair(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The batch mixed with a shuffled copy of itself, the partners' labels, and lambda, the first image's share."""
+        """The batch mixed with its partners, the partners' labels, and lambda, the first image's share."""
         lam = self.draw(len(x), x.device)
-        shuffle = torch.randperm(len(x), device=x.device)
-        return mix(x, x[shuffle], lam), y[shuffle], lam
+        partners = self.partners(len(x), x.device)
+        return mix(x, x[partners], lam), y[partners], lam
+
+    def partners(self, n: int, device: torch.device) -> Tensor:
+        """The index of each image's partner, shape (n,)."""
+        if self.partner == "reversed":
+            return torch.arange(n - 1, -1, -1, device=device)
+        return torch.randperm(n, device=device)
 
     def show_batch(self, max_n: int = 9) -> None:
         """Show images of a training batch as the model sees them, with both classes of each and their shares."""

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..settings import Share, checked
+from ..settings import PositiveShare, Share, checked
+from .boxes import random_sides, random_starts, resized_crops
 
 __all__ = ["Cropper", "Crops", "affine", "normalize"]
 
@@ -25,14 +26,23 @@ class Crops:
             the image's own pixels reflected at its edge, the outermost not repeated.
         alternate: If images are mirrored, mirror each in every other epoch and not by chance; in each epoch, about half
             of them.
+        min_area: Smallest share of an image that is cut out and enlarged to the image's size, after the crop with a
+            border; the largest is all of it. 1: nothing is enlarged.
+        min_aspect: Smallest ratio of width to height of what is enlarged; the largest is the inverse.
+        interpolation: How pixels in between are made when it is enlarged: "bilinear", "bicubic", or either by chance
+            for each image.
     """
 
     pad: Share = 0.125
     flip: Share = 0.5
     border: Literal["black", "mirror"] = "black"
     alternate: bool = False
+    min_area: PositiveShare = 1.0
+    min_aspect: PositiveShare = 0.75
+    interpolation: Literal["random", "bilinear", "bicubic"] = "random"
 
 
+BICUBIC = {"bilinear": 0.0, "random": 0.5, "bicubic": 1.0}  # share of the images
 NO_CROPS = Crops(pad=0.0, flip=0.0)
 
 
@@ -78,7 +88,17 @@ class Cropper:
         first = (index * self.padded_height + top) * self.padded_width + left
         below = torch.arange(self.height, device=device) * self.padded_width
         rows = self.rows.index_select(0, (first[:, None] + below).flatten())
-        return rows.view(n, self.height, self.width, self.channels).permute(0, 3, 1, 2)
+        x = rows.view(n, self.height, self.width, self.channels).permute(0, 3, 1, 2)
+        return x if self.crops.min_area == 1 else self.enlarged(x)
+
+    def enlarged(self, x: Tensor) -> Tensor:
+        """A part of each image, of random area and shape, at the image's size; all of it where no part drawn fits."""
+        n, size, crops = len(x), (self.height, self.width), self.crops
+        sides = random_sides(n, size, self.height * self.width, (crops.min_area, 1.0), crops.min_aspect, x.device)
+        height, width = (torch.where(side == 0, whole, side) for side, whole in zip(sides, size, strict=True))
+        top, left = random_starts(height, self.height), random_starts(width, self.width)
+        bicubic = torch.rand(n, device=x.device) < BICUBIC[crops.interpolation]
+        return resized_crops(x, top, left, height, width, bicubic)
 
     def flipped(self, index: Tensor, epoch: int) -> Tensor:
         """Which images are mirrored, shape (B,)."""

@@ -37,14 +37,18 @@ PARTS = (
     Part("budget", "training.budget:Budget"),  # what is not set of these three is chosen to fit it
     # The loader makes a batch: crops and flips. Then before_batch: the images and their targets.
     Part("augment", "data.augment:Crops", always=True),
+    Part("affine", "callbacks.affine:RandomAffine", order=-3),
     Part("trivial_augment", "callbacks.trivial_augment:TrivialAugment", order=-2),
+    Part("rand_augment", "callbacks.rand_augment:RandAugment", order=-2),
     Part("cutout", "callbacks.cutout:Cutout", order=-1),
     Part("mixup", "callbacks.mixup:MixUp", order=0),
     Part("cutmix", "callbacks.cutmix:CutMix", order=0),
     Part("mixup_or_cutmix", "callbacks.cutmix:MixUpOrCutMix", order=0),
+    Part("erasing", "callbacks.erasing:RandomErasing", order=1),
     # The networks: bf16 lasts from here until the teacher has seen the batch; after_pred: the teacher.
     Part("compile", "callbacks.torch_compile:TorchCompile", order=6),  # after TeacherDistill has made its network
     Part("bf16", "callbacks.bf16:BF16", order=11),
+    Part("drop_block", "callbacks.drop_block:DropBlockSchedule", order=61),  # after ParamScheduler
     Part("distill", "callbacks.distill:TeacherDistill", order=5, settings="training.losses:Distillation"),
     # The loss; after_backward: the gradients; before_step: what becomes of them.
     Part("loss", "training.losses:DMSLoss", always=True),

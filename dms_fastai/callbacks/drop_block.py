@@ -1,0 +1,58 @@
+"""DropBlock's rate, opposite to the learning rate."""
+
+import numpy as np
+from fastai.callback.core import Callback
+from fastai.callback.schedule import ParamScheduler
+from fastai.learner import Learner
+
+from ..errors import UserError
+from ..models.dropblock import DropBlock
+from ..settings import Share, checked
+from ..training.parts import order_of
+
+__all__ = ["DropBlockSchedule", "highest_lr"]
+
+
+@checked
+class DropBlockSchedule(Callback):
+    """Raise the rate of the model's `DropBlock` modules as the learning rate falls (as HCGNet's authors do).
+
+    The rate of a step is `highest * (1 - lr / highest lr of the fit)`: it begins anew with every cycle of the learning
+    rate. Nothing but the learning rate goes into it, so that a resumed fit goes on with the same rates. Without a
+    schedule of the learning rate it stays 0.
+    """
+
+    order, run_valid = order_of("drop_block"), False
+    _stateattrs = ("blocks",)
+
+    def __init__(self, highest: Share = 0.1):
+        """
+        Args:
+            highest: The rate at a learning rate of 0.
+
+        Raises:
+            UserError: A value out of range.
+        """
+        super().__init__()
+        self.highest = highest
+
+    def before_train(self) -> None:
+        self.blocks = [module for module in self.learn.model.modules() if isinstance(module, DropBlock)]
+        if not self.blocks:
+            raise UserError(
+                f"{type(self.learn.model).__name__} has no DropBlock whose rate could be scheduled; take another "
+                f"network, or leave [drop_block] out: --set drop_block=false"
+            )
+        self.highest_lr = highest_lr(self.learn)
+
+    def before_batch(self) -> None:
+        rate = self.highest * (1 - self.learn.opt.hypers[-1]["lr"] / self.highest_lr)
+        for block in self.blocks:
+            block.rate = rate
+
+
+def highest_lr(learn: Learner) -> float:
+    """The highest learning rate of a fit: of its schedule, or the constant one; of the last group."""
+    schedules = [cb.scheds["lr"] for cb in learn.cbs if isinstance(cb, ParamScheduler) and "lr" in cb.scheds]
+    rates = [np.ravel(schedule(pct))[-1] for schedule in schedules for pct in np.linspace(0, 1, 1001)]
+    return float(max(rates, default=learn.opt.hypers[-1]["lr"]))
