@@ -1,5 +1,7 @@
 """What callbacks that work on pixels share: from normalised images to whole numbers, and back."""
 
+from abc import ABC, abstractmethod
+
 from fastai.callback.core import Callback
 from torch import Tensor
 
@@ -9,8 +11,8 @@ from ..data.loader import statistics
 __all__ = ["OnPixels"]
 
 
-class OnPixels(Callback):
-    """Change the training images as whole numbers 0...255; a part of a recipe says how, in `change`."""
+class OnPixels(Callback, ABC):
+    """Change the training images as whole numbers 0...255. What builds on this says how, in `change`."""
 
     run_valid = False
     scaling: tuple[Tensor, Tensor] | None = None
@@ -27,6 +29,7 @@ class OnPixels(Callback):
         pixels = ((x - shift) / scale).round().clamp(0, 255)
         self.learn.xb = (normalize(self.change(pixels, -shift / scale), scale, shift), *rest)
 
+    @abstractmethod
     def change(self, pixels: Tensor, mean: Tensor) -> Tensor:
         """Changed images.
 
@@ -34,4 +37,3 @@ class OnPixels(Callback):
             pixels: Whole numbers 0...255 as float32, shape (B, 3, H, W).
             mean: The data's mean in the same units, shape (1, 3, 1, 1).
         """
-        raise NotImplementedError
