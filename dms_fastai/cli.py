@@ -27,7 +27,7 @@ from .names import DATA_SETS, DEVICES, architectures, check_device, entries, shi
 from .recipes import ablation_of, added_by, all_keys, flat, load_recipe, parse_setting, recipe_names
 from .run_folder import RunFolder
 from .runs.threads import Load, fitting
-from .runs.wanted import ABLATION, Wanted
+from .runs.wanted import SEVERAL, Wanted
 from .schema import choices_of
 from .terminal import Terminal, any_encoding
 
@@ -61,7 +61,7 @@ def beginning(words: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
     return lambda incomplete: [word for word in words() if word.startswith(incomplete)]
 
 
-recipe_words = beginning(lambda: [*recipe_names(), ABLATION])
+recipe_words = beginning(lambda: [*recipe_names(), *SEVERAL])
 schedule_words = beginning(lambda: choices_of("training.schedules:SCHEDULES"))
 data_words, device_words, arch_words = (
     beginning(lambda: DATA_SETS),
@@ -96,7 +96,7 @@ def run(
     recipe: Annotated[
         list[str],
         typer.Argument(
-            help="baseline, se, mixup, kd, teacher, ablation, fast, authors/..., or a .toml",
+            help="baseline, se, mixup, kd, teacher, ablation, small, fast, table1, authors/..., or a .toml",
             autocompletion=recipe_words,
         ),
     ],
@@ -325,14 +325,12 @@ def show(
 @app.command()
 def models() -> None:
     """List this package's architectures: parameters for 10 classes, and multiply-accumulates for one image."""
-    from .models.macs import entry_macs
-
     listing = Table("model", "parameters", "MACs", "weights", "what it is")
+    listing.columns[0].no_wrap = True
     for column in listing.columns[1:3]:
         column.justify = "right"
     for entry in entries():
-        cost = f"{entry_macs(entry.name) / 1e6:,.1f} M"
-        listing.add_row(entry.name, entry.parameters, cost, entry.weights or "-", entry.what)
+        listing.add_row(entry.name, entry.parameters, entry.macs, entry.weights or "-", entry.what)
     console.print(listing)
     console.print("Any other timm architecture works as well: dms-fastai run se --arch resnet18")
 
@@ -357,7 +355,7 @@ def lr_find(
     out, data = _home(out), os.path.expanduser(data)
     if out.suffix != ".png":
         raise UserError(f"{out} is no name of a plot; give --out NAME.png")
-    if recipe == ABLATION:
+    if recipe in SEVERAL:
         raise UserError("lr-find takes one recipe; baseline, se, mixup and kd are those of the ablation")
     wanted = Wanted(
         recipes=(os.path.expanduser(recipe),),
@@ -592,7 +590,7 @@ def _beginning(source: str, recipes: list[str], data: str, settings: dict[str, A
     """The settings that --from is short for."""
     from .runs.start_from import settings_from
 
-    if len(recipes) > 1 or recipes[0] == ABLATION:
+    if len(recipes) > 1 or recipes[0] in SEVERAL:
         raise UserError("--from is for one recipe; give the others commands of their own")
     if "model.weights" in settings:
         raise UserError("--from and --set model.weights say the same thing; leave one out")

@@ -49,12 +49,17 @@ class Entry:
     @property
     def what(self) -> str:
         """What it is: the first sentence of its docstring."""
-        return self.docstring.split(". ")[0].rstrip(".")
+        return re.split(r"\.\s", self.docstring)[0].rstrip(".")
 
     @property
     def parameters(self) -> str:
         """Number of parameters for 10 classes, from its docstring; a test counts them."""
         return re.search(r"([\d,]+) parameters", self.docstring).group(1)
+
+    @property
+    def macs(self) -> str:
+        """Multiply-accumulates for one image of its own size, from its docstring; a test counts them, too."""
+        return re.search(r"([\d,.]+ M) MACs", self.docstring).group(1)
 
     @property
     def weights(self) -> str | None:

@@ -20,6 +20,7 @@ from fastai.callback.core import Callback
 
 from dms_fastai import UserError, dms_learner, load_data, load_recipe, names
 from dms_fastai.data import sources
+from dms_fastai.models.macs import entry_macs
 from dms_fastai.models.weights import load_weights
 from dms_fastai.recipes import all_keys
 from dms_fastai.run_folder import RunFolder
@@ -230,6 +231,7 @@ def test_architectures_are_found_without_timm():
     for entry in names.entries():
         parameters = sum(p.numel() for p in timm.create_model(entry.name).parameters())
         assert entry.parameters == f"{parameters:,}"
+        assert entry.macs == f"{entry_macs(entry.name) / 1e6:,.1f} M"
         assert bool(entry.weights) == bool(timm.get_pretrained_cfg(entry.name).file)
     modules = ("cct", "dmsresnet", "hcgnet", "plain_cnn")
     assert {entry.name for entry in names.entries()} == set(timm.list_models(module=modules))
@@ -283,6 +285,7 @@ def test_importing_it_registers_the_architectures(order):
         ("predict dmsresnet nowhere.png", "no such image: nowhere.png"),
         ("export dmsresnet kd.onx", "the formats are .onnx and .pt2"),
         ("recipes", ""),
+        ("models", ""),
     ],
 )
 def test_what_is_mistyped_is_refused_before_torch_is_imported(command, words):

@@ -227,38 +227,56 @@ default_cfgs = generate_default_cfgs(
 
 @register_model
 def dmsresnet(pretrained: bool = False, **kwargs: Any) -> DMSResNet:
-    """The student as the authors ran it: one squeeze-and-excitation, after the stem. 4,697,742 parameters."""
+    """The student as the authors ran it: one squeeze-and-excitation, after the stem.
+
+    4,697,742 parameters, 798.7 M MACs.
+    """
     return _create_dmsresnet("dmsresnet", pretrained, **kwargs)
 
 
 @register_model
 def dmsresnet_plain(pretrained: bool = False, **kwargs: Any) -> DMSResNet:
-    """The ablation's baseline, without squeeze-and-excitation. 4,697,162 parameters."""
+    """The ablation's baseline, without squeeze-and-excitation.
+
+    4,697,162 parameters, 798.7 M MACs.
+    """
     return _create_dmsresnet("dmsresnet_plain", pretrained, **dict(dict(se=None), **kwargs))
 
 
 @register_model
 def dmsresnet_seblocks(pretrained: bool = False, **kwargs: Any) -> DMSResNet:
-    """The student as the paper's figure has it: squeeze-and-excitation in every block. 4,733,610 parameters."""
+    """The student as the paper's figure has it: squeeze-and-excitation in every block.
+
+    4,733,610 parameters, 798.7 M MACs.
+    """
     return _create_dmsresnet("dmsresnet_seblocks", pretrained, **dict(dict(se="blocks"), **kwargs))
 
 
 @register_model
 def dmsresnet_lite(pretrained: bool = False, **kwargs: Any) -> DMSResNet:
-    """The student with a last stage of 240 channels, below the paper's 4.37 million. 4,319,758 parameters."""
+    """The student with a last stage of 240 channels, below the paper's 4.37 million.
+
+    4,319,758 parameters, 774.5 M MACs.
+    """
     return _create_dmsresnet("dmsresnet_lite", pretrained, **dict(dict(widths=(64, 128, 240)), **kwargs))
 
 
 @register_model
 def dmsresnet50(pretrained: bool = False, **kwargs: Any) -> DMSResNet:
-    """The teacher: a ResNet-50 for small images, one squeeze-and-excitation after the stem. 23,521,422 parameters."""
+    """The teacher: a ResNet-50 for small images, one squeeze-and-excitation after the stem.
+
+    23,521,422 parameters, 1,297.8 M MACs.
+    """
     args = dict(block=Bottleneck, depths=(3, 4, 6, 3), widths=(64, 128, 256, 512))
     return _create_dmsresnet("dmsresnet50", pretrained, num_stages=4, **dict(args, **kwargs))
 
 
 @register_model
 def dmsresnet_wide(pretrained: bool = False, **kwargs: Any) -> DMSResNet:
-    """A wide teacher: 4, 4 and 4 basic blocks of 160, 320 and 640 channels. 36,693,460 parameters."""
+    """A wide teacher: 4, 4 and 4 basic blocks of 160, 320 and 640 channels.
+
+    36,693,460 parameters, 5,457.0 M MACs.
+    """
     args = dict(depths=(4, 4, 4), widths=(160, 320, 640))
     return _create_dmsresnet("dmsresnet_wide", pretrained, **dict(args, **kwargs))
 
@@ -268,13 +286,19 @@ TINY = dict(depths=(1, 1, 1), widths=(16, 32, 48))
 
 @register_model
 def dmsresnet_tiny(pretrained: bool = False, **kwargs: Any) -> DMSResNet:
-    """A very small member of the family, for quick runs on a CPU. 56,587 parameters."""
+    """A very small member of the family, for quick runs on a CPU.
+
+    56,587 parameters, 11.1 M MACs.
+    """
     return _create_dmsresnet("dmsresnet_tiny", pretrained, **dict(TINY, **kwargs))
 
 
 @register_model
 def dmsresnet_tiny_plain(pretrained: bool = False, **kwargs: Any) -> DMSResNet:
-    """`dmsresnet_tiny` without squeeze-and-excitation. 56,538 parameters."""
+    """`dmsresnet_tiny` without squeeze-and-excitation.
+
+    56,538 parameters, 11.1 M MACs.
+    """
     return _create_dmsresnet("dmsresnet_tiny_plain", pretrained, **dict(TINY, se=None, **kwargs))
 
 
@@ -283,11 +307,17 @@ def dmsresnet_tiny_plain(pretrained: bool = False, **kwargs: Any) -> DMSResNet:
 
 @register_model
 def test_dmsresnet(pretrained: bool = False, **kwargs: Any) -> DMSResNet:
-    """`dmsresnet_tiny` under its former name. 56,587 parameters."""
+    """`dmsresnet_tiny` under its former name.
+
+    56,587 parameters, 11.1 M MACs.
+    """
     return _create_dmsresnet("test_dmsresnet", pretrained, **dict(TINY, **kwargs))
 
 
 @register_model
 def test_dmsresnet_plain(pretrained: bool = False, **kwargs: Any) -> DMSResNet:
-    """`dmsresnet_tiny_plain` under its former name. 56,538 parameters."""
+    """`dmsresnet_tiny_plain` under its former name.
+
+    56,538 parameters, 11.1 M MACs.
+    """
     return _create_dmsresnet("test_dmsresnet_plain", pretrained, **dict(TINY, se=None, **kwargs))

@@ -214,12 +214,18 @@ default_cfgs = generate_default_cfgs({"hcgnet_a2.untrained": _cfg(), "test_hcgne
 
 @register_model
 def hcgnet_a2(pretrained: bool = False, **kwargs: Any) -> HCGNet:
-    """HCGNet-A2: three blocks of 8 gated modules with growths of 24, 36 and 64 channels. 3,069,149 parameters."""
+    """HCGNet-A2: three blocks of 8 gated modules with growths of 24, 36 and 64 channels.
+
+    3,069,149 parameters, 489.6 M MACs.
+    """
     return _create_hcgnet("hcgnet_a2", pretrained, **kwargs)
 
 
 @register_model
 def test_hcgnet(pretrained: bool = False, **kwargs: Any) -> HCGNet:
-    """A very small HCGNet, for quick runs on a CPU. 13,199 parameters."""
+    """A very small HCGNet, for quick runs on a CPU.
+
+    13,199 parameters, 2.5 M MACs.
+    """
     args = dict(growths=(4, 8, 8), depths=(2, 2, 2))
     return _create_hcgnet("test_hcgnet", pretrained, **dict(args, **kwargs))

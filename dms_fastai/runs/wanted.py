@@ -18,13 +18,24 @@ from ..recipes import SCALARS, Recipe, ablation_of, load_recipe, recipe_names
 from ..run_folder import Run, RunFolder
 from ..training.parts import PARTS
 
-__all__ = ["ABLATION", "ALONE", "FOR_TEACHER", "SAME_IMAGES", "Wanted"]
+__all__ = ["ALONE", "FOR_TEACHER", "SAME_IMAGES", "SEVERAL", "Wanted", "recipes_of"]
 
-ABLATION = "ablation"
+SEVERAL = ("ablation", "table1")  # words that stand for several recipes
 SAME_IMAGES = ("data.size", "data.valid", "data.labels")  # what teacher and student must have in common
 SHARED = ("data", "augment", "bf16", "compile")  # tables whose settings a teacher that is trained gets, too
 ALONE = "-alone"  # ends the name of a student's recipe without its teacher
 FOR_TEACHER = "teacher."  # before the keys of settings that a teacher alone gets
+
+
+def recipes_of(word: str) -> list[str]:
+    """The recipes that a word of a command stands for.
+
+    "ablation" is every recipe that `kd` extends, and `kd`; "table1" adds the other systems of the paper's Table 1.
+    """
+    if word not in SEVERAL:
+        return [word]
+    others = [name for name in recipe_names() if name.startswith("table1/")]
+    return [*ablation_of("kd"), *(others if word == "table1" else [])]
 
 
 @dataclass(frozen=True)
@@ -32,7 +43,7 @@ class Wanted:
     """Recipes to train on a data set, and changes to them.
 
     Attributes:
-        recipes: Names or files; "ablation" is every recipe that `kd` extends, and `kd`.
+        recipes: Names or files, or one of the words `SEVERAL`.
         data: As in `load_data`.
         seeds: Each recipe is trained with each seed.
         out: Runs go to OUT/RECIPE/seedS; None: artifacts/DATA.
@@ -101,7 +112,7 @@ class Wanted:
             if not 0 <= seed < 2**32:
                 raise UserError(f"seed is {seed}; it must be between 0 and {2**32 - 1}")
         name = source_name(self.data)
-        files = [file for recipe in self.recipes for file in (ablation_of("kd") if recipe == ABLATION else [recipe])]
+        files = [file for recipe in self.recipes for file in recipes_of(recipe)]
         bare = [load_recipe(file, name, self.arch) for file in dict.fromkeys(files)]
         found = []
         for file, recipe in zip(dict.fromkeys(files), bare, strict=True):
