@@ -18,7 +18,7 @@ from .legacy import modern_facts
 from .recipes import Recipe, load_recipe
 from .settings import Rule, Share, convert
 
-__all__ = ["Facts", "Figures", "Problem", "Run", "RunFolder", "find_runs"]
+__all__ = ["Compute", "Facts", "Figures", "Problem", "Run", "RunFolder", "find_runs"]
 
 Row = dict[str, float]
 
@@ -26,6 +26,7 @@ MOST = 2**53  # no number of a run is larger
 Number = Annotated[int, Rule(lambda v: 0 <= v <= MOST, "0 or more")]
 Several = Annotated[int, Rule(lambda v: 1 <= v <= MOST, "at least 1")]
 Seconds = Annotated[float, Rule(lambda v: 0 <= v <= MOST, "0 or more")]
+Amount = Annotated[float, Rule(lambda v: 0 <= v <= MOST, "0 or more")]
 Loss = Annotated[float, Rule(lambda v: abs(v) < 3.5e38, "a float32")]
 
 
@@ -41,6 +42,21 @@ class Figures:
 
 
 @dataclass(frozen=True)
+class Compute:
+    """The work of a training so far, in PFLOP; a multiply-accumulate is two.
+
+    Attributes:
+        student: Forward and backward passes of the network that is trained.
+        teacher: Forward passes of its teacher.
+        total: Both.
+    """
+
+    student: Amount
+    teacher: Amount
+    total: Amount
+
+
+@dataclass(frozen=True)
 class Facts:
     """The contents of a run's run.json.
 
@@ -49,6 +65,8 @@ class Facts:
         recipe, title, model, seed, epochs: The recipe's name and title, and the model, seed and epochs that it was run
             with.
         parameters: Number of parameters of the model.
+        macs: Its multiply-accumulates for one image.
+        train_pflop: The work of its training so far.
         data, valid: The data set, and which split of it is validated on.
         place: What tells the data set from others of its name, as `source_place` gives it.
         mixup: Whether training accuracy is measured on mixed images.
@@ -81,6 +99,8 @@ class Facts:
     teacher: str | None = None
     teacher_digest: str | None = None
     data_digest: list[str] | None = None
+    macs: Number | None = None
+    train_pflop: Compute | None = None
     place: str | None = None
     device: str | None = None
     threads: Number | None = None
@@ -308,8 +328,9 @@ def _read(cls: type, told: Mapping[str, Any], file: Path) -> Any:
         needed = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if value is None and not needed:
             continue
-        if hints[f.name] == Figures | None and isinstance(value, Mapping):
-            values[f.name] = _read(Figures, value, file)
+        nested = next((kind for kind in (Figures, Compute) if hints[f.name] == kind | None), None)
+        if nested is not None and isinstance(value, Mapping):
+            values[f.name] = _read(nested, value, file)
             continue
         try:
             values[f.name] = _loss(value) if hints[f.name] is float else convert(value, hints[f.name], f.name)

@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dms_fastai import EarlyStopping, UserError, cli, dms_learner, load_data
 from dms_fastai.data.loader import balanced
 from dms_fastai.models.grad_cam import grad_cam
+from dms_fastai.report.published import TABLE_1
 from dms_fastai.report.rows import sections
 from dms_fastai.run_folder import Run, RunFolder, find_runs
 from dms_fastai.runs import threads
@@ -279,3 +280,36 @@ def test_a_resumed_run_keeps_its_threads(dms, tmp_path, monkeypatch):  # noqa: F
             assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
+
+
+# --- the work of a training
+
+
+def test_a_run_says_what_work_it_was(dms, tmp_path):  # noqa: F811
+    """By hooks on every convolution and linear layer, and by the steps: 22 of 64 images, two epochs."""
+    args = ("run", "kd", "--epochs", 2, "--arch", "test_dmsresnet", "--set", "teacher.model.name=test_plain_cnn")
+    assert dms(*args, "--set", "data.size=16", "--out", "r")[0] == 0
+
+    def counted(name):
+        network, seen = timm.create_model(name, num_classes=10).eval(), []
+        for module in network.modules():
+            if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
+                module.register_forward_hook(lambda m, _, y: seen.append(m.weight[0].numel() * y[0].numel()))
+        network(torch.zeros(1, 3, 16, 16))
+        return sum(seen)
+
+    facts = Run.read(tmp_path / "r" / "kd" / "seed0").facts
+    student, teacher, images = counted("test_dmsresnet"), counted("test_plain_cnn"), 2 * 22 * 64
+    assert facts.macs == student
+    assert facts.train_pflop.student == pytest.approx(6 * student * images / 1e15, rel=1e-5)
+    assert facts.train_pflop.teacher == pytest.approx(2 * teacher * images / 1e15, rel=1e-5)
+    assert facts.train_pflop.total == pytest.approx(facts.train_pflop.student + facts.train_pflop.teacher, rel=1e-5)
+    assert Run.read(tmp_path / "r" / "teacher" / "seed0").facts.train_pflop.teacher == 0
+
+
+def test_published_systems_cost_what_their_epochs_do():
+    [plain, cct, hcgnet, dmsresnet] = TABLE_1["cifar10"]
+    assert cct.train_pflop == pytest.approx(6 * 1.1816e9 * 310 * 50_000 / 1e15, rel=1e-3)
+    assert dmsresnet.train_pflop == pytest.approx(0.2396 * 200, rel=1e-3)
+    assert hcgnet.train_pflop > cct.train_pflop > dmsresnet.train_pflop
+    assert plain.train_pflop > hcgnet.train_pflop

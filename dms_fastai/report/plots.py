@@ -6,6 +6,7 @@ import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -18,7 +19,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from ..runs.predictions import Predictions
 from ..terminal import printable
-from .published import TABLE_1
+from .published import TABLE_1, System
 from .rows import Row, Section
 from .statistics import calibrate
 
@@ -453,16 +454,45 @@ def reliability_data(section: Section) -> Any:
 # --- what it costs
 
 
-def parameters(section: Section, theme: Theme) -> Figure | None:
-    if not any(row.measured for row in section.rows):
+@dataclass(frozen=True)
+class Cost:
+    """What an accuracy costs.
+
+    Attributes:
+        axis: What the axis says.
+        of: Of a row; None where it is not known.
+        published: Of a published system.
+    """
+
+    axis: str
+    of: Callable[[Row], float | None]
+    published: Callable[[System], float | None]
+
+
+PARAMETERS = Cost("parameters, millions", lambda row: row.first.parameters / 1e6, lambda system: system.parameters)
+MACS = Cost(
+    "multiply-accumulates for one image, millions",
+    lambda row: row.first.macs and row.first.macs / 1e6,
+    lambda system: system.macs,
+)
+PFLOP = Cost(
+    "training, PFLOP, with the teacher's answers",
+    lambda row: row.first.train_pflop and row.first.train_pflop.total,
+    lambda system: system.train_pflop,
+)
+
+
+def against(cost: Cost, section: Section, theme: Theme) -> Figure | None:
+    """Accuracy against a cost, beside the published systems."""
+    rows = [(row, look) for row, look in looks(section, theme) if row.accuracy and cost.of(row)]
+    if not rows:
         return None
     drawn = figure(9, 4.8)
     axes = drawn.subplots()
     spots, reach = [], []
-    rows = [(row, look) for row, look in looks(section, theme) if row.accuracy]
     bottom = lowest([_ends(row) for row, _ in rows])
     for row, look in rows:
-        x, y, (low, high) = row.first.parameters / 1e6, 100 * row.accuracy.mean, _ends(row)
+        x, y, (low, high) = cost.of(row), 100 * row.accuracy.mean, _ends(row)
         label = named(row)
         if high < bottom:  # outside of the frame, below
             label, low, high, y = f"{label}: {y:.2f} %, below", bottom, bottom, bottom
@@ -472,10 +502,12 @@ def parameters(section: Section, theme: Theme) -> Figure | None:
             axes.errorbar(x, y, error, fmt=look.marker, color=look.colour, ms=8, capsize=3)
         reach += [low, high]
         spots.append((x, y, label, look.colour))
-    for name, x, y in TABLE_1.get(section.data, []):
-        axes.plot(x, y, "D", mfc="none", mec=theme.faint, ms=7)
-        reach.append(y)
-        spots.append((x, y, f"{name} (published)", theme.faint))
+    for system in TABLE_1.get(section.data, []):
+        x, y = cost.published(system), system.accuracy
+        if x is not None:
+            axes.plot(x, y, "D", mfc="none", mec=theme.faint, ms=7)
+            reach.append(y)
+            spots.append((x, y, f"{system.name} (published)", theme.faint))
     axes.set_xscale("log")
     left = min(x for x, *_ in spots) / 1.6
     longest = [max(map(len, text.splitlines())) for _, _, text, _ in spots]
@@ -486,7 +518,7 @@ def parameters(section: Section, theme: Theme) -> Figure | None:
     axes.set_ylim(min(reach) - margin, max(reach) + margin)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("parameters, millions")
+    axes.set_xlabel(cost.axis)
     axes.set_ylabel("accuracy, %")
     axes.grid(True)
     low, high = axes.get_ylim()
@@ -505,7 +537,7 @@ def parameters(section: Section, theme: Theme) -> Figure | None:
     return drawn
 
 
-NEAR = 2.0  # points whose parameters differ by less have their labels in one column
+NEAR = 2.0  # points whose costs differ by a smaller factor have their labels in one column
 
 
 def _beside(spots: Sequence[tuple], x: float) -> float:
@@ -532,8 +564,9 @@ def apart(spots: Sequence[tuple], gap: float) -> list[float]:
     return places
 
 
-def parameters_data(section: Section) -> Any:
-    return {row.label: [row.first.parameters, round(row.accuracy.mean, 6)] for row in section.rows if row.accuracy}
+def against_data(cost: Cost, section: Section) -> Any:
+    rows = [row for row in section.rows if row.accuracy and cost.of(row)]
+    return {row.label: [float(f"{cost.of(row):.6g}"), round(row.accuracy.mean, 6)] for row in rows}
 
 
 def _same_classes(section: Section, theme: Theme) -> list[tuple[Row, Look]]:
@@ -572,5 +605,7 @@ PLOTS = (
         mistakes_data,
     ),
     Plot("reliability", "How often a prediction is right, by its confidence.", reliability, reliability_data),
-    Plot("parameters", "Accuracy against size.", parameters, parameters_data),
+    Plot("parameters", "Accuracy against size.", partial(against, PARAMETERS), partial(against_data, PARAMETERS)),
+    Plot("macs", "Accuracy against the cost of an image.", partial(against, MACS), partial(against_data, MACS)),
+    Plot("pflop", "Accuracy against the cost of training.", partial(against, PFLOP), partial(against_data, PFLOP)),
 )

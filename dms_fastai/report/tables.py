@@ -31,9 +31,10 @@ __all__ = [
 
 COLUMNS = (
     *("stage", "network", "parameters", "epochs", "accuracy, %", "±", "95 % interval"),
-    *("best epoch*, %", "training, %", "time"),
+    *("best epoch*, %", "training, %", "PFLOP", "time"),
 )
-TERMINAL = tuple(column for column in COLUMNS if column not in ("95 % interval", "training, %"))  # 80 letters wide
+WIDE = ("95 % interval", "training, %", "PFLOP")  # columns for which 80 letters have no room
+TERMINAL = tuple(column for column in COLUMNS if column not in WIDE)
 NETWORK = 20  # letters of a network's name in a line of the terminal
 WORDS = ("stage", "network", "file", "predicted", "is")  # columns that hold words, and are aligned on the left
 MISTAKE_COLUMNS = ("file", "predicted", "confidence, %", "is")
@@ -61,9 +62,11 @@ def points(estimate: Estimate) -> str:
 
 
 def columns(section: Section) -> list[str]:
-    """The columns of the table: there is a ± only where a row has several seeds."""
+    """The columns of the table: a ± only where a row has several seeds, and PFLOP only where they have been counted."""
     several = any(row.accuracy and row.accuracy.sd is not None for row in section.rows)
-    return [column for column in COLUMNS if several or column != "±"]
+    counted = any(row.first.train_pflop for row in section.rows)
+    left_out = {column for column, there in (("±", several), ("PFLOP", counted)) if not there}
+    return [column for column in COLUMNS if column not in left_out]
 
 
 def cells(row: Row) -> dict[str, str]:
@@ -81,6 +84,7 @@ def cells(row: Row) -> dict[str, str]:
         "95 % interval": interval(accuracy),
         "best epoch*, %": share(row.mean("best", "valid_accuracy")),
         "training, %": share(row.mean("last", "train_accuracy")) + mixed,
+        "PFLOP": f"{row.first.train_pflop.total:.3g}" if row.first.train_pflop else "-",
         "time": clock(sum(run.facts.seconds for run in row.runs) / len(row.runs)),
     }
 
@@ -113,6 +117,8 @@ def notes(rows: Sequence[Row], columns: Sequence[str] = COLUMNS) -> list[str]:
         chance = binomial if intervals else f"{images} images leave up to {100 * half:.1f} points to chance"
         found.append(f"{one}: {chance}; other seeds differ, too.".capitalize())
     found.append(f"* the best epoch, chosen on {where}, which flatters it; the paper's figures are such.")
+    if "PFLOP" in columns and any(row.first.train_pflop for row in rows):
+        found.append("PFLOP: forward and backward passes of the training, and the teacher's forward passes.")
     if "training, %" in columns and any(row.first.mixup for row in rows):
         found.append("+ of mixed images, by the first image's label alone, as the paper counts.")
     return [*found, *(f"({row.mark}) {row.note}" for row in rows if row.mark is not None)]

@@ -41,6 +41,7 @@ from .profile import StepProfile
 from .progress import NOTHING, Ahead, RichProgress
 from .stop import StopOnRequest
 from .tensorboard import TensorBoard
+from .work import EpochWork
 
 __all__ = ["Manner", "run_stage"]
 
@@ -137,7 +138,8 @@ class _Training:
         self.history = History(self.folder.metrics, then=lambda: self.note("running"))
         self.checkpoint = Checkpoint(self.folder.checkpoints, self.history, manner.checkpoint_steps)
         self.stop = StopOnRequest(self.checkpoint, manner.deadline)
-        self.facts, self.before = _facts(learn, stage.seed, origin), 0.0
+        self.work = EpochWork.of_learner(learn)
+        self.facts, self.before = _facts(learn, stage.seed, origin, self.work), 0.0
         self.began = time.perf_counter()
 
     def run(self) -> Run:
@@ -216,6 +218,7 @@ class _Training:
             last=_figures(rows[-1]) if rows else None,
             best=_figures(best) if rows else None,
             seconds=round(self.before + time.perf_counter() - self.began, 1),
+            train_pflop=self.work.of(len(rows)),
         )
         self.folder.write_facts(self.facts)
         return Run(self.folder, self.facts)
@@ -272,7 +275,7 @@ def _seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _facts(learn: DMSLearner, seed: int, origin: dict[str, Any]) -> Facts:
+def _facts(learn: DMSLearner, seed: int, origin: dict[str, Any], work: EpochWork) -> Facts:
     """What is known before the first epoch."""
     recipe, train, valid = learn.recipe, learn.dls.train_ds, learn.dls.valid_ds
     return Facts(
@@ -281,6 +284,7 @@ def _facts(learn: DMSLearner, seed: int, origin: dict[str, Any]) -> Facts:
         title=recipe.title,
         model=recipe.model.name,
         parameters=sum(p.numel() for p in learn.model.parameters()),
+        macs=work.macs,
         data=train.name,
         valid=valid.split,
         training_images=len(train),
