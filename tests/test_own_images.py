@@ -201,6 +201,12 @@ def test_an_estimate_is_of_the_network_that_is_trained():
     assert 0 < found.step_seconds < found.epoch_seconds
 
 
+@pytest.mark.parametrize("recipe", ["table1/cct", "table1/hcgnet"])
+def test_a_schedule_that_takes_few_numbers_of_epochs_can_be_estimated(recipe):
+    found = estimate(load_recipe(recipe, "digits"), Data(64).open("digits"), torch.device("cpu"))
+    assert found.steps == 22
+
+
 def test_an_estimate_has_the_time_of_a_teacher_that_is_there():
     class Slow(nn.Module):
         def forward(self, x):

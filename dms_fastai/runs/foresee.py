@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ..clock import clock
@@ -11,6 +12,8 @@ from .estimate import estimate
 from .plan import Opened, Stage
 
 __all__ = ["foreseen"]
+
+STAGE, NETWORK = 13, 20  # letters of a stage's title and of a network's name in a line
 
 
 def foreseen(
@@ -21,11 +24,14 @@ def foreseen(
     With `restart`, finished stages are to be trained again.
     """
     said: list[str] = []
-    table = Table("stage", "network", "parameters", "MACs", "batch", "steps an epoch", "epochs", "time")
-    for column in table.columns[2:]:
-        column.justify = "right"
-    total, steps, measured = 0.0, {}, {}
+    table = Table("stage", "network", box=SIMPLE_HEAD)
     stages = list(stages)
+    table.columns[0].max_width, table.columns[1].overflow = STAGE, "fold"
+    table.columns[1].min_width = min(NETWORK, max(len(stage.recipe.model.name) for stage in stages))
+    for name in ("parameters", "MACs", "batch", "steps/\nepoch", "epochs", "time"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.padding, table.show_edge = 0, False
+    total, steps, measured = 0.0, {}, {}
     planned = {str(stage.folder.path) for stage in stages if restart or not stage.folder.finished}
     for stage in stages:
         recipe, sets = stage.recipe, opened.sets(stage.recipe.data.build())
@@ -42,10 +48,15 @@ def foreseen(
         teaching = steps.get(str(stage.teacher), 0.0) / 3 * found.steps
         seconds = recipe.schedule.epochs * (found.epoch_seconds + teaching)
         steps[str(stage.folder.path)], total = found.step_seconds, total + seconds
-        size = (f"{found.parameters:,}", f"{found.macs / 1e6:,.1f} M", str(recipe.data.batch_size), str(found.steps))
+        size = (f"{found.parameters:,}", amount(found.macs), str(recipe.data.batch_size), str(found.steps))
         table.add_row(recipe.title, recipe.model.name, *size, str(recipe.schedule.epochs), clock(seconds))
     said.append(f"{clock(total)} in all on {device.type}, with checkpoints and exports a little more")
     return said, table
+
+
+def amount(macs: int) -> str:
+    """A number of multiply-accumulates in a few letters: 798.7 M, 1.18 G."""
+    return f"{macs / 1e9:.2f} G" if macs >= 1e9 else f"{macs / 1e6:.1f} M"
 
 
 def _described(sets: Sets) -> str:
