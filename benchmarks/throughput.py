@@ -1,6 +1,6 @@
 """Images a second in training, end to end, from images on disk to updated weights: ours and other ways.
 
-    python -m benchmarks.throughput [--recipe se|kd] [--batch-size 128] [--steps 1] [--rounds 3]
+    python -m benchmarks.throughput [--recipe se|kd] [--arch cct_7_3x1] [--batch-size 128] [--steps 1] [--rounds 3]
 
 Every way trains the same network on the same folder of images: `se` the network alone, `kd` with MixUp and a teacher.
 "stock fastai": ImageDataLoaders.from_folder, float32, fastai's MixUp and a plain callback for the teacher. "authors":
@@ -87,7 +87,8 @@ def main() -> None:
         "floor_images_s": round(ceiling),
         "share_of_floor": round(share, 3),
     }
-    write(f"throughput-{args.recipe}", facts, args.device, args.out)
+    other = "" if args.arch == "dmsresnet" else f"-{args.arch}"
+    write(f"throughput-{args.recipe}{other}", facts, args.device, args.out)
 
 
 def contender(way: Callable, folder: Path, teacher: str | None, args, skip: int, steps: int) -> Callable[[], float]:

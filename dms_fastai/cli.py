@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.progress import Progress
 from rich.table import Table
 
@@ -96,7 +97,7 @@ def run(
     recipe: Annotated[
         list[str],
         typer.Argument(
-            help="baseline, se, mixup, kd, teacher, ablation, small, fast, table1, authors/..., or a .toml",
+            help="baseline, se, mixup, kd, teacher, small, small/kd, ablation, fast, table1, ..., or a .toml",
             autocompletion=recipe_words,
         ),
     ],
@@ -132,7 +133,7 @@ def run(
     out: Annotated[Path | None, typer.Option(help="Folder of the runs, instead of artifacts/DATA.")] = None,
     time_limit: Annotated[str | None, typer.Option(help="Stop cleanly after 90s, 9m or 2h.")] = None,
     at_once: Annotated[int, typer.Option(min=1, help="How many stages to train side by side.")] = 1,
-    restart: Annotated[bool, typer.Option("--restart", help="Delete what these runs have, and begin again.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin again, in place of what these runs have.")] = False,
     checkpoint_steps: Annotated[int | None, typer.Option(min=1, help="Also checkpoint every so many steps.")] = None,
     keep_best: Annotated[bool, typer.Option("--keep-best", help="Also keep the weights of the best epoch.")] = False,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write the epochs for TensorBoard.")] = False,
@@ -293,13 +294,15 @@ def _stopped(reason: str, state: str, restart: bool) -> None:
 @app.command()
 def recipes() -> None:
     """List the recipes and what each adds to the one before."""
-    listing = Table("recipe", "title", "extends", "adds or changes")
+    from .show import toml_value
+
     for name in recipe_names():
         chain = ablation_of(name)
-        base = chain[-2] if len(chain) > 1 else "-"
-        added = "\n".join(f"{key} = {value!r}" for key, value in flat(added_by(name)).items())
-        listing.add_row(name, load_recipe(name).title, base, added)
-    console.print(listing)
+        base = f", extends {chain[-2]}" if len(chain) > 1 else ""
+        console.say(f"{name}: {load_recipe(name).title}{base}")
+        for key, value in flat(added_by(name)).items():
+            console.say(f"    {key} = {toml_value(value)}")
+    console.say(f"{either(SEVERAL)} in a command stands for several of them")
 
 
 @app.command()
@@ -325,12 +328,14 @@ def show(
 @app.command()
 def models() -> None:
     """List this package's architectures: parameters for 10 classes, and multiply-accumulates for one image."""
-    listing = Table("model", "parameters", "MACs", "weights", "what it is")
-    listing.columns[0].no_wrap = True
+    listing = Table("model", "parameters", "MACs", "what it is", box=SIMPLE_HEAD, padding=0, show_edge=False)
+    for column in listing.columns[:3]:
+        column.no_wrap = True
     for column in listing.columns[1:3]:
         column.justify = "right"
     for entry in entries():
-        listing.add_row(entry.name, entry.parameters, entry.macs, entry.weights or "-", entry.what)
+        weights = f"; with weights, {entry.weights}" if entry.weights else ""
+        listing.add_row(entry.name, entry.parameters, entry.macs, entry.what + weights)
     console.print(listing)
     console.print("Any other timm architecture works as well: dms-fastai run se --arch resnet18")
 
@@ -352,6 +357,7 @@ def lr_find(
 
     A teacher takes part if it is at hand. No run is written.
     """
+    load = Load()
     out, data = _home(out), os.path.expanduser(data)
     if out.suffix != ".png":
         raise UserError(f"{out} is no name of a plot; give --out NAME.png")
@@ -372,14 +378,17 @@ def lr_find(
     from .runs.machine import choose_device
     from .runs.plan import Opened, plan
 
-    opened = Opened(data, trust_pickle)
-    *_, planned = plan(wanted, opened, device=choose_device(device))
+    opened, on = Opened(data, trust_pickle), choose_device(device)
+    if on.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        _choose_threads(load)
+    *_, planned = plan(wanted, opened, device=on)
     stage = without_untrained_teacher(planned)
     if stage is not planned:
         console.say(f"without the teacher, which has not been trained: {planned.teacher}")
+    console.say(f"{STEPS} steps of {stage.recipe.data.batch_size} images with {stage.recipe.model.name}")
     with _bar() as bar:
         task = bar.add_task("looking", total=STEPS)
-        found = find_rates(stage, opened, choose_device(device), lambda: bar.advance(task))
+        found = find_rates(stage, opened, on, lambda: bar.advance(task))
     plot_rates(found, stage.recipe.optimizer.lr, f"{stage.recipe.title} on {source_name(data)}", out)
     console.say(f"plot: {out}")
     console.say(f"--set optimizer.lr={found.suggested:.2g}")

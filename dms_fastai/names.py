@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 import sys
+from difflib import get_close_matches
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -140,7 +141,9 @@ def source_name(data: str | Path) -> str:
                 f"{', '.join(DATA_SETS)}"
             )
         return path.name[: -len(ending)]
-    raise unknown("data set, folder or .npz file", str(data), DATA_SETS)
+    here = [entry.name for entry in os.scandir() if entry.is_dir() and not entry.name.startswith(".")]
+    near = get_close_matches(str(data), here, n=1)
+    raise unknown("data set, folder or .npz file", str(data), [*DATA_SETS, *near])
 
 
 def source_place(data: str | Path) -> str | None:

@@ -165,6 +165,11 @@ class RunFolder:
         return self.path / "checkpoint"
 
     @property
+    def replaced(self) -> Path:
+        """A folder with the finished run that was here before; it is removed once the new one has finished."""
+        return self.path / "replaced"
+
+    @property
     def profile(self) -> Path:
         return self.path / "profile"
 
@@ -301,6 +306,8 @@ def find_runs(folders: Iterable[Path]) -> tuple[list[Run], list[Problem]]:
             raise UserError(f"no such folder: {folder}")
     names = (RunFolder(Path()).metrics.name, RunFolder(Path()).facts_file.name)
     found = {f.resolve().parent: f.parent for d in folders for name in names for f in sorted(d.rglob(name))}
+    aside = RunFolder(Path()).replaced.name
+    found = {path: folder for path, folder in found.items() if path.name != aside}
     if not found:
         raise UserError(f"no runs in {', '.join(map(str, folders))}; `dms-fastai run kd` makes one")
     runs, problems = [], []

@@ -16,9 +16,10 @@ from .settings import described
 from .terminal import printable
 from .training.parts import PARTS
 
-__all__ = ["Key", "annotated", "every_key", "list_of_keys"]
+__all__ = ["Key", "annotated", "every_key", "list_of_keys", "toml_value"]
 
 WIDTH, INDENT = 100, "    "
+BUDGET = "# A run chooses batch size, epochs and network anew, to fit [budget] and the data, where no --set says them."
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def _setting(at: str, name: str, where: str) -> list[Key]:
     setting = settings_of(at)[name]
     if setting.choices is not None:
         return _keys(setting.choices, f"{where}.{name}")
-    default = "" if setting.default is None else _toml(setting.default)
+    default = "" if setting.default is None else toml_value(setting.default)
     return [Key(f"{where}.{name}", described(setting.hint), default, meaning_of(at).settings[name])]
 
 
@@ -107,7 +108,9 @@ def annotated(recipe: str | Path, data: str = "", settings: Mapping[str, Any] | 
     for part in PARTS:
         meanings |= _meanings(getattr(found, part.table), part.table)
     lines = _Lines(meanings, origins_of(recipe, data, settings))
-    return "\n".join(lines.of_recipe(found)) + "\n"
+    chosen = found.budget is not None and not found.budget.fitted
+    first = [BUDGET] if chosen else []
+    return "\n".join([*first, *lines.of_recipe(found)]) + "\n"
 
 
 def _meanings(table: Table | None, where: str) -> dict[str, str]:
@@ -155,7 +158,7 @@ class _Lines:
     def of_value(self, dotted: str, key: str, value: Any) -> Iterator[str]:
         yield from _comment(self.meanings.get(dotted, ""))
         begun = tomli_w.dumps({key: 0}).strip().removesuffix("0")
-        yield begun + _toml(value) + self.origin(dotted)
+        yield begun + toml_value(value) + self.origin(dotted)
 
     def origin(self, dotted: str) -> str:
         return f"  # {printable(self.origins.get(dotted, 'default'))}"
@@ -168,10 +171,10 @@ def _header(keys: tuple[str, ...]) -> str:
     return tomli_w.dumps(table).strip()
 
 
-def _toml(value: Any) -> str:
+def toml_value(value: Any) -> str:
     """A value as TOML; a list in one line, but for one that holds tables."""
     if isinstance(value, (list, tuple)) and not any(isinstance(item, Mapping) for item in value):
-        return f"[{', '.join(map(_toml, value))}]"
+        return f"[{', '.join(map(toml_value, value))}]"
     return tomli_w.dumps({"": value}).partition("=")[2].strip()
 
 

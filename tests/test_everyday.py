@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dms_fastai import EarlyStopping, UserError, cli, dms_learner, load_data
 from dms_fastai.data.loader import balanced
+from dms_fastai.errors import Notice
 from dms_fastai.models.grad_cam import grad_cam
 from dms_fastai.report.published import TABLE_1
 from dms_fastai.report.rows import sections
@@ -313,3 +314,52 @@ def test_published_systems_cost_what_their_epochs_do():
     assert dmsresnet.train_pflop == pytest.approx(0.2396 * 200, rel=1e-3)
     assert hcgnet.train_pflop > cct.train_pflop > dmsresnet.train_pflop
     assert plain.train_pflop > hcgnet.train_pflop
+
+
+# --- a finished run, and images that change
+
+
+def test_a_finished_run_is_kept_until_another_has_finished_in_its_place(dms, tmp_path):  # noqa: F811
+    args = ("run", "se", "--epochs", 1)
+    folder = tmp_path / "artifacts" / "digits" / "se" / "seed0"
+    assert dms(*args)[0] == 0
+    before = (folder / "model.safetensors").read_bytes()
+    again = (*args, "--restart", "--set", "optimizer.lr=0.05")
+    assert dms(*again, "--time-limit", "0.001s")[0] == 75
+    assert not (folder / "model.safetensors").exists()
+    assert (folder / "replaced" / "model.safetensors").read_bytes() == before
+    assert dms(*again, "--time-limit", "0.001s")[0] == 75  # nothing finished is lost by a second one
+    assert (folder / "replaced" / "model.safetensors").read_bytes() == before
+    found, problems = find_runs([tmp_path / "artifacts"])
+    assert len(found) == 1
+    assert not problems
+    assert dms(*args, "--set", "optimizer.lr=0.05")[0] == 0
+    assert (folder / "model.safetensors").read_bytes() != before
+    assert not (folder / "replaced").exists()
+
+
+def test_a_class_that_nothing_validates_is_named(tmp_path):
+    data = shades(tmp_path / "d", 10)
+    (data / "train" / "new").mkdir()
+    Image.new("L", (8, 8), 200).save(data / "train" / "new" / "1.png")
+    with pytest.warns(Notice, match="no images to validate on of new; the accuracy says nothing about that"):
+        load_data(data, size=8)
+
+
+def test_a_report_tells_runs_on_other_images_apart(dms, tmp_path):  # noqa: F811
+    data = shades(tmp_path / "pets", 10)
+    args = ("run", "se", "--data", data, "--epochs", 1, "--set", "data.size=8", "--set", "data.batch_size=4")
+    assert dms(*args, "--out", "a")[0] == 0
+    Image.new("L", (8, 8), 33).save(data / "train" / "dark" / "more.png")
+    assert dms(*args, "--out", "b")[0] == 0
+    [section] = sections(find_runs([tmp_path / "a", tmp_path / "b"])[0])
+    assert sorted(row.note for row in section.rows) == [
+        "12 training images of 2 classes",
+        "13 training images of 2 classes",
+    ]
+
+
+def test_a_data_set_that_is_mistyped_may_be_a_folder_here(dms, tmp_path):  # noqa: F811
+    shades(tmp_path / "pets", 10)
+    code, _, err = dms("run", "se", "--data", "petz")
+    assert (code, "did you mean 'pets'?" in err) == (2, True)

@@ -201,6 +201,12 @@ def test_an_estimate_is_of_the_network_that_is_trained():
     assert 0 < found.step_seconds < found.epoch_seconds
 
 
+def test_a_recipe_that_stops_early_can_be_estimated():
+    few = Data(512, valid=0.2).open("digits")  # so few steps in an epoch that the estimate takes several
+    recipe = load_recipe("se", "digits", "test_dmsresnet", {"early_stopping.monitor": "accuracy"})
+    assert estimate(recipe, few, torch.device("cpu")).steps == 2
+
+
 @pytest.mark.parametrize("recipe", ["table1/cct", "table1/hcgnet"])
 def test_a_schedule_that_takes_few_numbers_of_epochs_can_be_estimated(recipe):
     found = estimate(load_recipe(recipe, "digits"), Data(64).open("digits"), torch.device("cpu"))

@@ -39,6 +39,14 @@ class Sets:
         """Names of the classes."""
         return [str(name) for name in self.train.vocab]
 
+    @property
+    def not_validated(self) -> list[str]:
+        """Classes with training images and without any to validate on."""
+        if self.valid.labels is None:
+            return []
+        trained, validated = (s.labels.bincount(minlength=len(self.vocab)) for s in (self.train, self.valid))
+        return [name for name, t, v in zip(self.vocab, trained, validated, strict=True) if t and not v]
+
     @cached_property
     def digest(self) -> list[str]:
         """A hash of each set, which tells these images from others."""
@@ -94,7 +102,10 @@ class Data:
         train.split_idx = 0
         if train.images.max() < DARK:
             notice(f"{data}: the brightest pixel of all training images is {int(train.images.max())} of 255")
-        return Sets(train, valid)
+        found = Sets(train, valid)
+        if absent := found.not_validated:
+            notice(f"{data}: no images to validate on of {', '.join(absent)}; the accuracy says nothing about that")
+        return found
 
     def _split(self, splits: Splits, seed: int, data: str | Path) -> tuple[ImageSet, ImageSet]:
         """The training and the validation set out of the splits that there are."""

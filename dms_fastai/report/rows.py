@@ -322,7 +322,7 @@ def _noted(rows: list[Row]) -> list[Row]:
     noted, marks = [], count(1)
     for row in rows:
         same, notes = [other for other in rows if other is not row and other.title == row.title], []
-        for tell in (_model, _changes, _folder):
+        for tell in (_model, _images, _changes, _folder):
             differ = [other for other in same if tell(other, [row]) != tell(row, [other])]
             notes += tell(row, differ)
             same = [other for other in same if other not in differ]
@@ -332,6 +332,14 @@ def _noted(rows: list[Row]) -> list[Row]:
 
 def _model(row: Row, others: list[Row]) -> list[str]:
     return [row.model] if others else []
+
+
+def _images(row: Row, others: list[Row]) -> list[str]:
+    """What was trained on, if it is not what one of the others was trained on."""
+    ours = row.first
+    if not ours.training_images or all(other.first.data_digest == ours.data_digest for other in others):
+        return []
+    return [f"{ours.training_images:,} training images of {ours.classes} classes"]
 
 
 def _changes(row: Row, others: list[Row]) -> list[str]:

@@ -116,7 +116,8 @@ def notes(rows: Sequence[Row], columns: Sequence[str] = COLUMNS) -> list[str]:
         binomial = f"the interval is binomial, of {images} images"
         chance = binomial if intervals else f"{images} images leave up to {100 * half:.1f} points to chance"
         found.append(f"{one}: {chance}; other seeds differ, too.".capitalize())
-    found.append(f"* the best epoch, chosen on {where}, which flatters it; the paper's figures are such.")
+    paper = "; the paper's figures are such" if {row.first.data for row in rows} == {"cifar10"} else ""
+    found.append(f"* the best epoch, chosen on {where}, which flatters it{paper}.")
     if "PFLOP" in columns and any(row.first.train_pflop for row in rows):
         found.append("PFLOP: forward and backward passes of the training, and the teacher's forward passes.")
     if "training, %" in columns and any(row.first.mixup for row in rows):

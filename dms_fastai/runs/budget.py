@@ -84,6 +84,10 @@ def fitted(
         if epochs < min(least, MOST):
             notice(f"{recipe.title}: {epochs} epochs fit into {clock(seconds)}; {least} are wanted")
         chosen = replace(chosen, schedule=replace(chosen.schedule, epochs=min(epochs, MOST)))
+    notice(
+        f"{recipe.title}: fitted to {clock(seconds)}: {chosen.model.name} with {took.parameters:,} parameters, batches "
+        f"of {chosen.data.batch_size}, {chosen.schedule.epochs} epochs of {epoch:.1f} s"
+    )
     return replace(chosen, budget=replace(recipe.budget or Budget(seconds / 60), fitted=True)), took
 
 

@@ -43,7 +43,7 @@ def estimate(recipe: Recipe, sets: Sets, device: torch.device, teacher: Teacher 
     """
     if teacher is None:
         recipe = replace(recipe, teacher=None, distill=None)
-    recipe = replace(recipe, compile=None)
+    recipe = replace(recipe, compile=None, early_stopping=None)  # nothing is validated
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices, device_type="cuda"):
         dls = sets.loaders(recipe.data.batch_size, recipe.augment.build(), device=device, balance=recipe.data.balance)

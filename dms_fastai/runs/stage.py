@@ -53,7 +53,7 @@ class Manner:
     Attributes:
         device: The device to train on.
         deadline: A time on the clock of `time.monotonic`; training stops with the first step that ends after it.
-        restart: Delete what the folder holds, and begin again.
+        restart: Begin again. A finished run is kept in the folder until the new one has finished, too.
         profile: Trace a few steps, and print where their time goes.
         checkpoint_steps: Write a checkpoint after every so many steps, and not only after epochs.
         keep_best: Also keep the weights of the best epoch; a run that has begun to goes on doing so.
@@ -159,7 +159,8 @@ class _Training:
             if is_out_of_memory(error):
                 raise self.too_large() from None
             raise
-        shutil.rmtree(self.folder.checkpoints, ignore_errors=True)  # only after run.json says "finished"
+        for left in (self.folder.checkpoints, self.folder.replaced):  # only after run.json says "finished"
+            shutil.rmtree(left, ignore_errors=True)
         for line in self.advice(finished):
             notice(line)
         return self.told(finished)
@@ -253,13 +254,19 @@ def _predict_again(learn: DMSLearner, folder: RunFolder) -> Run:
 
 
 def _empty(folder: RunFolder) -> None:
-    """Delete everything in a run's folder except the lock."""
+    """Delete everything in a run's folder except the lock, and what a run leaves that has finished: move that aside."""
     if not folder.recipe_file.is_file() or not (folder.facts_file.is_file() or any(folder.checkpoints.glob("*.pt"))):
         return  # not a run's folder
+    if folder.finished:
+        shutil.rmtree(folder.replaced, ignore_errors=True)
+        folder.replaced.mkdir()
+        for path in folder.path.iterdir():
+            if path not in (folder.replaced, folder.path / LOCK):
+                path.replace(folder.replaced / path.name)
     for path in folder.path.iterdir():
-        if path.is_dir():
+        if path.is_dir() and path != folder.replaced:
             shutil.rmtree(path)
-        elif path.name != LOCK:
+        elif not path.is_dir() and path.name != LOCK:
             path.unlink()
 
 

@@ -1,6 +1,7 @@
 """A run's epochs for TensorBoard."""
 
 from pathlib import Path
+from typing import Any
 
 from fastai.callback.core import Callback
 
@@ -13,7 +14,7 @@ __all__ = ["TensorBoard"]
 class TensorBoard(Callback):
     """Write what each epoch's row of the history says as TensorBoard's scalars.
 
-    A resumed run writes a further file, and what an earlier one has of the same epochs is not shown any more.
+    A resumed run writes a further file with all epochs; what an earlier file has is not shown any more.
     """
 
     order = 56  # after the history
@@ -36,16 +37,20 @@ class TensorBoard(Callback):
     def before_fit(self) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(self.folder), purge_step=len(self.history.rows) + 1)
+        self.writer = SummaryWriter(str(self.folder), purge_step=1)
+        for row in self.history.rows:
+            self.write(row)
 
     def after_epoch(self) -> None:
-        row = dict(self.history.rows[-1])
-        epoch = row.pop("epoch")
+        self.write(self.history.rows[-1])
+        self.writer.flush()
+
+    def write(self, row: dict[str, Any]) -> None:
         for name, value in row.items():
             split, _, rest = name.partition("_")
             tag = f"{rest}/{split}" if split in ("train", "valid") else name
-            self.writer.add_scalar(tag, value, epoch)
-        self.writer.flush()
+            if name != "epoch":
+                self.writer.add_scalar(tag, value, row["epoch"])
 
     def after_fit(self) -> None:
         self.writer.close()
