@@ -211,7 +211,7 @@ def _trained(name: str) -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs(
     {
-        "dmsresnet.se_e12_cifar10": _trained("dmsresnet.se_e12_cifar10"),
+        "dmsresnet.fast_e10_cifar10": _trained("dmsresnet.fast_e10_cifar10"),
         "dmsresnet_plain.untrained": _cfg(),
         "dmsresnet_seblocks.untrained": _cfg(),
         "dmsresnet_lite.untrained": _cfg(),
