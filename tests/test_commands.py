@@ -234,7 +234,8 @@ def test_the_list_of_keys_is_complete(dms):  # noqa: F811
 def test_lr_find_suggests_what_fastai_does(dms, tmp_path):  # noqa: F811
     code, out, err = dms("lr-find", "se", "--device", "cpu", "--seed", 3, "--out", "plots/rate.png")
     assert (code, err) == (0, "")
-    told, line = out.splitlines()
+    planned, told, line = out.splitlines()
+    assert planned == "100 steps of 64 images with test_dmsresnet"
     assert told == "plot: plots/rate.png"
     assert Image.open(tmp_path / "plots" / "rate.png").size[0] > 400
     assert [file.name for file in tmp_path.iterdir()] == ["plots"]  # no run

@@ -427,7 +427,7 @@ def test_any_timm_architecture_and_any_recipe_object(dls):
         ({"recipe": "sse"}, "did you mean 'se'"),
         ({"recipe": "se", "arch": "dmsresnet99"}, "unknown model"),
         ({"recipe": "se", "settings": {"model.args": {"width": 3}}}, "cannot be built"),
-        ({"recipe": "se", "arch": "vit_tiny_patch16_224"}, "does not take images of 8x8 pixels (Input height"),
+        ({"recipe": "se", "arch": "vit_tiny_patch16_224"}, "actual input size); try --set data.size=N, or another"),
         ({"recipe": "se", "arch": "vgg11"}, "does not take images of 8x8 pixels"),
         ({"recipe": load_recipe("se"), "arch": "dmsresnet"}, "recipes by name"),
     ],

@@ -60,7 +60,9 @@ class Model:
             built = timm.create_model(self.name, num_classes=num_classes, drop_rate=self.drop_rate, **sized)
         except Exception as error:  # an architecture may raise anything; its arguments are the user's
             raise UserError(f"{self.name} cannot be built with model.args {args}: {_reason(error)}") from None
-        size = f"--set model.args.img_size={shape[1]} if it has that, --set data.size=N"
+        size = "--set data.size=N"
+        if "img_size" not in sized:
+            size = f"--set model.args.img_size={shape[1]} if it has that, {size}"
         try_network(built, self.name, num_classes, shape, f"try {size}, or another architecture")
         return built.to(memory_format=torch.channels_last)
 
