@@ -202,9 +202,9 @@ def test_an_estimate_is_of_the_network_that_is_trained():
 
 
 def test_a_recipe_that_stops_early_can_be_estimated():
-    few = Data(512, valid=0.2).open("digits")  # so few steps in an epoch that the estimate takes several
-    recipe = load_recipe("se", "digits", "test_dmsresnet", {"early_stopping.monitor": "accuracy"})
-    assert estimate(recipe, few, torch.device("cpu")).steps == 2
+    settings = {"early_stopping.monitor": "accuracy", "data.batch_size": 512}  # the estimate takes several epochs
+    recipe = load_recipe("se", "digits", "test_dmsresnet", settings)
+    assert estimate(recipe, Data(512).open("digits"), torch.device("cpu")).steps == 2
 
 
 @pytest.mark.parametrize("recipe", ["table1/cct", "table1/hcgnet"])

@@ -41,8 +41,8 @@ def advice(facts: Facts, rows: Sequence[Row], steps: int, largest: float, others
             f"an accuracy of {_percent(accuracy)} is not better than to answer with the largest class every time, "
             f"{_percent(largest)}; train for longer, or on as many images of each class"
         )
-    if len(rows) < facts.epochs:
-        found.append(f"stopped early, after epoch {len(rows)} of {facts.epochs}")
+    if facts.epochs_done < facts.epochs:
+        found.append(f"stopped early, after epoch {facts.epochs_done} of {facts.epochs}")
     if steps < FEW_STEPS and accuracy < GOOD:
         found.append(f"{steps:,} training steps are few; try more --epochs, or a smaller --set data.batch_size")
     if (rise := _overfitting(rows)) is not None:
