@@ -466,7 +466,7 @@ class Cost:
 
     axis: str
     of: Callable[[Row], float | None]
-    published: Callable[[System], float | None]
+    published: Callable[[System], float]
 
 
 PARAMETERS = Cost("parameters, millions", lambda row: row.first.parameters / 1e6, lambda system: system.parameters)
@@ -504,10 +504,9 @@ def against(cost: Cost, section: Section, theme: Theme) -> Figure | None:
         spots.append((x, y, label, look.colour))
     for system in TABLE_1.get(section.data, []):
         x, y = cost.published(system), system.accuracy
-        if x is not None:
-            axes.plot(x, y, "D", mfc="none", mec=theme.faint, ms=7)
-            reach.append(y)
-            spots.append((x, y, f"{system.name} (published)", theme.faint))
+        axes.plot(x, y, "D", mfc="none", mec=theme.faint, ms=7)
+        reach.append(y)
+        spots.append((x, y, f"{system.name} (published)", theme.faint))
     axes.set_xscale("log")
     left = min(x for x, *_ in spots) / 1.6
     longest = [max(map(len, text.splitlines())) for _, _, text, _ in spots]
