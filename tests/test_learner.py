@@ -1,5 +1,6 @@
 """`dms_learner`: a real fastai Learner, with everything that one can do, by every recipe."""
 
+import contextlib
 import csv
 import subprocess
 import sys
@@ -370,6 +371,15 @@ def test_the_model_runs_in_bf16_where_the_processor_has_it(dls, monkeypatch, the
     learn.remove_cb(BF16)
     quiet(learn).fit(1)
     assert set(seen) == {torch.float32}
+
+
+@pytest.mark.parametrize(("size", "safe"), [(8, False), (32, True)])
+def test_a_network_whose_stride_leaps_over_its_pixels_is_not_trained_in_bf16(monkeypatch, size, safe):
+    monkeypatch.setattr("dms_fastai.learner.learner.has_bf16", lambda device: True)
+    dls = load_data("digits", bs=16, size=size, device="cpu")
+    with contextlib.nullcontext() if safe else pytest.warns(UserWarning, match="trained in float32: .* of resnet18"):
+        learn = dms_learner(dls, "se", arch="resnet18")
+    assert hasattr(learn, "bf16") is safe
 
 
 def test_fastais_own_callbacks_go_on_working(dls, teacher, tmp_path):

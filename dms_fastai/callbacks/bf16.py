@@ -1,15 +1,17 @@
 """bf16 where the hardware has it, and TF32 where float32 stays."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 
 import torch
 from fastai.callback.core import Callback
+from torch import nn
 
 from ..training.parts import order_of
 
-__all__ = ["BF16", "fast_kernels", "has_bf16"]
+__all__ = ["BF16", "fast_kernels", "has_bf16", "strides_too_far"]
 
 
 @cache
@@ -20,6 +22,26 @@ def has_bf16(device: torch.device) -> bool:
     if device.type == "cpu":
         return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
     return False
+
+
+def strides_too_far(network: nn.Module, shape: tuple[int, ...]) -> bool:
+    """Whether a convolution's stride is larger than what it is given, for images of `shape` (C, H, W).
+
+    oneDNN, which computes on CPUs, leaves the gradient of its weights unset in bf16, where they see only the border.
+    The network stays as it is, and nothing is computed.
+    """
+    too_far = []
+
+    def see(module: nn.Conv2d, inputs: tuple[torch.Tensor, ...]) -> None:
+        too_far.append(min(inputs[0].shape[-2:]) < max(module.stride) and max(module.kernel_size) > 1)
+
+    shadow = copy.deepcopy(network).to("meta").eval()
+    for module in shadow.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_pre_hook(see)
+    with torch.inference_mode():
+        shadow(torch.zeros(1, *shape, device="meta"))
+    return any(too_far)
 
 
 @contextmanager

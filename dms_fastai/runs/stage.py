@@ -41,7 +41,7 @@ from .profile import StepProfile
 from .progress import NOTHING, Ahead, RichProgress
 from .stop import StopOnRequest
 from .tensorboard import TensorBoard
-from .work import EpochWork
+from .work import Work
 
 __all__ = ["Manner", "run_stage"]
 
@@ -138,7 +138,7 @@ class _Training:
         self.history = History(self.folder.metrics, then=lambda: self.note("running"))
         self.checkpoint = Checkpoint(self.folder.checkpoints, self.history, manner.checkpoint_steps)
         self.stop = StopOnRequest(self.checkpoint, manner.deadline)
-        self.work = EpochWork.of_learner(learn)
+        self.work = Work.of_learner(learn)
         self.facts, self.before = _facts(learn, stage.seed, origin, self.work), 0.0
         self.began = time.perf_counter()
 
@@ -282,7 +282,7 @@ def _seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _facts(learn: DMSLearner, seed: int, origin: dict[str, Any], work: EpochWork) -> Facts:
+def _facts(learn: DMSLearner, seed: int, origin: dict[str, Any], work: Work) -> Facts:
     """What is known before the first epoch."""
     recipe, train, valid = learn.recipe, learn.dls.train_ds, learn.dls.valid_ds
     return Facts(

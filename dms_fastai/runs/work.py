@@ -1,5 +1,6 @@
 """The work of a training, which does not depend on the machine: PFLOP, counted from the networks and the images."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 from torch import nn
@@ -8,49 +9,71 @@ from ..learner import DMSLearner
 from ..models.macs import macs
 from ..run_folder import Compute
 
-__all__ = ["EpochWork"]
+__all__ = ["Work"]
 
 FLOP = 2  # of a multiply-accumulate
 PASSES = 3  # a backward pass costs as much as two forward passes
 
+Shape = tuple[int, ...]
+
 
 @dataclass(frozen=True)
-class EpochWork:
-    """The work of an epoch.
+class Work:
+    """The work of a training, epoch by epoch.
 
     Attributes:
-        macs: Multiply-accumulates of the trained network for one image; None if they cannot be counted.
-        teacher_macs: Those of its teacher; 0 without one.
-        images: Images that the network is trained on, each as often as a step passes it through.
-        taught: Images that the teacher sees.
+        macs: Multiply-accumulates of the trained network for one image of the data's size; None if they cannot be
+            counted.
+        student: Those of each epoch, a step's mean for one image, at the sizes that it trains on; None as above.
+        teacher: The same of its teacher, 0 without one.
+        images: Images of an epoch.
+        passes: How often a step passes them through the trained network.
     """
 
     macs: int | None
-    teacher_macs: int | None
+    student: tuple[float, ...] | None
+    teacher: tuple[float, ...] | None
     images: int
-    taught: int
+    passes: int
 
     @classmethod
-    def of_learner(cls, learn: DMSLearner) -> "EpochWork":
+    def of_learner(cls, learn: DMSLearner) -> "Work":
         loader, shape = learn.dls.train, learn.card.shape
-        images = len(loader) * loader.bs
-        teacher = learn.teacher_distill.teacher.model if hasattr(learn, "teacher_distill") else None
-        passes = 2 if hasattr(learn, "sam") else 1
-        return cls(_counted(learn.model, shape), _counted(teacher, shape), passes * images, images)
+        sizes = _sizes(learn, shape)
+        student = _counted(learn.model, sizes)
+        teacher = _counted(learn.teacher_distill.teacher.model if hasattr(learn, "teacher_distill") else None, sizes)
+        whole = _counted(learn.model, [Counter({shape: 1})])
+        macs = None if whole is None else int(whole[0])
+        return cls(macs, student, teacher, len(loader) * loader.bs, 2 if hasattr(learn, "sam") else 1)
 
     def of(self, epochs: int) -> Compute | None:
-        """The work of several epochs, without validation; None if it cannot be counted."""
-        if self.macs is None or self.teacher_macs is None:
+        """The work of the first so many epochs, without validation; None if it cannot be counted."""
+        if self.student is None or self.teacher is None:
             return None
-        student = FLOP * PASSES * self.macs * self.images * epochs / 1e15
-        teacher = FLOP * self.teacher_macs * self.taught * epochs / 1e15
+        student = FLOP * PASSES * sum(self.student[:epochs]) * self.passes * self.images / 1e15
+        teacher = FLOP * sum(self.teacher[:epochs]) * self.images / 1e15
         return Compute(*(float(f"{pflop:.6g}") for pflop in (student, teacher, student + teacher)))
 
 
-def _counted(network: nn.Module | None, shape: tuple[int, ...]) -> int | None:
+def _sizes(learn: DMSLearner, shape: Shape) -> list[Counter[Shape]]:
+    """How many steps of each epoch train on images of which shape (C, H, W)."""
+    steps, epochs = len(learn.dls.train), learn.recipe.schedule.epochs
+    if not hasattr(learn, "progressive_resize"):
+        return [Counter({shape: steps})] * epochs
+    resize = learn.progressive_resize
+
+    def at(step: int) -> Shape:
+        return resize.shape(shape, step / (epochs * steps))
+
+    return [Counter(map(at, range(epoch * steps, (epoch + 1) * steps))) for epoch in range(epochs)]
+
+
+def _counted(network: nn.Module | None, sizes: list[Counter[Shape]]) -> tuple[float, ...] | None:
+    """Multiply-accumulates of each epoch, the mean for one image."""
     if network is None:
-        return 0
+        return (0.0,) * len(sizes)
     try:
-        return macs(network, shape)
+        costs = {shape: macs(network, shape) for shape in set().union(*sizes)}
     except Exception:  # a network of somebody's own, which may need a device, or values
         return None
+    return tuple(sum(costs[shape] * steps for shape, steps in epoch.items()) / epoch.total() for epoch in sizes)
