@@ -147,27 +147,31 @@ def timm_way(
     size: int,
     bf16: bool = False,
 ) -> None:
-    """`LogitDistillationTask` and `Mixup` in timm's loop; in bf16 and channels last where asked for."""
+    """A bare loop around a timm network, with timm's `LogitDistillationTask` and `Mixup` where there is a teacher; in
+    bf16 and channels last where asked for.
+    """
     device = stopwatch.device
-    task = LogitDistillationTask(
-        model,
-        teacher,
-        SoftTargetCrossEntropy(),
-        task_loss_weight=1 - ALPHA,
-        temperature=T,
-        device=device,
-        verbose=False,
-    )
-    optimizer = torch.optim.SGD(model.parameters(), LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
-    mix = Mixup(mixup_alpha=1.0, label_smoothing=0.0, num_classes=10)
-    task.train()
+    if teacher is None:
+
+        def loss_of(x: Tensor, y: Tensor) -> Tensor:
+            return F.cross_entropy(model(x), y)
+    else:
+        mix, hard = Mixup(mixup_alpha=1.0, label_smoothing=0.0, num_classes=10), SoftTargetCrossEntropy()
+        options = {"task_loss_weight": 1 - ALPHA, "temperature": T, "device": device, "verbose": False}
+        task = LogitDistillationTask(model, teacher, hard, **options).train()
+
+        def loss_of(x: Tensor, y: Tensor) -> Tensor:
+            return task(*mix(x, y))["loss"]
+
     layout = torch.channels_last if bf16 else torch.contiguous_format
-    task.to(memory_format=layout)
+    for network in (model, teacher):
+        if network is not None:
+            network.to(memory_format=layout)
+    optimizer = torch.optim.SGD(model.parameters(), LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
     for x, y in torch_loader(folder, batch_size, size):
-        x, y = mix(x.to(device), y.to(device))
-        x = x.to(memory_format=layout)
+        x, y = x.to(device, memory_format=layout), y.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            loss = task(x, y)["loss"]
+            loss = loss_of(x, y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
