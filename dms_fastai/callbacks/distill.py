@@ -34,7 +34,7 @@ class TeacherDistill(Callback):
         """
         Args:
             teacher: Whatever `load_teacher` takes; for a .pkl that you trust, give `load_teacher(file, trust=True)`.
-            distillation: alpha, T and divergence, as in `Distillation`. Not with a `DMSLoss`, which has its own.
+            distillation: alpha, T and the rest of `Distillation`. Not with a `DMSLoss`, which has its own.
 
         Raises:
             UserError: There is no such teacher, or a value is out of range.
@@ -77,6 +77,7 @@ class TeacherDistill(Callback):
         if theirs != ours:
             raise UserError(f"the teacher gives {theirs} logits an image, the student {ours}; they need the same")
         if isinstance(self.learn.loss_func, DMSLoss):
+            self.learn.loss_func.progress = self.learn.pct_train
             y_a, y_b, lam = (*self.learn.yb, None, None)[:3]
             self.learn.yb = (y_a, y_b, lam, self.logits)
 
@@ -84,8 +85,9 @@ class TeacherDistill(Callback):
         if isinstance(self.learn.loss_func, DMSLoss):
             self.learn.yb = self.learn.yb[:1]
             return
-        soft = self.distillation.soft(self.learn.pred, self.logits, Targets(self.learn.yb[0]))
-        self.learn.loss_grad = self.distillation.total(self.learn.loss_grad, soft)
+        distillation = self.distillation.at(self.learn.pct_train)
+        soft = distillation.soft(self.learn.pred, self.logits, Targets(self.learn.yb[0]))
+        self.learn.loss_grad = distillation.total(self.learn.loss_grad, soft)
         self.learn.loss = self.learn.loss_grad.detach().clone()
 
     def after_cancel_batch(self) -> None:

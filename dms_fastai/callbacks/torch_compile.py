@@ -16,6 +16,7 @@ from ..settings import Steps, checked
 from ..training.losses import DMSLoss
 from ..training.parts import order_of
 from .distill import TeacherDistill
+from .feature_distill import FeatureDistill
 
 __all__ = ["TorchCompile", "can_compile", "rehearse"]
 
@@ -77,8 +78,12 @@ class TorchCompile(Callback):
         steps = learn.n_epoch * len(learn.dls.train)  # of the whole fit, so that a resumed one decides alike
         if steps < self.steps or not can_compile(next(learn.model.parameters()).device):
             return []
+        if any(isinstance(cb, FeatureDistill) for cb in learn.cbs):  # what its hooks catch would leave a graph
+            return []
         teachers = [cb.network for cb in learn.cbs if isinstance(cb, TeacherDistill)]
-        return [learn.model, *teachers, *([learn.loss_func] if isinstance(learn.loss_func, DMSLoss) else [])]
+        loss = learn.loss_func
+        # An alpha that changes would be compiled anew in every step.
+        return [learn.model, *teachers, *([loss] if isinstance(loss, DMSLoss) and loss.distillation.constant else [])]
 
     def before_batch(self) -> None:
         if self.compiled and self.learn.training:

@@ -114,8 +114,9 @@ class DMSLearner(EventLearner):
         finally:
             if isinstance(getattr(self, "recorder", None), Recorder):
                 self.recorder.fetch()  # after an exception as well, when no event is sent
-            if hasattr(self, "torch_compile"):
-                self.torch_compile.release()
+            for callback in self.cbs:
+                if hasattr(type(callback), "release"):
+                    callback.release()
 
     def _do_fit(self) -> None:
         trimmer = Trimmer()

@@ -15,6 +15,7 @@ from fastcore.foundation import L
 from torch import Tensor
 
 from ..callbacks.distill import TeacherDistill
+from ..callbacks.feature_distill import FeatureDistill
 from ..errors import UserError
 from ..training.losses import DMSLoss
 
@@ -24,8 +25,8 @@ __all__ = ["LazyLoss", "LazyMetric", "LazySmoothLoss", "LossPart", "Recorder", "
 class Recorder(fastai.Recorder):
     """`fastai.learner.Recorder` that also measures the metrics in training, and does not wait for the device.
 
-    With a teacher and a `DMSLoss`, each epoch's means of cross-entropy and distillation are recorded, too, not weighted
-    by alpha.
+    With a teacher and a `DMSLoss`, each epoch's means of cross-entropy, distillation and features are recorded, too,
+    without their weights.
     """
 
     def __init__(self):
@@ -34,9 +35,9 @@ class Recorder(fastai.Recorder):
         self.parts = L()
 
     def before_fit(self) -> None:
-        taught = any(isinstance(cb, TeacherDistill) for cb in self.learn.cbs)
-        named = ("cross_entropy", "distillation") if taught and isinstance(self.learn.loss_func, DMSLoss) else ()
-        self.parts = L(LossPart(name) for name in named)
+        kinds = {"cross_entropy": TeacherDistill, "distillation": TeacherDistill, "features": FeatureDistill}
+        named = [name for name, kind in kinds.items() if any(isinstance(cb, kind) for cb in self.learn.cbs)]
+        self.parts = L(LossPart(name) for name in named if isinstance(self.learn.loss_func, DMSLoss))
         super().before_fit()
         epoch, loss, *rest = self.metric_names
         self.metric_names = L(epoch, loss, *(f"train_{part.name}" for part in self.parts), *rest)

@@ -23,6 +23,7 @@ COLUMNS = {  # of the lines in a terminal: the key of a row, and its name
     "train_loss": "train loss",
     "train_cross_entropy": "cross-entropy",
     "train_distillation": "distillation",
+    "train_features": "features",
     "valid_loss": "valid loss",
     "valid_accuracy": "accuracy",
     "seconds": "time",

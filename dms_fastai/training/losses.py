@@ -6,7 +6,7 @@ All arithmetic is done in float32 or better, whatever the precision of the logit
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -31,6 +31,7 @@ __all__ = [
     "kd_loss",
     "mixup_kd_loss",
     "mixup_loss",
+    "standardized",
 ]
 
 Reduction = Literal["mean", "sum", "none"]
@@ -152,6 +153,17 @@ def dist_divergence(student_logits: Tensor, teacher_logits: Tensor, T: float, re
     return T**2 * _reduce(inter + intra, None, None, reduction)
 
 
+def standardized(logits: Tensor) -> Tensor:
+    """Logits of shape (B, C), those of each image with a mean of 0 and a standard deviation of 1 (Sun et al., 2024).
+
+    The student has to find the teacher's order and proportions of the classes, and not the size of its logits, which
+    a small network may not reach.
+    """
+    logits = _wide(logits)
+    std, mean = torch.std_mean(logits, dim=1, correction=0, keepdim=True)
+    return (logits - mean) / (std + 1e-7)
+
+
 def kd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -271,6 +283,10 @@ class Distillation:
         alpha: Weight of the teacher.
         T: Temperature of the divergence.
         divergence: One of `DIVERGENCES`, by its name or with its own settings, such as `DKD(beta=4)`.
+        standardize: Whether the logits of each image, the teacher's and the student's, are brought to a mean of 0 and a
+            standard deviation of 1 first, `standardized`.
+        alpha_end, T_end: What alpha and T are at the end of the training, where they go in a straight line; None: they
+            stay.
 
     Raises:
         UserError: A value out of range, or an unknown divergence.
@@ -279,6 +295,9 @@ class Distillation:
     alpha: Share = 0.95
     T: Positive = 6.0
     divergence: Annotated[Any, OneOf("DIVERGENCES")] = "kl"
+    standardize: bool = False
+    alpha_end: Share | None = None
+    T_end: Positive | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.divergence, str):
@@ -288,8 +307,23 @@ class Distillation:
         elif isinstance(self.divergence, type) or not callable(self.divergence):
             raise UserError(f"divergence is {self.divergence!r}; give a name or an instance, DKD(beta=4)")
 
+    @property
+    def constant(self) -> bool:
+        """Whether alpha and T stay what they are."""
+        return self.alpha_end is None and self.T_end is None
+
+    def at(self, progress: float) -> "Distillation":
+        """The same at a progress of 0...1 of the training."""
+        alpha, T = (
+            start if end is None else (1 - progress) * start + progress * end
+            for start, end in ((self.alpha, self.alpha_end), (self.T, self.T_end))
+        )
+        return replace(self, alpha=alpha, T=T, alpha_end=None, T_end=None)
+
     def soft(self, pred: Tensor, logits: Tensor, targets: Targets, reduction: Reduction = "mean") -> Tensor:
         """The divergence of the student's logits from the teacher's, both of shape (B, C), without its weight."""
+        if self.standardize:
+            pred, logits = standardized(pred), standardized(logits)
         return self.divergence(pred, logits, self.T, targets, reduction)
 
     def total(self, hard: Tensor, soft: Tensor) -> Tensor:
@@ -306,8 +340,11 @@ class DMSLoss(nn.Module):
 
     Attributes:
         distillation: How a teacher's logits enter the loss.
+        progress: Of the training, 0...1, by which alpha and T go where they do; `TeacherDistill` sets it.
         parts: The terms of the last loss with a teacher, "cross_entropy" and "distillation", without their weights.
     """
+
+    progress = 0.0
 
     def __init__(
         self,
@@ -319,7 +356,7 @@ class DMSLoss(nn.Module):
     ):
         """
         Args:
-            args, kwargs: alpha, T and divergence, as in `Distillation`.
+            args, kwargs: alpha, T and the rest of `Distillation`.
             weight: Weight of each class, shape (C,): a tensor, an array or a list. It is kept in float32.
             reduction: As in `cross_entropy`.
             label_smoothing: Share of each target that is spread over all classes.
@@ -345,9 +382,10 @@ class DMSLoss(nn.Module):
         hard = cross_entropy(pred, y_a, **options) if y_b is None else mixup_loss(pred, y_a, y_b, lam, **options)
         if teacher_logits is None:
             return hard
-        soft = self.distillation.soft(pred, teacher_logits, Targets(y_a, y_b, lam), self.reduction)
+        distillation = self.distillation if self.distillation.constant else self.distillation.at(self.progress)
+        soft = distillation.soft(pred, teacher_logits, Targets(y_a, y_b, lam), self.reduction)
         self.parts = {"cross_entropy": hard.detach(), "distillation": soft.detach()}
-        return self.distillation.total(hard, soft)
+        return distillation.total(hard, soft)
 
     def activation(self, pred: Tensor) -> Tensor:
         """Probabilities, shape (B, C), of logits."""
