@@ -6,15 +6,19 @@ import torch
 from fastai.callback.core import Callback
 from torch import Tensor, nn
 
-from ..data.loader import statistics, vocabulary
-from ..errors import UserError
+from ..data.loader import BatchLoader, statistics, vocabulary
+from ..errors import UserError, notice
 from ..models.fold import fold_batch_norms
-from ..trained import check_teacher, images_of, load_teacher, renormalize
+from ..trained import Answers, check_teacher, images_of, load_teacher, renormalize
 from ..training.losses import Distillation, DMSLoss, Targets
-from ..training.parts import order_of
+from ..training.parts import PARTS, order_of
 from .bf16 import has_bf16
 
 __all__ = ["TeacherDistill"]
+
+TABLES = [part.table for part in PARTS]
+# Those that decide what is in a batch.
+OF_A_BATCH = {"data", *TABLES[TABLES.index("augment") : TABLES.index("fixed_views") + 1]}
 
 
 class TeacherDistill(Callback):
@@ -27,8 +31,8 @@ class TeacherDistill(Callback):
 
     # The loss is complete before gradient accumulation (6) divides it; mixed precision is still on in after_pred.
     order, run_valid = order_of("distill"), False
-    teacher = network = made_of = logits = None
-    _stateattrs = ("teacher", "network", "made_of", "logits")
+    teacher = network = made_of = logits = answers = None
+    _stateattrs = ("teacher", "network", "made_of", "logits", "answers")
 
     def __init__(self, teacher: Any, **distillation: Any):
         """
@@ -64,15 +68,12 @@ class TeacherDistill(Callback):
         self.affine = self._affine(device)
         if hasattr(self.learn, "bf16") and has_bf16(device):
             cast_weights(self.network, torch.bfloat16)
+        if hasattr(self.learn, "fixed_views"):
+            self.answers = self.kept()
 
     def after_pred(self) -> None:
-        """Run the teacher on the images that the student has just seen."""
-        x = self.learn.xb[0]
-        if self.affine is not None:
-            scale, shift = self.affine
-            x = x * scale + shift
-        with torch.no_grad():
-            self.logits = self.network(x)
+        """Run the teacher on the images that the student has just seen, or recall what it said of them."""
+        self.logits = self.ask() if self.answers is None else self.recall()
         theirs, ours = self.logits.shape[1], self.learn.pred.shape[1]
         if theirs != ours:
             raise UserError(f"the teacher gives {theirs} logits an image, the student {ours}; they need the same")
@@ -80,6 +81,42 @@ class TeacherDistill(Callback):
             self.learn.loss_func.progress = self.learn.pct_train
             y_a, y_b, lam = (*self.learn.yb, None, None)[:3]
             self.learn.yb = (y_a, y_b, lam, self.logits)
+
+    def ask(self) -> Tensor:
+        """The teacher's logits."""
+        x = self.learn.xb[0]
+        if self.affine is not None:
+            scale, shift = self.affine
+            x = x * scale + shift
+        with torch.no_grad():
+            return self.network(x)
+
+    def recall(self) -> Tensor:
+        """The teacher's logits, asked for where nobody has asked yet; always as they are kept, in float16."""
+        view, step = self.learn.fixed_views.view, self.learn.iter
+        if self.answers.get(view, step) is None:
+            self.answers.put(view, step, self.ask())
+        return self.answers.get(view, step).to(self.learn.pred.device)
+
+    def kept(self) -> Answers | None:
+        """What the teacher has said of these views, in any run; None in a Learner without a recipe."""
+        learn = self.learn
+        recipe, loader = getattr(learn, "recipe", None), learn.dls.train
+        if recipe is None or not isinstance(loader, BatchLoader):
+            return None
+        facts = {
+            "teacher": self.teacher.digest,
+            "images": [loader.dataset.digest(), list(loader.dataset.images.shape)],
+            "statistics": [loader.mean, loader.std],
+            "batches": {table: found for table, found in recipe.to_table().items() if table in OF_A_BATCH},
+            "callbacks": sorted(type(cb).__qualname__ for cb in learn.cbs if hasattr(type(cb), "before_batch")),
+        }
+        answers = Answers.of(facts, (learn.fixed_views.count, len(loader), loader.bs, learn.dls.c))
+        notice(
+            f"the teacher is asked once about each of {learn.fixed_views.count} views of an image; {answers.share:.0%} "
+            f"of its answers are there, in {answers.folder} ({answers.nbytes / 1e6:,.1f} MB)"
+        )
+        return answers
 
     def after_loss(self) -> None:
         if isinstance(self.learn.loss_func, DMSLoss):
@@ -95,7 +132,7 @@ class TeacherDistill(Callback):
             self.learn.yb = self.learn.yb[:1]
 
     def after_fit(self) -> None:
-        self.network = self.made_of = self.logits = None
+        self.network = self.made_of = self.logits = self.answers = None
 
     def _affine(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
         """Scale and shift from the student's normalisation to the teacher's; None where they are the same."""

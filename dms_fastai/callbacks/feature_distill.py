@@ -50,6 +50,10 @@ class FeatureDistill(Callback):
             raise UserError("FeatureDistill needs a teacher; add TeacherDistill(teacher), or take a recipe with one")
         if hasattr(self.learn, "sam"):
             raise UserError("FeatureDistill's term would miss from SAM's second pass; leave one of the two out")
+        if hasattr(self.learn, "fixed_views"):
+            raise UserError(
+                "[fixed_views] keeps what the teacher says, and the features are not kept; leave one of the two out"
+            )
         if self.ours is None:
             student = self.learn.model
             self.ours, self.highest_lr = Pooled(student, student, "student"), highest_lr(self.learn)

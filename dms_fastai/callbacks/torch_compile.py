@@ -17,6 +17,7 @@ from ..training.losses import DMSLoss
 from ..training.parts import order_of
 from .distill import TeacherDistill
 from .feature_distill import FeatureDistill
+from .fixed_views import FixedViews
 
 __all__ = ["TorchCompile", "can_compile", "rehearse"]
 
@@ -78,8 +79,8 @@ class TorchCompile(Callback):
         steps = learn.n_epoch * len(learn.dls.train)  # of the whole fit, so that a resumed one decides alike
         if steps < self.steps or not can_compile(next(learn.model.parameters()).device):
             return []
-        if any(isinstance(cb, FeatureDistill) for cb in learn.cbs):  # what its hooks catch would leave a graph
-            return []
+        if any(isinstance(cb, (FeatureDistill, FixedViews)) for cb in learn.cbs):
+            return []  # what hooks catch would leave a graph, and graphs have random states of their own
         teachers = [cb.network for cb in learn.cbs if isinstance(cb, TeacherDistill)]
         loss = learn.loss_func
         # An alpha that changes would be compiled anew in every step.

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import random
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from fastai.callback.core import Callback
 from ..errors import UserError
 from ..files import whole
 from ..models.weights import all_finite
+from ..random_states import get_random_states, set_random_states
 from .guards import arithmetic
 from .history import History
 
@@ -240,26 +240,3 @@ def restore(learn: Any, state: dict[str, Any]) -> None:
 def keeping(learn: Any) -> list[Any]:
     """The recipe's callbacks with something to keep from step to step: `state` gives it, `restore` takes it."""
     return [cb for cb in learn.cbs if hasattr(type(cb), "restore") and cb is not learn.recorder]
-
-
-def get_random_states() -> dict[str, Any]:
-    """The random states of Python, NumPy, and torch on the CPU and every GPU, as plain values and tensors."""
-    name, keys, *rest = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": [name, keys.tolist(), *rest],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
-    }
-
-
-def set_random_states(states: dict[str, Any]) -> None:
-    random.setstate(states["python"])
-    name, keys, *rest = states["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(states["torch"])
-    for device, state in zip(range(torch.cuda.device_count()), states["cuda"], strict=False):
-        torch.cuda.set_rng_state(state, device)
-    if states.get("mps") is not None and torch.backends.mps.is_available():
-        torch.mps.set_rng_state(states["mps"])

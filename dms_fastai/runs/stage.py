@@ -6,13 +6,11 @@ import datetime
 import gc
 import os
 import platform
-import random
 import shutil
 import time
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from fastai.callback.progress import ProgressCallback
 from fastcore.basics import noop
@@ -24,6 +22,7 @@ from ..files import whole
 from ..learner import DMSLearner, dms_learner
 from ..models.weights import load_weights
 from ..names import source_place
+from ..random_states import seed_everything
 from ..recipes import cut_path
 from ..run_folder import Facts, Figures, Run, RunFolder
 from ..trained import check_classes
@@ -119,7 +118,7 @@ def run_stage(stage: Stage, opened: Opened, manner: Manner | None = None, consol
         torch.compiler.reset()  # and its graphs, which hold gigabytes of a GPU's memory
         crops, balance = recipe.augment.build(), recipe.data.balance
         dls = sets.loaders(recipe.data.batch_size, crops, device=manner.device, balance=balance)
-        _seed_everything(stage.seed)  # only after fastai's loaders have drawn from Python's generator
+        seed_everything(stage.seed)  # only after fastai's loaders have drawn from Python's generator
         begun = folder.finished or any(folder.checkpoints.glob("*.pt"))
         learn = dms_learner(dls, recipe, teacher=teacher, path=folder.path, begun=begun)
         learn.remove_cb(ProgressCallback)  # the run shows its own progress
@@ -274,12 +273,6 @@ def _threads(folder: RunFolder, threads: int) -> int:
     """The threads that a run was begun with, as other numbers give other last digits; `threads` if it begins now."""
     begun = folder.facts().threads if folder.begun else None
     return threads if begun is None or begun > (os.cpu_count() or 1) else begun
-
-
-def _seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
 
 
 def _facts(learn: DMSLearner, seed: int, origin: dict[str, Any], work: Work) -> Facts:

@@ -42,6 +42,9 @@ class Work:
         sizes = _sizes(learn, shape)
         student = _counted(learn.model, sizes)
         teacher = _counted(learn.teacher_distill.teacher.model if hasattr(learn, "teacher_distill") else None, sizes)
+        if teacher is not None and hasattr(learn, "fixed_views"):
+            asked = learn.fixed_views.count  # from then on, it is known what the teacher says
+            teacher = (*teacher[:asked], *(0.0 for _ in teacher[asked:]))
         whole = _counted(learn.model, [Counter({shape: 1})])
         macs = None if whole is None else int(whole[0])
         return cls(macs, student, teacher, len(loader) * loader.bs, 2 if hasattr(learn, "sam") else 1)

@@ -1,10 +1,12 @@
 """Trained networks: what one is and expects, and how to open whatever holds one."""
 
+from .answers import Answers
 from .inputs import Inputs, images_of, inputs_of
 from .load import begin_from, check_pretrained, ensemble, find_file, load_teacher, open_learner, without_code
 from .network import Teacher, check_classes, check_teacher, renormalize
 
 __all__ = [
+    "Answers",
     "Inputs",
     "Teacher",
     "begin_from",

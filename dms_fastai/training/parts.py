@@ -46,6 +46,7 @@ PARTS = (
     Part("mixup_or_cutmix", "callbacks.cutmix:MixUpOrCutMix", order=0),
     Part("erasing", "callbacks.erasing:RandomErasing", order=1),
     Part("progressive_resize", "callbacks.progressive_resize:ProgressiveResize", order=2),
+    Part("fixed_views", "callbacks.fixed_views:FixedViews", order=3),  # after everything that draws for the batch
     # The networks: bf16 lasts from here until the teacher has seen the batch; after_pred: the teacher.
     Part("compile", "callbacks.torch_compile:TorchCompile", order=6),  # after TeacherDistill has made its network
     Part("bf16", "callbacks.bf16:BF16", order=11),

@@ -1,0 +1,152 @@
+"""Fixed views: the same batches again, a teacher that is asked once, and networks that do not notice."""
+
+import pytest
+import timm
+import torch
+from fastai.callback.core import Callback
+
+from dms_fastai import FixedViews, UserError, dms_learner, load_data, load_teacher
+from dms_fastai.random_states import seed_everything
+from dms_fastai.run_folder import Run
+from dms_fastai.trained import Answers
+from tests.conftest import quiet
+from tests.test_runs import dms, same_run  # noqa: F401  (a fixture)
+
+TINY = "test_dmsresnet"
+AUGMENTED = {"augment.flip": 0.5, "cutout.size": 0.25, "trivial_augment": True, "model.drop_rate": 0.2}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("DMS_FASTAI_CACHE", str(tmp_path / "cache"))
+
+
+class Batches(Callback):
+    """Keeps what the student is shown, and what dropout would draw."""
+
+    order, run_valid = 40, False
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.targets, self.draws = [], [], []
+
+    def before_batch(self):
+        self.seen.append(self.learn.xb[0])
+        self.targets.append([torch.as_tensor(y) for y in self.learn.yb])
+        self.draws.append(torch.rand(()).item())
+
+
+class Counting(torch.nn.Module):
+    """A teacher that counts how often it is asked; copies count, too."""
+
+    asked = 0
+
+    def __init__(self):
+        super().__init__()
+        self.network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 10))
+
+    def forward(self, x):
+        Counting.asked += len(x) > 2  # not when it is tried on two black images
+        return self.network(x)
+
+
+def train(seed, epochs, views=2, recipe="mixup", teacher=None, **settings):
+    seed_everything(seed)
+    batches = Batches()
+    given = {**AUGMENTED, "fixed_views.count": views, **settings}
+    learn = dms_learner(load_data("digits", bs=256), recipe, teacher, TINY, given)
+    quiet(learn).fit_recipe(epochs, cbs=batches)
+    return learn, batches
+
+
+def test_the_batches_come_again_after_so_many_epochs_and_in_runs_with_other_seeds():
+    _, one = train(seed=0, epochs=4)
+    _, other = train(seed=1, epochs=2)
+    steps = len(one.seen) // 4
+    for index, x in enumerate(one.seen):
+        again = one.seen[index % (2 * steps)]
+        assert torch.equal(x, again)
+        assert all(map(torch.equal, one.targets[index], one.targets[index % (2 * steps)]))
+    assert all(map(torch.equal, other.seen, one.seen[: 2 * steps]))
+    assert not torch.equal(one.seen[0], one.seen[steps])  # two views differ
+    assert not torch.equal(one.seen[0], one.seen[1])
+
+
+def test_what_the_network_draws_does_not_come_again():
+    _, one = train(seed=0, epochs=4)
+    _, other = train(seed=1, epochs=4)
+    assert len(set(one.draws)) == len(one.draws)
+    assert not set(one.draws) & set(other.draws)
+    _, same = train(seed=0, epochs=4)
+    assert same.draws == one.draws
+
+
+def test_a_teacher_is_asked_once_and_never_by_a_later_run():
+    torch.manual_seed(0)
+    teacher, Counting.asked = load_teacher(Counting()), 0
+    learn, _ = train(0, 4, recipe="kd", teacher=teacher)
+    steps = len(learn.dls.train)
+    assert Counting.asked == 2 * steps
+    train(1, 3, recipe="kd", teacher=teacher)
+    assert Counting.asked == 2 * steps
+    train(1, 1, recipe="kd", teacher=teacher, **{"cutout.size": 0.5})
+    assert Counting.asked == 3 * steps  # other batches, other answers
+    train(1, 1, recipe="kd", teacher=load_teacher(Counting()))
+    assert Counting.asked == 4 * steps  # and another teacher
+
+
+def test_what_is_recalled_is_what_the_teacher_says_of_the_same_batch():
+    torch.manual_seed(0)
+    teacher, told = load_teacher(Counting()), []
+
+    class Told(Callback):
+        order, run_valid = 41, False
+
+        def after_pred(self):
+            told.append((self.learn.xb[0], self.learn.yb[3]))
+
+    seed_everything(3)
+    given = {**AUGMENTED, "fixed_views.count": 1, "bf16": False}
+    learn = dms_learner(load_data("digits", bs=256, device="cpu"), "kd", teacher, TINY, given)
+    quiet(learn).fit_recipe(3, cbs=Told())
+    for x, logits in told:
+        with torch.no_grad():
+            torch.testing.assert_close(logits.float(), teacher.model.eval()(x), atol=2e-3, rtol=2e-3)
+
+
+def test_answers_are_kept_as_they_come(tmp_path):
+    answers, logits = Answers(tmp_path / "a", (2, 3, 4, 5)), torch.randn(4, 5)
+    assert answers.get(1, 2) is None
+    answers.put(1, 2, logits)
+    assert answers.share == pytest.approx(1 / 6)
+    again = Answers(tmp_path / "a", (2, 3, 4, 5))  # of another process
+    assert torch.equal(again.get(1, 2), logits.half())
+    assert again.get(1, 1) is None
+    assert Answers.of({"teacher": "x"}, (1, 1, 1, 2)).folder != Answers.of({"teacher": "y"}, (1, 1, 1, 2)).folder
+    with pytest.raises(UserError, match="answers take 2000000000"):
+        Answers(tmp_path / "b", (10**9, 10**3, 10**3, 1000))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be kept"):
+        Answers(tmp_path / "file" / "c", (1, 1, 1, 1))
+
+
+def test_a_stopped_run_ends_as_one_without_interruption(dms, tmp_path):  # noqa: F811
+    args = ["run", "kd", "--arch", TINY, "--set", f"teacher.model.name={TINY}", "--epochs", 3, "--device", "cpu"]
+    args += ["--set", "fixed_views.count=2", "--set", "model.drop_rate=0.2", "--checkpoint-steps", 2]
+    assert dms(*args, "--out", "whole")[0] == 0
+    while (code := dms(*args, "--out", "parts", "--time-limit", "0.5s")[0]) == 75:
+        pass
+    assert code == 0
+    same_run(tmp_path / "whole" / "kd" / "seed0", tmp_path / "parts" / "kd" / "seed0")
+    facts = Run.read(tmp_path / "whole" / "kd" / "seed0").facts
+    teacher = Run.read(tmp_path / "whole" / "teacher" / "seed0").facts
+    assert facts.train_pflop.teacher == pytest.approx(teacher.macs * 2 * 2 * 22 * 64 / 1e15, rel=1e-5)
+
+
+def test_what_does_not_go_together_is_said_before_the_first_step():
+    with pytest.raises(UserError, match="count is 0; it must be at least 1"):
+        FixedViews(0)
+    with pytest.raises(UserError, match="comes again at another size"):
+        train(0, 1, **{"progressive_resize": True})
+    with pytest.raises(UserError, match="the features are not kept"):
+        train(0, 1, recipe="kd", teacher=timm.create_model(TINY), **{"feature_distill.weight": 1.0})
