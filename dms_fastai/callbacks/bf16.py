@@ -1,9 +1,9 @@
 """bf16 where the hardware has it, and TF32 where float32 stays."""
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 from fastai.callback.core import Callback
@@ -11,7 +11,7 @@ from torch import nn
 
 from ..training.parts import order_of
 
-__all__ = ["BF16", "fast_kernels", "has_bf16", "strides_too_far"]
+__all__ = ["BF16", "fast_kernels", "has_bf16", "is_garbled"]
 
 
 @cache
@@ -24,24 +24,15 @@ def has_bf16(device: torch.device) -> bool:
     return False
 
 
-def strides_too_far(network: nn.Module, shape: tuple[int, ...]) -> bool:
-    """Whether a convolution's stride is larger than what it is given, for images of `shape` (C, H, W).
+def is_garbled(module: nn.Conv2d, x: torch.Tensor) -> bool:
+    """Whether oneDNN, which computes on CPUs, leaves parts of a convolution's bf16 gradients unset, for an input `x`.
 
-    oneDNN, which computes on CPUs, leaves the gradient of its weights unset in bf16, where they see only the border.
-    The network stays as it is, and nothing is computed.
+    It does so for weights that see only the border, because the stride is larger than the image, and for dilated
+    convolutions of each channel alone: of some ten thousand kinds of convolutions, all that went wrong are such.
     """
-    too_far = []
-
-    def see(module: nn.Conv2d, inputs: tuple[torch.Tensor, ...]) -> None:
-        too_far.append(min(inputs[0].shape[-2:]) < max(module.stride) and max(module.kernel_size) > 1)
-
-    shadow = copy.deepcopy(network).to("meta").eval()
-    for module in shadow.modules():
-        if isinstance(module, nn.Conv2d):
-            module.register_forward_pre_hook(see)
-    with torch.inference_mode():
-        shadow(torch.zeros(1, *shape, device="meta"))
-    return any(too_far)
+    strides_too_far = min(x.shape[-2:]) < max(module.stride) and max(module.kernel_size) > 1
+    depthwise = module.groups == module.in_channels > 1
+    return strides_too_far or (depthwise and max(module.dilation) > 1)
 
 
 @contextmanager
@@ -64,15 +55,22 @@ def fast_kernels(device: torch.device | str | None) -> Iterator[None]:
 class BF16(Callback):
     """Run the model in bf16 autocast if `has_bf16`. bf16 has float32's range: no gradient scaling is needed.
 
-    Autocast ends with the prediction, which is float32 again for losses and metrics.
+    Autocast ends with the prediction, which is float32 again for losses and metrics. On a CPU, convolutions that
+    `is_garbled` are computed in float32.
     """
 
     order = order_of("bf16")
-    autocast = None
-    _stateattrs = ("autocast",)
+    autocast, exact = None, ()
+    _stateattrs = ("autocast", "exact")
+
+    def before_fit(self) -> None:
+        self.release()  # if an exception ended the last fit
+        convs = [module for module in self.learn.model.modules() if isinstance(module, nn.Conv2d)]
+        if has_bf16(torch.device("cpu")):
+            self.exact = tuple(Float32(conv) for conv in convs if max(*conv.stride, *conv.dilation) > 1)
 
     def before_batch(self) -> None:
-        self.release()
+        self.leave()
         device = self.learn.xb[0].device
         if has_bf16(device) and not torch.is_autocast_enabled(device.type):
             self.autocast = self.context(device)
@@ -84,14 +82,52 @@ class BF16(Callback):
 
     def after_pred(self) -> None:
         if self.autocast is not None:
-            self.release()
+            self.leave()
             self.learn.pred = self.learn.pred.float()
 
     def after_cancel_batch(self) -> None:
+        self.leave()
+
+    def after_fit(self) -> None:
         self.release()
 
-    def release(self) -> None:
+    def leave(self) -> None:
         """Leave autocast. A Learner calls this if an exception ends a batch without an event."""
         if self.autocast is not None:
             self.autocast.__exit__(None, None, None)
             self.autocast = None
+
+    def release(self) -> None:
+        """Leave the model as it was. A Learner calls this if an exception ends a fit without an event."""
+        self.leave()
+        for hooks in self.exact:
+            hooks.remove()
+        self.exact = ()
+
+
+class Float32:
+    """Has a convolution leave autocast on a CPU where `is_garbled` says so, and only there."""
+
+    def __init__(self, module: nn.Conv2d):
+        self.autocast: torch.autocast | None = None
+        self.handles = (
+            module.register_forward_pre_hook(self.enter),
+            module.register_forward_hook(self.leave, always_call=True),
+        )
+
+    def enter(self, module: nn.Conv2d, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
+        x = inputs[0]
+        if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu") or not is_garbled(module, x):
+            return None
+        self.autocast = torch.autocast("cpu", enabled=False)
+        self.autocast.__enter__()
+        return (x.float(), *inputs[1:])
+
+    def leave(self, *_: Any) -> None:
+        if self.autocast is not None:
+            self.autocast.__exit__(None, None, None)
+            self.autocast = None
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()

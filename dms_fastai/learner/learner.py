@@ -17,10 +17,10 @@ from fastai.learner import CastToTensor, defaults
 from fastai.torch_core import rank_distrib
 from torch import Tensor, nn
 
-from ..callbacks.bf16 import BF16, fast_kernels, has_bf16, strides_too_far
+from ..callbacks.bf16 import fast_kernels
 from ..data.imageset import ImageSet
 from ..data.loader import BatchLoader, vocabulary
-from ..errors import UserError, notice
+from ..errors import UserError
 from ..files import whole
 from ..models.build import needs_more_than_one, try_network
 from ..models.card import ModelCard
@@ -137,7 +137,7 @@ class DMSLearner(EventLearner):
             super().one_batch(i, b)
         finally:
             if hasattr(self, "bf16"):
-                self.bf16.release()  # an exception that ends a batch sends no event
+                self.bf16.leave()  # an exception that ends a batch sends no event
 
     def _set_device(self, b: tuple) -> tuple:
         """The batch on the model's device, as plain tensors, without fastai's search through it where not needed."""
@@ -280,28 +280,12 @@ def dms_learner(
     )
     if recipe.distill is not None:
         check_teacher(learn.teacher_distill.teacher, dls.c, inputs, vocabulary(dls))
-    smallest = inputs.shape
     if recipe.progressive_resize is not None:
         smallest = recipe.progressive_resize.build().shape(inputs.shape, progress=0.0)
-        hint = "raise progressive_resize.smallest"
-        try_network(module, recipe.model.name, dls.c, smallest, hint)
-    if recipe.bf16 is not None and not _safe_in_bf16(module, dls.device, smallest):
-        notice(
-            f"trained in float32: in bf16, the CPU's gradients of {recipe.model.name} are wrong for images this small"
-        )
-        learn.remove_cb(BF16)
+        try_network(module, recipe.model.name, dls.c, smallest, "raise progressive_resize.smallest")
     learn.recipe = recipe
     learn.remove_cbs([learn.recorder, CastToTensor])
     return learn.add_cb(Recorder())
-
-
-def _safe_in_bf16(model: nn.Module, device: Any, shape: tuple[int, ...]) -> bool:
-    if device is None or torch.device(device).type != "cpu" or not has_bf16(torch.device(device)):
-        return True
-    try:
-        return not strides_too_far(model, shape)
-    except Exception:  # a network of somebody's own, which may need values
-        return True
 
 
 def _check_batches(loader: Any, model: nn.Module, inputs: Inputs) -> None:
