@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..callbacks.bf16 import BF16, fast_kernels, has_bf16, strides_too_far
 from ..data.imageset import ImageSet
-from ..data.loader import BatchLoader, vocabulary
+from ..data.loader import BatchLoader, statistics, vocabulary
 from ..errors import UserError, notice
 from ..files import whole
 from ..models.build import needs_more_than_one, try_network
@@ -28,7 +28,7 @@ from ..models.groups import body_and_head
 from ..models.staged import StagedNet
 from ..recipes import Recipe, load_recipe
 from ..schema import load
-from ..trained import Inputs, begin_from, check_teacher, inputs_of
+from ..trained import Inputs, begin_from, check_teacher, expected_by, inputs_of
 from ..training.losses import DMSLoss, check_class_weights
 from ..training.optimizers import optimizer, parameters_called
 from ..training.parts import PARTS
@@ -254,6 +254,7 @@ def dms_learner(
         module = recipe.model.build().create(dls.c, inputs.shape)
         if recipe.model.weights is not None and not begun:
             begin_from(module, recipe.model.weights, recipe.model.name)
+            _note_other_statistics(dls, recipe)
     distilling = vars(recipe.distill.build()) if recipe.distill else {}
     if loss_func is None:
         loss_func = recipe.loss.build(**distilling)
@@ -301,6 +302,21 @@ def _safe_in_bf16(model: nn.Module, device: Any, shape: tuple[int, ...]) -> bool
         return not strides_too_far(model, shape)
     except Exception:  # a network of somebody's own, which may need values
         return True
+
+
+def _note_other_statistics(dls: DataLoaders, recipe: Recipe) -> None:
+    """Say so if images are normalised otherwise than those that the weights to begin from were trained on."""
+    expected = expected_by(recipe.model.weights, recipe.model.name)
+    ours, theirs = statistics(dls), (expected.mean, expected.std)
+    if not np.allclose(np.array(ours), np.array(theirs), atol=1e-4):
+        notice(
+            f"the weights expect images normalised with mean={_rounded(theirs[0])} and std={_rounded(theirs[1])}, and "
+            f"these have {_rounded(ours[0])} and {_rounded(ours[1])}; give load_data the weights' own"
+        )
+
+
+def _rounded(values: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(round(value, 4) for value in values)
 
 
 def _check_batches(loader: Any, model: nn.Module, inputs: Inputs) -> None:
