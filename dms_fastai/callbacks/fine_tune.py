@@ -55,7 +55,7 @@ class FineTune(Callback):
 
     def before_batch(self) -> None:
         learn = self.learn
-        if learn.epoch == self.freeze_epochs > 0 and learn.iter == 0:  # not as well where a fit resumes in this epoch
+        if learn.epoch == self.freeze_epochs > 0 and learn.iter == 0:  # also where a fit resumes here, with momenta
             learn.opt.clear_state()
         lr = learn.opt.hypers[-1]["lr"]
         learn.opt.set_hyper("lr", [lr * share for share in self.shares])
@@ -74,7 +74,10 @@ class FineTune(Callback):
             p.grad = None  # of a fit before: the optimiser would go on with it
 
     def thaw(self) -> None:
-        """Have what `freeze` froze get gradients again."""
+        """Have what `freeze` froze get gradients again, and no other weight a head start."""
+        if not self.frozen:
+            return
         for p in self.frozen:
             p.requires_grad_(True)
         self.frozen = ()
+        self.learn.opt.clear_state()  # torch's fused SGD needs the momenta of all weights or of none
