@@ -59,11 +59,7 @@ def timm_model(name: str, then: str | None = None) -> nn.Module:
     except Exception as error:  # the hub's client may raise whatever its libraries raise
         reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
         address = f"{constants.ENDPOINT}/{cfg.hf_hub_id}/resolve/main/{files[0]}" if cfg.hf_hub_id else cfg.url
-        way = (
-            f"download {address} elsewhere, and {then}"
-            if then
-            else f"copy them to {constants.HF_HOME} from where they are"
-        )
+        way = f"download {address} elsewhere, and {then}" if then else f"copy a cache with them to {constants.HF_HOME}"
         raise UserError(f"timm's weights of {name!r} are not at hand ({reason}); {way}") from None
 
 

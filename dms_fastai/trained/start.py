@@ -1,6 +1,7 @@
 """Trained weights to begin from: where they are, which images they expect, and how they get into a fresh network."""
 
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,15 +112,19 @@ def _state(source: str, arch: str) -> State:
 def _foreign(file: Path) -> State:
     """The state in a file that another program wrote, in float32."""
     try:
-        state = timm.models.load_state_dict(str(file))
-    except Exception as error:  # a damaged file may raise anything
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of how a pickle was written
+            state = timm.models.load_state_dict(str(file))
+    except Exception:  # a damaged file may raise anything
         if calls := _calls(file):
             raise UserError(
                 f"{file} is a pickle that would run code ({', '.join(calls[:3])}); where you trust it, save the "
                 f"tensors alone: torch.save(model.state_dict(), FILE)"
             ) from None
-        reason = (str(error.__cause__ or error) or type(error).__name__).splitlines()[0].rstrip(".")[:200]
-        raise UserError(f"{file} cannot be loaded as weights: {reason}") from None
+        raise UserError(
+            f"{file} cannot be loaded as weights: it is damaged, or holds more than tensors; save these alone: "
+            f"torch.save(model.state_dict(), FILE)"
+        ) from None
     if not state or not all(isinstance(value, Tensor) for value in state.values()):
         found = ", ".join(map(str, list(state)[:4])) or "nothing"
         raise UserError(
