@@ -17,6 +17,7 @@ from dms_fastai.evaluate import evaluate_model
 from dms_fastai.models.weights import load_weights
 from dms_fastai.report.rows import sections
 from dms_fastai.run_folder import Run, RunFolder
+from dms_fastai.runs import estimate
 from dms_fastai.trained import begin_from, expected_by, origin_of, pretrained
 from tests.conftest import quiet
 from tests.test_runs import dms, rows  # noqa: F401  (a fixture)
@@ -212,7 +213,8 @@ def test_what_weights_expect_is_told_without_them(tmp_path):
 SMALL = ("--arch", "test_resnet", "--epochs", 1, "--device", "cpu", "--set", "data.batch_size=8")
 
 
-def test_a_run_has_the_size_and_the_normalisation_of_its_weights(dms, folder, weights, tmp_path):  # noqa: F811
+def test_a_run_has_the_size_and_the_normalisation_of_its_weights(dms, folder, weights, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(estimate, "STEPS", 1)
     args = ("run", "finetune", *SMALL, "--data", folder, "--from", weights)
     code, out, _ = dms(*args, "--dry-run")
     assert code == 0
