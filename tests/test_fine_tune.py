@@ -73,6 +73,7 @@ def test_it_trains_as_fastais_freeze_and_unfreeze_do(splitter, settings):
 @pytest.mark.parametrize("opt_func", [SGD, Adam])
 def test_it_works_in_a_stock_learner_with_fastais_optimisers(opt_func):
     learn = stock(opt_func, FineTune(1, SHARE))
+    learn.freeze()  # as vision_learner leaves it
     learn.fit(2, LR)
     assert_same(state(learn), as_fastai(stock(opt_func)))
 

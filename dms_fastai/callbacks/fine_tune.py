@@ -17,8 +17,8 @@ class FineTune(Callback):
 
     fastai's `fine_tune`, within one fit and its schedule. The groups are those of the Learner's splitter; the last one
     is the head, and has the scheduled rate. Norms of a frozen body go on learning, as in fastai, unless the Learner has
-    `train_bn=False`. When the body thaws, the optimiser forgets its momenta, as fastai's does. Nothing but the progress
-    of the fit goes into it, so that a resumed fit goes on alike.
+    `train_bn=False`. When the body thaws, the optimiser forgets its momenta, as fastai's does. A Learner that was
+    frozen before is unfrozen. Nothing but the progress of the fit goes into it, so that a resumed fit goes on alike.
     """
 
     order, run_valid = order_of("fine_tune"), False
@@ -39,8 +39,10 @@ class FineTune(Callback):
 
     def before_fit(self) -> None:
         self.thaw()  # if an exception ended the last fit
+        if self.learn.opt.frozen_idx:  # as by vision_learner
+            self.learn.unfreeze()
         last = len(self.learn.opt.param_lists) - 1
-        if not last:
+        if last == 0:
             raise UserError(
                 f"nothing to freeze: {type(self.learn.model).__name__} has one group of parameters; give splitter= a "
                 f"function that returns a list of parameters for each group, the head last"

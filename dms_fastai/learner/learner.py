@@ -29,6 +29,7 @@ from ..models.staged import StagedNet
 from ..recipes import Recipe, load_recipe
 from ..schema import load
 from ..trained import Inputs, begin_from, check_teacher, expected_by, inputs_of
+from ..trained.inputs import shortest
 from ..training.losses import DMSLoss, check_class_weights
 from ..training.optimizers import optimizer, parameters_called
 from ..training.parts import PARTS
@@ -308,7 +309,8 @@ def _note_other_statistics(dls: DataLoaders, recipe: Recipe) -> None:
     """Say so if images are normalised otherwise than those that the weights to begin from were trained on."""
     expected = expected_by(recipe.model.weights, recipe.model.name)
     ours, theirs = statistics(dls), (expected.mean, expected.std)
-    if not np.allclose(np.array(ours), np.array(theirs), atol=1e-4):
+    one, other = (np.hstack([*map(shortest, each)]) for each in (ours, theirs))
+    if len(one) != len(other) or not np.allclose(one, other, atol=1e-4):
         notice(
             f"the weights expect images normalised with mean={_rounded(theirs[0])} and std={_rounded(theirs[1])}, and "
             f"these have {_rounded(ours[0])} and {_rounded(ours[1])}; give load_data the weights' own"
