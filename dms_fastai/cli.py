@@ -23,8 +23,8 @@ from rich.table import Table
 
 from . import __version__
 from .clock import seconds_of
-from .errors import Notice, UserError, either, no_format, no_model, notice
-from .names import DATA_SETS, DEVICES, architectures, check_device, entries, shipped, source_name
+from .errors import Notice, UserError, either, no_format, no_model, notice, unknown
+from .names import DATA_SETS, DEVICES, TIMM, architectures, check_device, entries, is_architecture, shipped, source_name
 from .recipes import ablation_of, added_by, all_keys, flat, load_recipe, parse_setting, recipe_names
 from .run_folder import RunFolder
 from .runs.threads import Load, fitting
@@ -114,6 +114,9 @@ def run(
         str | None,
         typer.Option(help="A recipe, a run's folder, a file, or timm:NAME.", autocompletion=recipe_words),
     ] = None,
+    fine_tune_teacher: Annotated[
+        bool, typer.Option("--fine-tune-teacher", help="Train the teacher timm:NAME on the data first.")
+    ] = False,
     epochs: Annotated[int | None, typer.Option(help="Epochs of every stage, in place of the recipe's.")] = None,
     schedule: Annotated[
         str | None, typer.Option(help="cosine, one-cycle, sgdr ..., for every stage.", autocompletion=schedule_words)
@@ -122,7 +125,8 @@ def run(
     seeds: Annotated[str | None, typer.Option(help="Several seeds, each trained: 0,1,2.")] = None,
     set_: Settings = None,
     from_: Annotated[
-        str | None, typer.Option("--from", help="Begin from a finished run's weights: its folder, or a .safetensors.")
+        str | None,
+        typer.Option("--from", help="Begin from weights: a finished run's folder, or a .safetensors or .pth."),
     ] = None,
     budget: Annotated[
         str | None, typer.Option(help="Choose batch size, epochs and networks that train in 90s, 20m or 2h.")
@@ -157,6 +161,7 @@ def run(
         out=None if out is None else _home(out),
         arch=arch,
         teacher=teacher,
+        fine_tune_teacher=fine_tune_teacher,
         epochs=epochs,
         schedule=schedule,
         settings=settings,
@@ -474,7 +479,9 @@ def _unread(bad: list[UserError], images: int) -> UserError:
 
 @app.command()
 def evaluate(
-    learner: Annotated[Path, typer.Argument(help="A run's folder, a .safetensors, a learner.pkl, or dmsresnet.")],
+    learner: Annotated[
+        Path, typer.Argument(help="A run's folder, a .safetensors, a learner.pkl, dmsresnet, or timm:NAME.")
+    ],
     data: Annotated[
         str | None,
         typer.Option(help="As in run. A run on a data set with a name takes that.", autocompletion=data_words),
@@ -485,6 +492,7 @@ def evaluate(
     ] = None,
     labels: Annotated[Path | None, typer.Option(help="As in run.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.", autocompletion=device_words)] = "auto",
+    tta: Annotated[bool, typer.Option("--tta", help="Average the answers to each image and its mirror image.")] = False,
     trust_pickle: Annotated[bool, TRUST] = False,
 ) -> None:
     """Measure a model on labelled images: accuracy, loss, and the accuracy in each class, the worst first."""
@@ -492,7 +500,10 @@ def evaluate(
     if split is not None and split not in SPLITS:
         raise UserError(f"split is {split!r}; it must be {either(SPLITS)}")
     check_device(device)
-    if not _check_model(learner):
+    timms = str(learner).startswith(TIMM)
+    if timms and not is_architecture(network := str(learner).removeprefix(TIMM)):
+        raise unknown("timm model", network, architectures())
+    if not timms and not _check_model(learner):
         from .export import open_model
 
         open_model(learner, trust_pickle)  # says what is missing
@@ -508,7 +519,7 @@ def evaluate(
 
     _say_what_is_read(learner, trust_pickle)
     labels = None if labels is None else _home(labels)
-    found = evaluate_model(learner, data, split, labels, choose_device(device), trust_pickle, track)
+    found = evaluate_model(learner, data, split, labels, choose_device(device), trust_pickle, track, tta)
     listing = Table("class", "images", "accuracy, %")
     for column in listing.columns[1:]:
         column.justify = "right"
@@ -519,6 +530,7 @@ def evaluate(
     if rest:
         console.say(f"and {len(rest)} more classes, {100 * rest[0].accuracy:.2f} % or better")
     told = f"accuracy: {100 * found.accuracy:.2f} %, loss: {found.loss:.4f}"
+    told += ", averaged with mirror images (--tta)" if tta else ""
     console.say(f"{told}, of {found.images:,} images: {name}, {found.split}")
 
 

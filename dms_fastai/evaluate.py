@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from timm.data import ImageNetInfo, infer_imagenet_subset
+from torch import Tensor, nn
 
 from .callbacks.bf16 import fast_kernels, has_bf16
 from .data.augment import affine, normalize
@@ -17,8 +18,10 @@ from .data.white import BYTE
 from .errors import UserError, notice
 from .export import open_model
 from .models.card import ModelCard
+from .names import TIMM
 from .run_folder import RunFolder
 from .trained import find_file
+from .trained.pretrained import pretrained_cfg, timm_model
 
 __all__ = ["ClassAccuracy", "Evaluation", "evaluate_model"]
 
@@ -70,6 +73,7 @@ def evaluate_model(
     device: torch.device | str = "cpu",
     trust: bool = False,
     track: Callable[[Sequence[Tensor]], Iterable[Tensor]] = iter,
+    tta: bool = False,
 ) -> Evaluation:
     """Classify the images of a split, and compare with their labels. Classes are matched by name.
 
@@ -77,21 +81,23 @@ def evaluate_model(
     others are in float32. The images of the split are in memory, and of everything else a batch.
 
     Args:
-        source, trust: As in `predict_files`.
+        source, trust: As in `predict_files`; or "timm:NAME", at the size of timm's weights.
         data, labels: As in `load_data`.
         split: "test", "val" or "train". None: "test", or "val" where there is no "test".
         device: Where to compute.
         track: Gets the indices of the images, a tensor for each batch, and gives them back one by one: for progress.
+        tta: Average the probabilities of each image and its mirror image.
 
     Raises:
         UserError: There is no model at `source`, it does not take square images in colour, the data are missing or have
             no such split, or have a class that the model does not know.
     """
-    model, card = open_model(source, trust)
+    timms = str(source).startswith(TIMM)
+    model, card = _timm_model(str(source).removeprefix(TIMM)) if timms else open_model(source, trust)
     images = _images(data, split, labels, card)
-    device, own = torch.device(device), RunFolder(find_file(source, trust).parent)
+    device, own = torch.device(device), None if timms else RunFolder(find_file(source, trust).parent)
     known = _known_classes(images, card).to(device)
-    bf16 = own.recipe_file.is_file() and own.recipe().bf16 is not None and has_bf16(device)
+    bf16 = own is not None and own.recipe_file.is_file() and own.recipe().bf16 is not None and has_bf16(device)
     _note_other_images(images, own)
     model = model.to(device, memory_format=torch.channels_last).float().eval()
     scaling = affine(card.mean, card.std, images.size, device)
@@ -102,8 +108,9 @@ def evaluate_model(
         for index in track(batches):
             x, y = normalize(images.images[index].to(device), *scaling), images.labels[index].to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                logits = model(x)
-            logits, wanted = logits.float(), known[y]
+                seen = [model(view) for view in ((x, x.flip(-1)) if tta else (x,))]
+            logits, wanted = torch.stack(seen).float(), known[y]
+            logits = logits.log_softmax(2).logsumexp(0) if tta else logits[0]
             of_class += y.bincount(minlength=images.c)
             right += y[logits.argmax(1) == wanted].bincount(minlength=images.c)
             losses.append(F.cross_entropy(logits, wanted, reduction="sum"))
@@ -111,6 +118,14 @@ def evaluate_model(
     counts = zip(map(str, images.vocab), of_class.tolist(), right.tolist(), strict=True)
     classes = [ClassAccuracy(*found) for found in counts if found[1]]
     return Evaluation(images.split, loss, sorted(classes, key=lambda found: found.accuracy))
+
+
+def _timm_model(name: str) -> tuple[nn.Module, ModelCard]:
+    """A network of timm with its weights, and what it is; ImageNet's classes are called by their synsets."""
+    model, cfg = timm_model(name), pretrained_cfg(name)
+    subset = None if cfg.label_names else infer_imagenet_subset(model)
+    names = cfg.label_names or (ImageNetInfo(subset).label_names() if subset else map(str, range(cfg.num_classes)))
+    return model, ModelCard(name, list(names), tuple(cfg.mean), tuple(cfg.std), tuple(cfg.input_size))
 
 
 def _images(data: str | Path, split: str | None, labels: str | Path | None, card: ModelCard) -> ImageSet:
@@ -153,9 +168,9 @@ def _known_classes(images: ImageSet, card: ModelCard) -> Tensor:
     return known
 
 
-def _note_other_images(images: ImageSet, own: RunFolder) -> None:
+def _note_other_images(images: ImageSet, own: RunFolder | None) -> None:
     """Say so if a run was validated on other images of the same name."""
-    if not own.facts_file.is_file():
+    if own is None or not own.facts_file.is_file():
         return
     facts = own.facts()
     same = (images.name, images.split, images.size) == (facts.data, facts.valid, facts.size)

@@ -20,6 +20,7 @@ __all__ = [
     "DATA_FILES",
     "DATA_SETS",
     "DEVICES",
+    "TIMM",
     "Entry",
     "architectures",
     "check_device",
@@ -33,6 +34,7 @@ __all__ = [
 DATA_SETS = ("digits", "cifar10", "cifar100", "imagenette")
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 DATA_FILES = (".npz", ".parquet", *ARCHIVES)
+TIMM = "timm:"  # before the name of a network of timm with its own weights
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 MODELS = Path(__file__).parent / "models"

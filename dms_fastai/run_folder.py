@@ -69,6 +69,7 @@ class Facts:
         train_pflop: The work of its training so far.
         data, valid: The data set, and which split of it is validated on.
         place: What tells the data set from others of its name, as `source_place` gives it.
+        begun_from: The weights that it began from: timm:NAME.TAG, a run's folder or a file; None: fresh ones.
         mixup: Whether training accuracy is measured on mixed images.
         teacher, teacher_digest: The teacher, and a hash of its weights.
         data_digest: Hashes of the training and the validation images.
@@ -95,6 +96,7 @@ class Facts:
     training_images: Number | None = None
     classes: Number | None = None
     size: Number | None = None
+    begun_from: str | None = None
     mixup: bool = False
     teacher: str | None = None
     teacher_digest: str | None = None

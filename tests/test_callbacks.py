@@ -13,8 +13,9 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from torch import nn
 
-from dms_fastai import DropBlockSchedule, FeatureDistill, TeacherDistill, callbacks
+from dms_fastai import DropBlockSchedule, FeatureDistill, FineTune, TeacherDistill, callbacks
 from dms_fastai.models.dropblock import DropBlock
+from dms_fastai.models.groups import body_and_head
 from dms_fastai.training.parts import PARTS
 from tests.conftest import quiet
 
@@ -41,8 +42,9 @@ def test_it_works_alone_in_a_stock_learner(callback, dls):
     if callback is DropBlockSchedule:
         model = nn.Sequential(DropBlock(), model)
     beside = [TeacherDistill(timm.create_model("test_dmsresnet"), alpha=0.0)] if callback is FeatureDistill else []
+    groups = {"splitter": body_and_head} if callback is FineTune else {}
     cbs = [callback(*given), *beside]
-    learn = quiet(Learner(dls, model, CrossEntropyLossFlat(), lr=0.01, metrics=accuracy, cbs=cbs))
+    learn = quiet(Learner(dls, model, CrossEntropyLossFlat(), lr=0.01, metrics=accuracy, cbs=cbs, **groups))
     first = [p.detach().clone() for p in model.parameters()]
     learn.fit(2)
     assert learn.recorder.values[-1][0] < 2.3  # below that of a guess among ten

@@ -77,7 +77,8 @@ class Data:
 
     Attributes:
         batch_size: Training images in a batch; at most all of them.
-        size: Height and width in pixels. None: the data set's own size if it has one, else 32.
+        size: Height and width in pixels. None: the data set's own size if it has one, else 32; in a run that begins
+            from trained weights, theirs in place of 32.
         valid: What to validate on: "test" or "val" (either stands in for the other where it is missing), or the share
             of the training images to hold out instead.
         labels: A .csv table with the labels of the images in a folder; None: the images lie in folders of classes.

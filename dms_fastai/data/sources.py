@@ -23,10 +23,11 @@ from .parquet import LABELS, parquet_files, unpack_parquet
 from .splits import Splits
 from .table import read_table
 
-__all__ = ["NAMED", "load_splits", "split_by_class"]
+__all__ = ["NAMED", "USUAL_SIZE", "has_own_size", "load_splits", "split_by_class"]
 
 URL = {"cifar10": URLs.CIFAR, "cifar100": URLs.CIFAR_100, "imagenette": URLs.IMAGENETTE_160}
 IMAGES = {"cifar10": 60_000, "cifar100": 60_000, "imagenette": 13_394}
+USUAL_SIZE = 32  # of images that have none of their own
 DEFAULT_SIZE = {"digits": 8, "imagenette": 64}
 DIGITS_TEST_SHARE = 0.2
 DIGITS_SEED = 0
@@ -47,11 +48,21 @@ def load_splits(data: str | Path, size: int | None = None, labels: str | Path | 
     if str(data) in NAMED:
         if labels is not None:
             raise UserError(f"labels is {labels}, and {data} has labels of its own")
-        splits = NAMED[name](name, size or DEFAULT_SIZE.get(name, 32))
+        splits = NAMED[name](name, size or DEFAULT_SIZE.get(name, USUAL_SIZE))
     else:
         splits = _read(Path(data).expanduser(), size, None if labels is None else Path(labels).expanduser())
     splits.name = name
     return splits
+
+
+def has_own_size(data: str | Path) -> bool:
+    """Whether the images of a data set have a size where none is asked for; those of folders and tables get one."""
+    if str(data) in NAMED:
+        return True
+    path = Path(data).expanduser()
+    if path.is_file() and is_archive(path):
+        path = only_folder(unpacked(path))
+    return path.suffix.lower() == ".npz" or is_cifar(path)
 
 
 def _read(path: Path, size: int | None, labels: Path | None) -> Splits:
@@ -60,13 +71,13 @@ def _read(path: Path, size: int | None, labels: Path | None) -> Splits:
     if labels is not None:
         if not path.is_dir():
             raise UserError(f"labels is {labels}, and {path} is no folder of images")
-        return read_table(path, labels, size or 32)
+        return read_table(path, labels, size or USUAL_SIZE)
     if path.suffix.lower() == ".npz" and path.is_file():
         return read_npz(path, size)
     if files := parquet_files(path):
         images = unpacked(path, unpack_parquet, [file for _, file in files])
-        return read_table(images, images / LABELS, size or 32)
-    return read_cifar(path, size) if is_cifar(path) else read_folder(path, size or 32)
+        return read_table(images, images / LABELS, size or USUAL_SIZE)
+    return read_cifar(path, size) if is_cifar(path) else read_folder(path, size or USUAL_SIZE)
 
 
 def _digits(name: str, size: int) -> Splits:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from ..callbacks.bf16 import fast_kernels
 from ..data.imageset import ImageSet
-from ..data.loader import BatchLoader, vocabulary
-from ..errors import UserError
+from ..data.loader import BatchLoader, statistics, vocabulary
+from ..errors import UserError, notice
 from ..files import whole
 from ..models.build import needs_more_than_one, try_network
 from ..models.card import ModelCard
@@ -28,7 +28,8 @@ from ..models.groups import body_and_head
 from ..models.staged import StagedNet
 from ..recipes import Recipe, load_recipe
 from ..schema import load
-from ..trained import Inputs, begin_from, check_teacher, inputs_of
+from ..trained import Inputs, begin_from, check_teacher, expected_by, inputs_of
+from ..trained.inputs import shortest
 from ..training.losses import DMSLoss, check_class_weights
 from ..training.optimizers import optimizer, parameters_called
 from ..training.parts import PARTS
@@ -255,6 +256,7 @@ def dms_learner(
         module = recipe.model.build().create(dls.c, inputs.shape)
         if recipe.model.weights is not None and not begun:
             begin_from(module, recipe.model.weights, recipe.model.name)
+            _note_other_statistics(dls, recipe)
     distilling = vars(recipe.distill.build()) if recipe.distill else {}
     if loss_func is None:
         loss_func = recipe.loss.build(**distilling)
@@ -286,6 +288,22 @@ def dms_learner(
     learn.recipe = recipe
     learn.remove_cbs([learn.recorder, CastToTensor])
     return learn.add_cb(Recorder())
+
+
+def _note_other_statistics(dls: DataLoaders, recipe: Recipe) -> None:
+    """Say so if images are normalised otherwise than those that the weights to begin from were trained on."""
+    expected = expected_by(recipe.model.weights, recipe.model.name)
+    ours, theirs = statistics(dls), (expected.mean, expected.std)
+    one, other = (np.hstack([*map(shortest, each)]) for each in (ours, theirs))
+    if len(one) != len(other) or not np.allclose(one, other, atol=1e-4):
+        notice(
+            f"the weights expect images normalised with mean={_rounded(theirs[0])} and std={_rounded(theirs[1])}, and "
+            f"these have {_rounded(ours[0])} and {_rounded(ours[1])}; give load_data the weights' own"
+        )
+
+
+def _rounded(values: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(round(value, 4) for value in values)
 
 
 def _check_batches(loader: Any, model: nn.Module, inputs: Inputs) -> None:

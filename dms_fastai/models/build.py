@@ -25,8 +25,9 @@ class Model:
         name: Name of the timm entry.
         drop_rate: Probability of dropout, where the architecture has it.
         args: Further arguments of the entry, such as `widths = [32, 64, 128]`.
-        weights: What to begin from: "timm" for timm's pretrained weights, a run's folder or a .safetensors file of the
-            same network. A classifier of another size begins anew.
+        weights: What to begin from: "timm" for timm's pretrained weights, a run's folder, or a .safetensors, .pth or
+            .pt file of the same network. A classifier of another size begins anew. Images get the normalisation of
+            these weights and, if the data set has no size of its own, their size.
     """
 
     name: str = "dmsresnet"

@@ -14,7 +14,7 @@ from ..files import whole
 from ..names import is_architecture
 from .card import ModelCard, read_card
 
-__all__ = ["all_finite", "load_weights", "save_weights", "shipped_weights"]
+__all__ = ["all_finite", "card_in", "load_weights", "save_weights", "shipped_weights"]
 
 KEY = "dms_fastai"
 
@@ -72,6 +72,20 @@ def load_weights(file: Path) -> tuple[nn.Module, ModelCard]:
     except Exception as error:  # an architecture may raise anything
         raise UserError(f"{file} cannot be loaded ({_reason(error)}); train it again") from None
     return model, card
+
+
+def card_in(file: Path) -> ModelCard | None:
+    """The card in a .safetensors file, whose tensors are not read; None if another program wrote the file.
+
+    Raises:
+        UserError: The file or the card is damaged.
+    """
+    try:
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata() or {}
+        return read_card(metadata[KEY]) if KEY in metadata else None
+    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+        raise UserError(f"{file} cannot be loaded ({_reason(error)}); train it again") from None
 
 
 def all_finite(model: nn.Module) -> bool:

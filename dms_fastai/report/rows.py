@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..names import DATA_SETS
+from ..names import DATA_SETS, TIMM
 from ..recipes import ablation_of, flat, recipe_names
 from ..run_folder import Facts, Problem, Run
 from ..runs.lock import held
@@ -20,6 +20,7 @@ from .statistics import Estimate, binomial, over_seeds, paired_images
 
 __all__ = ["Difference", "Row", "Section", "sections"]
 
+IMAGENET = re.compile(r"(^|_)in\d+k(_|$)")  # in the tags of timm's weights: a1_in1k, in12k_ft_in1k_384
 ORDER = ("baseline", "se", "mixup", "teacher", "kd")  # of the paper's ablation; a teacher before its student
 
 
@@ -142,7 +143,7 @@ class Section:
         no step of the ablation.
         """
         name = row.first.recipe
-        step = name in recipe_names() and not name.endswith("teacher")
+        step = name in recipe_names() and "teacher" not in name.split("/")
         chain = ablation_of(name)[:-1] if step else []
         for earlier in reversed(chain):
             steps = [other for other in self.rows if other.first.recipe == earlier and _comparable(other, row)]
@@ -321,13 +322,24 @@ def _noted(rows: list[Row]) -> list[Row]:
     """The rows, with notes that tell those of the same title apart: by model, then by recipe, then by folder."""
     noted, marks = [], count(1)
     for row in rows:
-        same, notes = [other for other in rows if other is not row and other.title == row.title], []
+        same, notes = [other for other in rows if other is not row and other.title == row.title], _beginning(row)
         for tell in (_model, _images, _changes, _folder):
             differ = [other for other in same if tell(other, [row]) != tell(row, [other])]
             notes += tell(row, differ)
             same = [other for other in same if other not in differ]
         noted.append(Row(row.runs, ", ".join(notes), next(marks) if notes else None))
     return noted
+
+
+def _beginning(row: Row) -> list[str]:
+    """Which weights the row's runs began from, if not from fresh ones."""
+    source = row.first.begun_from or row.recipe.get("model.weights")
+    if source is None:
+        return []
+    network = printable(source).removeprefix(TIMM)
+    if IMAGENET.search(network.partition(".")[2]) and source.startswith(TIMM):
+        return [f"pretrained on ImageNet: {network}"]
+    return [f"begun from {printable(source)}"]
 
 
 def _model(row: Row, others: list[Row]) -> list[str]:

@@ -11,6 +11,7 @@ from ..learner import dms_learner
 from ..models.macs import macs
 from ..recipes import Recipe
 from ..trained import Teacher
+from .images import loaders_of
 
 __all__ = ["Estimate", "estimate"]
 
@@ -44,9 +45,10 @@ def estimate(recipe: Recipe, sets: Sets, device: torch.device, teacher: Teacher 
     if teacher is None:
         recipe = replace(recipe, teacher=None, distill=None)
     recipe = replace(recipe, compile=None, early_stopping=None)  # nothing is validated
+    recipe = replace(recipe, fine_tune=None)  # a step that trains all of the network
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices, device_type="cuda"):
-        dls = sets.loaders(recipe.data.batch_size, recipe.augment.build(), device=device, balance=recipe.data.balance)
+        dls = loaders_of(recipe, sets, device)
         clock = _Clock(device)
         learn = dms_learner(dls, recipe, teacher=teacher, cbs=clock)
         with learn.no_bar(), learn.no_logging():

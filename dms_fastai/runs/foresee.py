@@ -9,6 +9,7 @@ from rich.table import Table
 from ..clock import clock
 from ..data import Sets
 from .estimate import estimate
+from .images import size_of_weights
 from .plan import Opened, Stage
 
 __all__ = ["foreseen"]
@@ -34,8 +35,8 @@ def foreseen(
     total, steps, measured = 0.0, {}, {}
     planned = {str(stage.folder.path) for stage in stages if restart or not stage.folder.finished}
     for stage in stages:
-        recipe, sets = stage.recipe, opened.sets(stage.recipe.data.build())
-        line = _described(sets)
+        recipe, sets = stage.recipe, opened.sets(stage.recipe)
+        line = _described(sets, size_of_weights(recipe, opened.data) and recipe.model.name)
         if line not in said:
             said.append(line)
         if stage.folder.finished and not restart:
@@ -59,11 +60,13 @@ def amount(macs: int) -> str:
     return f"{macs / 1e9:.2f} G" if macs >= 1e9 else f"{macs / 1e6:.1f} M"
 
 
-def _described(sets: Sets) -> str:
+def _described(sets: Sets, like: str | None) -> str:
+    """A line about the images; `like` is the network whose weights have brought their size along, if some have."""
     train, valid = sets.train, sets.valid
     counts = train.labels.bincount(minlength=len(sets.vocab)).tolist()
     each = f"{min(counts):,}" if min(counts) == max(counts) else f"{min(counts):,} to {max(counts):,}"
+    why = f", as the weights of {like} expect" if like else ""
     return (
         f"{train.name}: {len(train):,} training images of {len(counts)} classes, {each} of each; {len(valid):,} to "
-        f"validate on ({valid.split}); {sets.size}x{sets.size} pixels"
+        f"validate on ({valid.split}); {sets.size}x{sets.size} pixels{why}"
     )

@@ -16,6 +16,7 @@ from ..files import whole
 from ..learner import dms_learner
 from ..run_folder import RunFolder
 from ..terminal import printable
+from .images import loaders_of
 from .machine import is_out_of_memory
 from .plan import Opened, Stage
 
@@ -56,9 +57,9 @@ def find_rates(
         UserError: Data, teacher or batches do not fit, or the loss grows too soon to tell anything.
     """
     recipe = stage.recipe
-    sets = opened.sets(recipe.data.build())
+    sets = opened.sets(recipe)
     teacher = None if stage.teacher is None else opened.teacher(stage.teacher)
-    dls = sets.loaders(recipe.data.batch_size, recipe.augment.build(), device=device, balance=recipe.data.balance)
+    dls = loaders_of(recipe, sets, device)
     set_seed(stage.seed)
     with TemporaryDirectory() as folder:  # for the weights that fastai saves meanwhile
         learn = dms_learner(dls, recipe, teacher, path=folder, cbs=Callback(after_batch=lambda _: step()))

@@ -1,21 +1,23 @@
 """The wanted stages, in order. What they need is opened once, and checked before anything is trained."""
 
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from ..data import Data, Sets
+from ..data import Sets
+from ..data.sources import USUAL_SIZE, has_own_size
 from ..errors import UserError
 from ..models.build import needs_more_than_one
-from ..models.dmsresnet import MEAN, STD
 from ..recipes import Recipe
 from ..run_folder import RunFolder
 from ..trained import Inputs, Teacher, begin_from, check_pretrained, check_teacher, load_teacher
 from .budget import fitted, with_choices_of
 from .estimate import Estimate
 from .guards import refuse_other_origin, refuse_other_recipe
+from .images import data_of, normalisation_of, size_of_weights
 from .wanted import ALONE, FOR_TEACHER, SAME_IMAGES, Wanted
 
 __all__ = ["Opened", "Stage", "plan"]
@@ -34,8 +36,9 @@ class Opened:
         self._sets: dict[tuple, Sets] = {}
         self._teachers: dict[str, Teacher] = {}
 
-    def sets(self, wanted: Data) -> Sets:
-        """The images, with the wanted size and split."""
+    def sets(self, recipe: Recipe) -> Sets:
+        """The images that a recipe trains on, with its size and split."""
+        wanted = data_of(recipe, self.data)
         key = (wanted.size, wanted.valid, wanted.labels)
         if key not in self._sets:
             self._sets[key] = wanted.open(self.data)
@@ -91,7 +94,7 @@ class _Fits:
             if like is not None:
                 self._fitted[recipe.name] = with_choices_of(recipe, like, given), None
             else:
-                sets, seconds = self.opened.sets(recipe.data.build()), 60 * share * recipe.budget.minutes
+                sets, seconds = self.opened.sets(recipe), 60 * share * recipe.budget.minutes
                 self._fitted[recipe.name] = fitted(recipe, sets, self.device, seconds, given, before)
         return self._fitted[recipe.name][0]
 
@@ -136,6 +139,14 @@ def _with_teacher(recipe: Recipe, recipes: list[Recipe], seed: int, fits: _Fits)
     teaching, before = wanted.teacher_of(recipe), []
     if isinstance(teaching, Recipe):
         named = next((other for other in recipes if other.name == teaching.name), None)
+        sized = _at_size_of(recipe, teaching if named is None else named, opened)
+        if named is None:
+            teaching = sized
+        elif sized is not named:
+            raise UserError(
+                f"{named.title} would train on images of another size than {recipe.title}, which it teaches; add "
+                f"--set data.size=N"
+            )
         if named is not None:
             teaching, recipe = fits.student(named), fits.student(recipe)
         else:
@@ -152,14 +163,14 @@ def _with_teacher(recipe: Recipe, recipes: list[Recipe], seed: int, fits: _Fits)
         else:
             asked = [key.removeprefix(FOR_TEACHER) for key in wanted.settings if key.startswith(FOR_TEACHER)]
             refuse_other_recipe(teaching, first.folder, (*SAME_IMAGES, *asked), or_else="--restart")
-            origin = {"data_digest": opened.sets(teaching.data.build()).digest}
+            origin = {"data_digest": opened.sets(teaching).digest}
             refuse_other_origin(origin, first.folder, or_else="--restart")
             recipe = fits.student(recipe, teaching, opened.teacher(first.folder.path))
         teaching = first.folder.path
     elif teaching is not None:  # refuse one that is missing or does not fit now, not after stages are trained
-        sets = opened.sets(recipe.data.build())
-        check_pretrained(teaching, len(sets.vocab))
-        images = Inputs(_shape(sets), MEAN, STD)
+        sets = opened.sets(recipe)
+        check_pretrained(teaching, len(sets.vocab), _same_images(wanted, sets))
+        images = Inputs(_shape(sets), *normalisation_of(recipe))
         check_teacher(opened.teacher(teaching), len(sets.vocab), images, sets.vocab)
         recipe = fits.student(recipe, teacher=opened.teacher(teaching))
     else:
@@ -168,13 +179,37 @@ def _with_teacher(recipe: Recipe, recipes: list[Recipe], seed: int, fits: _Fits)
     return [*before, Stage(recipe, seed, wanted.folder(recipe, seed, any_network=chosen), teaching)]
 
 
+def _same_images(wanted: Wanted, sets: Sets) -> str:
+    """The options of `dms-fastai run` with which a teacher is trained on the images of its student."""
+    same = {key: wanted.settings[key] for key in SAME_IMAGES if key in wanted.settings}
+    if not has_own_size(wanted.data):
+        same["data.size"] = sets.size
+    return shlex.join(["--data", str(wanted.data), *(w for k, v in same.items() for w in ("--set", f"{k}={v}"))])
+
+
+def _at_size_of(recipe: Recipe, teaching: Recipe, opened: Opened) -> Recipe:
+    """A teacher, at the size of its student's images where weights to begin from would have brought another one."""
+    begun = teaching.model.weights is not None or recipe.model.weights is not None
+    size = _size(recipe, opened)
+    if not begun or teaching.data.size is not None or _size(teaching, opened) == size:
+        return teaching
+    return replace(teaching, data=replace(teaching.data, size=size))
+
+
+def _size(recipe: Recipe, opened: Opened) -> int:
+    """Height and width of a recipe's images; of a data set with its own size, 0 stands for that."""
+    if recipe.data.size is not None:
+        return recipe.data.size
+    return 0 if has_own_size(opened.data) else size_of_weights(recipe, opened.data) or USUAL_SIZE
+
+
 def _try_networks(stages: Iterable[Stage], opened: Opened) -> None:
     """Raise a UserError if a network that is to be trained cannot be built, or does not take the batches."""
     tried: list[Recipe] = []
     for recipe in (stage.recipe for stage in stages if not stage.folder.finished):
         if any((recipe.model, recipe.data) == (other.model, other.data) for other in tried):
             continue
-        sets, model = opened.sets(recipe.data.build()), recipe.model.build()
+        sets, model = opened.sets(recipe), recipe.model.build()
         network = model.create(len(sets.vocab), _shape(sets))
         if recipe.data.batch_size == 1 and needs_more_than_one(network, _shape(sets)):
             raise UserError(f"data.batch_size is 1, too few images for a batch norm of {model.name}; take 2 or more")

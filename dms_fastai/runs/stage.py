@@ -25,13 +25,14 @@ from ..names import source_place
 from ..random_states import seed_everything
 from ..recipes import cut_path
 from ..run_folder import Facts, Figures, Run, RunFolder
-from ..trained import check_classes
+from ..trained import check_classes, origin_of
 from .advice import advice, other_settings
 from .best import KeepBest
 from .checkpoint import Checkpoint
 from .curves import plot_curves
 from .guards import arithmetic, other_arithmetic, refuse_other_code, refuse_other_origin, refuse_other_recipe
 from .history import History, write_rows
+from .images import loaders_of
 from .lock import LOCK, locked
 from .machine import commit, device_name, is_out_of_memory, versions
 from .plan import Opened, Stage
@@ -93,7 +94,7 @@ def run_stage(stage: Stage, opened: Opened, manner: Manner | None = None, consol
     recipe, folder = stage.recipe, stage.folder
     if not manner.restart:
         refuse_other_recipe(recipe, folder)
-    sets = opened.sets(recipe.data.build())
+    sets = opened.sets(recipe)
     teacher = None if stage.teacher is None else opened.teacher(stage.teacher)
     origin = {"data_digest": sets.digest, "place": source_place(opened.data)}
     if teacher is not None:
@@ -116,8 +117,7 @@ def run_stage(stage: Stage, opened: Opened, manner: Manner | None = None, consol
             torch.set_num_threads(_threads(folder, manner.threads))
         gc.collect()  # free the Learner of the stage before, which its callbacks refer to
         torch.compiler.reset()  # and its graphs, which hold gigabytes of a GPU's memory
-        crops, balance = recipe.augment.build(), recipe.data.balance
-        dls = sets.loaders(recipe.data.batch_size, crops, device=manner.device, balance=balance)
+        dls = loaders_of(recipe, sets, manner.device)
         seed_everything(stage.seed)  # only after fastai's loaders have drawn from Python's generator
         begun = folder.finished or any(folder.checkpoints.glob("*.pt"))
         learn = dms_learner(dls, recipe, teacher=teacher, path=folder.path, begun=begun)
@@ -245,7 +245,9 @@ class _Training:
 
 def _predict_again(learn: DMSLearner, folder: RunFolder) -> Run:
     """Write the predictions of a finished run that has none, from its weights."""
-    model, _ = load_weights(folder.weights)
+    model, card = load_weights(folder.weights)
+    for dl in learn.dls.loaders:
+        dl.mean, dl.std = card.mean, card.std  # what it began from may be gone
     learn.model.load_state_dict(model.state_dict())
     learn.model.to(learn.dls.device)
     write_predictions(learn, folder.predictions)
@@ -278,6 +280,7 @@ def _threads(folder: RunFolder, threads: int) -> int:
 def _facts(learn: DMSLearner, seed: int, origin: dict[str, Any], work: Work) -> Facts:
     """What is known before the first epoch."""
     recipe, train, valid = learn.recipe, learn.dls.train_ds, learn.dls.valid_ds
+    weights = recipe.model.weights
     return Facts(
         status="running",
         recipe=recipe.name,
@@ -293,6 +296,7 @@ def _facts(learn: DMSLearner, seed: int, origin: dict[str, Any], work: Work) -> 
         size=train.size,
         mixup=any((recipe.mixup, recipe.cutmix, recipe.mixup_or_cutmix)),
         seed=seed,
+        begun_from=None if weights is None else cut_path(origin_of(weights, recipe.model.name)),
         epochs=recipe.schedule.epochs,
         epochs_done=0,
         seconds=0.0,

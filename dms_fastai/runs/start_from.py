@@ -16,7 +16,7 @@ def settings_from(source: str, recipe: Recipe) -> dict[str, Any]:
     """What it takes to begin a recipe from trained weights: the weights, and a folder and a title of its own.
 
     Args:
-        source: As in `model.weights`: a finished run's folder, a .safetensors file or "timm".
+        source: As in `model.weights`: a finished run's folder, a file of weights or "timm".
         recipe: The recipe, which keeps its schedule.
 
     Raises:
@@ -24,7 +24,7 @@ def settings_from(source: str, recipe: Recipe) -> dict[str, Any]:
     """
     path = Path(source)
     if path.is_dir() and not RunFolder(path).weights.is_file():
-        raise UserError(f"{path} holds no finished run; give the folder of one, or a .safetensors file")
+        raise UserError(f"{path} holds no finished run; give the folder of one, or a file of weights")
     if not path.exists() and source != "timm" and shipped(source) is None:
         raise no_model(source)
     facts = RunFolder(path if path.is_dir() else path.parent)

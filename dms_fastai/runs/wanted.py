@@ -24,6 +24,7 @@ SEVERAL = ("ablation", "table1")  # words that stand for several recipes
 SAME_IMAGES = ("data.size", "data.valid", "data.labels")  # what teacher and student must have in common
 SHARED = ("data", "augment", "bf16", "compile")  # tables whose settings a teacher that is trained gets, too
 ALONE = "-alone"  # ends the name of a student's recipe without its teacher
+PRETRAINED = "teacher/pretrained"  # the recipe that trains a teacher from timm's weights
 FOR_TEACHER = "teacher."  # before the keys of settings that a teacher alone gets
 
 
@@ -49,6 +50,7 @@ class Wanted:
         out: Runs go to OUT/RECIPE/seedS; None: artifacts/DATA.
         arch: Architecture of the recipes, not of their teachers.
         teacher: Teacher in place of the recipes': a recipe, a run's folder, a file, or "timm:NAME".
+        fine_tune_teacher: Train the teacher "timm:NAME" on the data first, from timm's weights.
         epochs, schedule: For every stage, including teachers.
         settings: Recipe values by dotted key. A teacher that is trained gets those of the tables `SHARED`, too, and
             alone those whose key begins with "teacher.". Of several recipes, those that have the setting's table get
@@ -63,6 +65,7 @@ class Wanted:
     out: Path | None = None
     arch: str | None = None
     teacher: str | None = None
+    fine_tune_teacher: bool = False
     epochs: int | None = None
     schedule: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -123,7 +126,8 @@ class Wanted:
         for name in names:
             if names.count(name) > 1:
                 raise UserError(f"two of the recipes are called {name!r}, and so are their folders; rename one")
-        if (self.teacher is not None or self.settings.get("teacher")) and all(r.distill is None for r in found):
+        teaching = self.teacher is not None or self.settings.get("teacher") or self.fine_tune_teacher
+        if teaching and all(r.distill is None for r in found):
             which = f"recipe {names[0]!r} does" if len(names) == 1 else "these recipes do"
             raise UserError(f"{which} not distil; leave --teacher out, or take kd")
         for recipe in found:
@@ -142,13 +146,20 @@ class Wanted:
         if recipe.distill is None:
             return None
         source = self.teacher if self.teacher is not None else recipe.teacher
+        network = source.removeprefix("timm:") if self.fine_tune_teacher else None
+        if network is not None:
+            if network == source or "," in source:
+                raise UserError(f"--fine-tune-teacher is for one --teacher timm:NAME, and this one is {source}")
+            if not is_architecture(network):
+                raise unknown("timm model", network, architectures())
+            source = PRETRAINED
         if source not in recipe_names() and not source.endswith(".toml"):
             return source
         if source.endswith(".toml") and not Path(source).is_file():
             raise UserError(f"recipe {recipe.name!r} names the teacher {source!r}, and there is no such file")
         shared = {key: value for key, value in self.settings.items() if key.split(".")[0] in SHARED}
         alone = {k.removeprefix(FOR_TEACHER): v for k, v in self.settings.items() if k.startswith(FOR_TEACHER)}
-        teaching = load_recipe(source, source_name(self.data), None, self._everywhere() | shared | alone)
+        teaching = load_recipe(source, source_name(self.data), network, self._everywhere() | shared | alone)
         if teaching.distill is not None:
             raise UserError(f"recipe {teaching.name!r} needs a teacher itself; train it, and give its run's folder")
         return teaching
@@ -159,6 +170,7 @@ class Wanted:
         if to_teacher:
             keys = {key for key in keys if key.split(".")[0] in SHARED}
             keys |= {key.removeprefix(FOR_TEACHER) for key in self.settings if key.startswith(FOR_TEACHER)}
+            keys |= {"model.name"} if self.fine_tune_teacher else set()
         elif self.arch is not None:
             keys.add("model.name")
         return keys | self._everywhere().keys()

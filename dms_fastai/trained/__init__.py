@@ -2,11 +2,13 @@
 
 from .answers import Answers
 from .inputs import Inputs, images_of, inputs_of
-from .load import begin_from, check_pretrained, ensemble, find_file, load_teacher, open_learner, without_code
+from .load import check_pretrained, ensemble, find_file, load_teacher, open_learner, without_code
 from .network import Teacher, check_classes, check_teacher, renormalize
+from .start import Expected, begin_from, expected_by, origin_of
 
 __all__ = [
     "Answers",
+    "Expected",
     "Inputs",
     "Teacher",
     "begin_from",
@@ -14,11 +16,13 @@ __all__ = [
     "check_pretrained",
     "check_teacher",
     "ensemble",
+    "expected_by",
     "find_file",
     "images_of",
     "inputs_of",
     "load_teacher",
     "open_learner",
+    "origin_of",
     "renormalize",
     "without_code",
 ]

@@ -2,24 +2,22 @@
 
 import copy
 import os
-import sys
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import timm
 from fastai.learner import Learner, load_learner
-from torch import Tensor, nn
+from torch import nn
 
 from ..data.loader import statistics, vocabulary
-from ..errors import UserError, unknown
-from ..models.groups import classifiers
+from ..errors import UserError
 from ..models.weights import all_finite, load_weights, shipped_weights
 from ..run_folder import RunFolder
 from .network import Ensemble, Teacher, check_classes
+from .pretrained import pretrained_cfg, timm_model
 
-__all__ = ["begin_from", "check_pretrained", "ensemble", "find_file", "load_teacher", "open_learner", "without_code"]
+__all__ = ["check_pretrained", "ensemble", "find_file", "load_teacher", "open_learner", "without_code"]
 
 
 def ensemble(sources: Iterable[Any], of: str = "logits", trust: bool = False) -> Teacher:
@@ -90,49 +88,6 @@ def _copied(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).float()
 
 
-def begin_from(model: nn.Module, source: str, arch: str) -> None:
-    """Put trained weights into a fresh model; a classifier of another size is left out.
-
-    Args:
-        model: Of the architecture `arch`.
-        source: "timm" for timm's pretrained weights, a run's folder or a .safetensors file. If they are of another
-            size of images, a table of positions is resampled.
-        arch: Name of the timm entry.
-
-    Raises:
-        UserError: There are no such weights, or they are another network's.
-    """
-    if source == "timm":
-        state = _timm_teacher(arch).model.state_dict()
-    else:
-        file = find_file(source, trust=False)
-        if file is None or file.suffix != ".safetensors":
-            raise UserError(f"model.weights is {source!r}; give 'timm', a run's folder or a .safetensors file")
-        state = load_weights(file)[0].state_dict()
-    ours, state = model.state_dict(), _resized(state, model)
-    other = sorted(name for name in ours.keys() | state.keys() if _shape(ours, name) != _shape(state, name))
-    heads = classifiers(model)
-    head = [name for name, module in model.named_modules() if module in heads]
-    if any(name.rpartition(".")[0] not in head for name in other):
-        raise UserError(f"the weights at {source} are of another network than {arch} (see {other[0]}); take its own")
-    model.load_state_dict({name: value for name, value in state.items() if name not in other}, strict=False)
-
-
-def _resized(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """A state, its table of positions resampled if the images had another size and the architecture knows how."""
-    resize = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)  # timm's name for it
-    if resize is None or _shape(state, "pos_embed") == _shape(model.state_dict(), "pos_embed"):
-        return state
-    try:
-        return resize(state, model)
-    except Exception:  # as of weights of another network
-        return state
-
-
-def _shape(state: dict[str, Tensor], name: str) -> tuple[int, ...] | None:
-    return tuple(state[name].shape) if name in state else None
-
-
 def find_file(source: str | Path, trust: bool) -> Path | None:
     """The .safetensors or .pkl file that a path stands for; None if it stands for neither.
 
@@ -191,17 +146,21 @@ def open_learner(file: Path, trust: bool) -> Learner:
         raise UserError(said + hint) from None
 
 
-def check_pretrained(source: str, classes: int) -> None:
-    """Raise a UserError if a pretrained teacher of timm has another number of classes, before it is downloaded."""
+def check_pretrained(source: str, classes: int, options: str) -> None:
+    """Raise a UserError if a pretrained teacher of timm has another number of classes, before it is downloaded.
+
+    Args:
+        source: Teachers as `load_teacher` takes them.
+        classes: How many classes the data have.
+        options: Of `dms-fastai run`, to train a teacher on the same images, for the error.
+    """
     for name in (part.strip().removeprefix("timm:") for part in source.split(",") if part.strip().startswith("timm:")):
-        try:
-            cfg = timm.get_pretrained_cfg(name) if timm.is_model(name.split(".")[0]) else None
-        except RuntimeError as error:  # no such tag
-            raise UserError(f"timm:{name}: {error}") from None
-        if cfg is not None and cfg.num_classes != classes:
+        known = pretrained_cfg(name).num_classes
+        if known != classes:
             raise UserError(
-                f"timm's weights of {name!r} know {cfg.num_classes} classes and the data have {classes}; train it on "
-                f"them, as in `dms-fastai run se --arch {name.split('.')[0]}`, and give that run's folder"
+                f"timm's weights of {name!r} know {known} classes and the data have {classes}; train it on them: add "
+                f"--fine-tune-teacher, or run `dms-fastai run teacher/pretrained --arch {name} {options}` first "
+                f"and give that run's folder"
             )
 
 
@@ -216,11 +175,5 @@ def _cfg_vocab(model: nn.Module) -> list[str] | None:
 
 
 def _timm_teacher(name: str) -> Teacher:
-    if not timm.is_model(name.split(".")[0]):
-        raise unknown("timm model", name, timm.list_models())
-    try:
-        model = timm.create_model(name, pretrained=True)
-    except Exception as error:  # the hub's client may raise whatever its libraries raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"timm has no weights at hand for {name!r} ({reason})") from None
+    model = timm_model(name)
     return Teacher(model, *_cfg_statistics(model), _cfg_vocab(model))

@@ -1,0 +1,85 @@
+"""Fine-tuning: the head of a trained network alone at first, then all of it, the body at a lower learning rate."""
+
+from fastai.callback.core import Callback
+from fastai.torch_core import norm_bias_params
+from torch import nn
+
+from ..errors import UserError
+from ..settings import PositiveShare, Steps, checked
+from ..training.parts import order_of
+
+__all__ = ["FineTune"]
+
+
+@checked
+class FineTune(Callback):
+    """Train a network's head alone for some epochs, then all of it, at learning rates that are lower in the body.
+
+    fastai's `fine_tune`, within one fit and its schedule. The groups are those of the Learner's splitter; the last one
+    is the head, and has the scheduled rate. Norms of a frozen body go on learning, as in fastai, unless the Learner has
+    `train_bn=False`. When the body thaws, the optimiser forgets its momenta, as fastai's does. A Learner that was
+    frozen before is unfrozen. Nothing but the progress of the fit goes into it, so that a resumed fit goes on alike.
+    """
+
+    order, run_valid = order_of("fine_tune"), False
+    frozen: tuple[nn.Parameter, ...] = ()
+    _stateattrs = ("frozen",)
+
+    def __init__(self, freeze_epochs: Steps = 1, body_lr: PositiveShare = 0.01):
+        """
+        Args:
+            freeze_epochs: Epochs of the training in which the head is trained alone; all of them: it alone.
+            body_lr: Learning rate of the first group, as a share of the head's; of groups between, a geometric mean.
+
+        Raises:
+            UserError: A value out of range.
+        """
+        super().__init__()
+        self.freeze_epochs, self.body_lr = freeze_epochs, body_lr
+
+    def before_fit(self) -> None:
+        self.thaw()  # if an exception ended the last fit
+        if self.learn.opt.frozen_idx:  # as by vision_learner
+            self.learn.unfreeze()
+        last = len(self.learn.opt.param_lists) - 1
+        if last == 0:
+            raise UserError(
+                f"nothing to freeze: {type(self.learn.model).__name__} has one group of parameters; give splitter= a "
+                f"function that returns a list of parameters for each group, the head last"
+            )
+        self.shares = [self.body_lr ** (1 - place / last) for place in range(last + 1)]
+
+    def before_train(self) -> None:
+        if self.learn.epoch < self.freeze_epochs:
+            self.freeze()
+        else:
+            self.thaw()
+
+    def before_batch(self) -> None:
+        learn = self.learn
+        if learn.epoch == self.freeze_epochs > 0 and learn.iter == 0:  # also where a fit resumes here, with momenta
+            learn.opt.clear_state()
+        lr = learn.opt.hypers[-1]["lr"]
+        learn.opt.set_hyper("lr", [lr * share for share in self.shares])
+
+    def after_fit(self) -> None:
+        self.thaw()
+
+    def freeze(self) -> None:
+        """Have the body get no gradients, except for its norms."""
+        norms = norm_bias_params(self.learn.model, with_bias=False) if self.learn.train_bn else ()
+        kept = {id(p) for p in norms}
+        body = [p for group in self.learn.opt.param_lists[:-1] for p in group if id(p) not in kept]
+        self.frozen += tuple(p for p in body if p.requires_grad)  # others never learn, such as fixed positions
+        for p in self.frozen:
+            p.requires_grad_(False)
+            p.grad = None  # of a fit before: the optimiser would go on with it
+
+    def thaw(self) -> None:
+        """Have what `freeze` froze get gradients again, and no other weight a head start."""
+        if not self.frozen:
+            return
+        for p in self.frozen:
+            p.requires_grad_(True)
+        self.frozen = ()
+        self.learn.opt.clear_state()  # torch's fused SGD needs the momenta of all weights or of none
