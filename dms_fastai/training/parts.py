@@ -50,7 +50,7 @@ PARTS = (
     Part("compile", "callbacks.torch_compile:TorchCompile", order=6),  # after TeacherDistill has made its network
     Part("bf16", "callbacks.bf16:BF16", order=11),
     Part("drop_block", "callbacks.drop_block:DropBlockSchedule", order=61),  # after ParamScheduler
-    Part("distill", "callbacks.distill:TeacherDistill", order=5, settings="training.losses:Distillation"),
+    Part("distill", "callbacks.distill:TeacherDistill", order=5, settings="training.losses:Teaching"),
     # The loss; after_backward: the gradients; before_step: what becomes of them.
     Part("loss", "training.losses:DMSLoss", always=True),
     Part("sam", "callbacks.sam:SAM", order=45),  # after whatever completes the targets and the loss
