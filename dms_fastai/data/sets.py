@@ -189,13 +189,13 @@ class Data:
 
 def _own_size(images: ImageSet) -> int:
     """The shorter side of images as they came, in pixels; of files, the median of a few."""
-    if images.files is None:
-        return images.own_size or images.size
-    sides = []
-    for file in images.items[:: max(1, len(images) // FEW)]:
-        with suppress(OSError), Image.open(file) as image:  # a header alone; the files have been read before
-            sides.append(min(image.size))
-    return median_low(sides) if sides else images.size
+    if images.own_size is None and images.files is not None:
+        sides = []
+        for file in images.items[:: max(1, len(images) // FEW)]:
+            with suppress(OSError), Image.open(file) as image:  # a header alone; the files have been read before
+                sides.append(min(image.size))
+        images.own_size = median_low(sides) if sides else None
+    return images.own_size or images.size
 
 
 def _valid(splits: Splits, wanted: str, data: str | Path) -> ImageSet:

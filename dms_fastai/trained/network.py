@@ -15,6 +15,7 @@ from ..errors import UserError
 from ..models.build import described
 from ..models.fold import fold_batch_norms
 from ..models.weights import all_finite
+from ..settings import Pixels, convert
 from .inputs import Inputs, shortest
 
 __all__ = ["Ensemble", "Teacher", "check_classes", "check_teacher", "folded", "renormalize"]
@@ -52,8 +53,9 @@ class Teacher:
         """This teacher for images of another size. A network that is built for one size is built anew for it.
 
         Raises:
-            UserError: The network cannot be.
+            UserError: The network cannot be, or the size is out of range.
         """
+        size = convert(size, Pixels, "size")
         model = copy.deepcopy(self.model)
         for network in members_of(model):
             _set_size(network, size)
