@@ -61,8 +61,9 @@ def teacher_file(folder, arch, size, **args):
 
 
 class Witness(nn.Module):
-    """A teacher of two classes that keeps what it was shown, from its third batch on: two are tried. Its copies are
-    itself.
+    """A teacher of two classes that keeps what it was shown, but for the black images that it is tried on.
+
+    Its copies are itself.
     """
 
     def __init__(self):
