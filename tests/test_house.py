@@ -123,7 +123,7 @@ def test_another_choice_inherits_what_it_has_too(tmp_path):
         ({"mixup_or_cutmix": True}, "mixup and mixup_or_cutmix would mix the same batch"),
         ({"optimizer.lr": 10**400}, "it must be a finite number"),
         ({"bf16.x": 1}, "unknown recipe key 'bf16.x': did you mean 'bf16'?"),
-        ({"size": 0.5}, "unknown recipe key 'size': did you mean 'data.size' or 'cutout.size'?"),
+        ({"size": 0.5}, "unknown recipe key 'size': did you mean 'data.size' or 'cutout.size' or 'distill.size'?"),
         ({"compile.step": 3}, "unknown recipe key 'compile.step': did you mean 'compile.steps'?"),
         ({"bf16.steps": 3}, "unknown recipe key 'bf16.steps': did you mean 'compile.steps'"),
     ],

@@ -1,4 +1,6 @@
-"""Progressive resizing: the sizes of every step, what the teacher sees, what it costs, and a resume."""
+"""Progressive resizing: the sizes of every step, what it costs, and a resume."""
+
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -60,7 +62,7 @@ def test_images_are_made_smaller_as_pil_does():
     images = torch.randint(256, (4, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
     class Fit:
-        xb, pct_train = (images.float(),), 0.0
+        xb, pct_train, training, dls = (images.float(),), 0.0, True, SimpleNamespace(train_ds=None)
 
     resize = ProgressiveResize(0.5)
     resize.learn = Fit()

@@ -160,7 +160,10 @@ class Flat(nn.Module):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: timm.create_model("vit_tiny_patch16_224", num_classes=10), ("VisionTransformer", "8x8", "224")),
+        (
+            lambda: Teacher(timm.create_model("vit_tiny_patch16_224", num_classes=10)),
+            ("VisionTransformer", "8x8", "224", "distill.size"),
+        ),
         (Flat, ("Flat", "8x8")),
         (lambda: tiny(1, 10), ("DMSResNet", "8x8", "channels")),
         (lambda: Gives(lambda z: (z, z)), ("Gives", "tuple")),

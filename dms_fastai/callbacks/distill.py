@@ -1,29 +1,37 @@
 """Knowledge distillation: a teacher whose logits enter the loss."""
 
+import math
 from typing import Any
 
 import torch
 from fastai.callback.core import Callback
+from fastai.torch_core import show_image
+from fastai.vision.data import get_grid
 from torch import Tensor, nn
 
+from ..data.augment import at_size
+from ..data.imageset import ImageSet
 from ..data.loader import BatchLoader, statistics, vocabulary
 from ..errors import UserError, notice
-from ..models.fold import fold_batch_norms
 from ..trained import Answers, check_teacher, images_of, load_teacher, renormalize
-from ..training.losses import Distillation, DMSLoss, Targets
+from ..trained.network import Ensemble, folded
+from ..training.losses import DMSLoss, Targets, Teaching
 from ..training.parts import PARTS, order_of
 from .bf16 import has_bf16
+from .progressive_resize import students_shape
 
 __all__ = ["TeacherDistill"]
 
 TABLES = [part.table for part in PARTS]
-# Those that decide what is in a batch.
-OF_A_BATCH = {"data", *TABLES[TABLES.index("augment") : TABLES.index("fixed_views") + 1]}
+# Those that decide what a teacher sees of a batch: it comes before the student's resize.
+OF_A_BATCH = {"data", *TABLES[TABLES.index("augment") : TABLES.index("progressive_resize")]}
 
 
 class TeacherDistill(Callback):
     """Show each training batch, as mixed, to a frozen teacher, and pass the teacher's logits to the loss.
 
+    The teacher sees the student's images at its own size: that which its weights were trained on. They are enlarged, or
+    made smaller; where `load_data` got a `view`, they have been larger from the beginning.
     With a `DMSLoss`, the logits are added to the targets, and the loss gives equation (ii) or (iv), with its own alpha
     and T. Any other loss becomes `alpha T^2 KL(teacher || student) + (1 - alpha) loss`. The teacher is in evaluation
     mode, has no gradients, plays no part in validation, and stays out of exported and pickled Learners.
@@ -34,18 +42,19 @@ class TeacherDistill(Callback):
     teacher = network = made_of = logits = answers = None
     _stateattrs = ("teacher", "network", "made_of", "logits", "answers")
 
-    def __init__(self, teacher: Any, **distillation: Any):
+    def __init__(self, teacher: Any, size: int | None = None, **distillation: Any):
         """
         Args:
             teacher: Whatever `load_teacher` takes; for a .pkl that you trust, give `load_teacher(file, trust=True)`.
+            size: Height and width of the teacher's images, in place of those that its weights were trained on.
             distillation: alpha, T and the rest of `Distillation`. Not with a `DMSLoss`, which has its own.
 
         Raises:
-            UserError: There is no such teacher, or a value is out of range.
+            UserError: There is no such teacher, its network does not take that size, or a value is out of range.
         """
         super().__init__()
-        self.given, self.distillation = sorted(distillation), Distillation(**distillation)
-        self.teacher = load_teacher(teacher)
+        self.given, self.distillation = sorted(distillation), Teaching(**distillation, size=size)
+        self.teacher = load_teacher(teacher, size=size)
 
     def before_train(self) -> None:
         """Check that teacher and student fit, and put a faster copy of the teacher on the student's device."""
@@ -62,10 +71,17 @@ class TeacherDistill(Callback):
         images = images_of(dls)
         if images is not None:
             check_teacher(self.teacher, getattr(dls, "c", None), images, vocabulary(dls))
+        if getattr(dls.train_ds, "seen", None) is not None and not hasattr(self.learn, "progressive_resize"):
+            raise UserError(
+                f"the images are larger than the student's {dls.train_ds.size} pixels; leave out view=, or add "
+                f"ProgressiveResize(1.0, 0.0, 0.0) to the callbacks, which makes the student's images of them"
+            )
         device = next(self.learn.model.parameters()).device
         self.made_of = self.teacher
-        self.network = fold_batch_norms(self.teacher.model).to(device, memory_format=torch.channels_last)
-        self.affine = self._affine(device)
+        self.network = folded(self.teacher.model).to(device, memory_format=torch.channels_last)
+        self.size, self.affine = self.teacher.size, self._affine(device)
+        if isinstance(dls.train_ds, ImageSet):  # which may hold larger images than the student's
+            self._fill_sizes(dls.train_ds.shape[1:])
         if hasattr(self.learn, "bf16") and has_bf16(device):
             cast_weights(self.network, torch.bfloat16)
         if hasattr(self.learn, "fixed_views"):
@@ -84,12 +100,8 @@ class TeacherDistill(Callback):
 
     def ask(self) -> Tensor:
         """The teacher's logits."""
-        x = self.learn.xb[0]
-        if self.affine is not None:
-            scale, shift = self.affine
-            x = x * scale + shift
         with torch.no_grad():
-            return self.network(x)
+            return self.network(self.view())
 
     def recall(self) -> Tensor:
         """The teacher's logits, asked for where nobody has asked yet; always as they are kept, in float16."""
@@ -105,7 +117,7 @@ class TeacherDistill(Callback):
         if recipe is None or not isinstance(loader, BatchLoader):
             return None
         facts = {
-            "teacher": self.teacher.digest,
+            "teacher": [self.teacher.digest, self.teacher.sizes],
             "images": [loader.dataset.digest(), list(loader.dataset.images.shape)],
             "statistics": [loader.mean, loader.std],
             "batches": {table: found for table, found in recipe.to_table().items() if table in OF_A_BATCH},
@@ -117,6 +129,16 @@ class TeacherDistill(Callback):
             f"of its answers are there, in {answers.folder} ({answers.nbytes / 1e6:,.1f} MB)"
         )
         return answers
+
+    def view(self) -> Tensor:
+        """The batch as the teacher sees it: at its size, in its normalisation. An ensemble sees to its members."""
+        x = self._given()
+        if self.size is not None:
+            x = at_size(x, self.size)
+        if self.affine is not None:
+            scale, shift = self.affine
+            x = x * scale + shift
+        return x
 
     def after_loss(self) -> None:
         if isinstance(self.learn.loss_func, DMSLoss):
@@ -133,6 +155,33 @@ class TeacherDistill(Callback):
 
     def after_fit(self) -> None:
         self.network = self.made_of = self.logits = self.answers = None
+
+    def show_batch(self, max_n: int = 4) -> None:
+        """Show images of a training batch as the student sees them and, below, as the teacher sees them."""
+        learn, loader = self.learn, self.learn.dls.train
+        x, y = loader.one_batch()
+        learn.xb, learn.yb, learn.training, learn.pct_train = (x,), (y,), True, 0.0
+        for callback in learn.cbs.sorted("order"):
+            if callback.order <= order_of("progressive_resize") and hasattr(type(callback), "before_batch"):
+                callback.before_batch()
+        student = learn.xb[0][:max_n]
+        size = max(filter(None, self.teacher.sizes), key=math.prod, default=students_shape(learn.dls, x)[1:])
+        rows = [loader.decode((part, y[:max_n]))[0] for part in (student, at_size(self._given()[:max_n], size))]
+        grid = get_grid(2 * len(student), nrows=2)
+        for image, axes in zip([*rows[0], *rows[1]], grid, strict=True):
+            show_image(image, ctx=axes, title="x".join(map(str, image.shape[-2:])))
+
+    def _given(self) -> Tensor:
+        """The batch as all callbacks but the student's resize have left it."""
+        given = getattr(getattr(self.learn, "progressive_resize", None), "given", None)
+        return self.learn.xb[0] if given is None else given.as_subclass(Tensor)
+
+    def _fill_sizes(self, students: tuple[int, int]) -> None:
+        """Have networks that no size is known of see images of the student's size."""
+        if isinstance(self.network, Ensemble):
+            self.network.set_sizes(lambda size: size or students)
+        else:
+            self.size = self.size or students
 
     def _affine(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
         """Scale and shift from the student's normalisation to the teacher's; None where they are the same."""

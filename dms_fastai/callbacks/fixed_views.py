@@ -4,7 +4,6 @@ from typing import Any
 
 from fastai.callback.core import Callback
 
-from ..errors import UserError
 from ..random_states import get_random_states, seed_everything, set_random_states
 from ..settings import Count, checked
 from ..training.parts import order_of
@@ -44,8 +43,6 @@ class FixedViews(Callback):
         return self.learn.epoch % self.count
 
     def before_train(self) -> None:
-        if hasattr(self.learn, "progressive_resize"):
-            raise UserError("a view comes again at another size with [progressive_resize]; leave one of the two out")
         if self.network_states is None:
             self.network_states = get_random_states()
         self.seed(step=0)

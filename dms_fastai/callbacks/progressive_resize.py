@@ -1,8 +1,12 @@
-"""Progressive resizing: small images first, which cost less, and large ones at the end."""
+"""The size of the student's images: small first, which costs less, and whole at the end; a teacher sees more."""
 
-import torch.nn.functional as F
+from typing import Any
+
 from fastai.callback.core import Callback
+from torch import Tensor
 
+from ..data.augment import at_size
+from ..data.imageset import ImageSet
 from ..errors import UserError
 from ..settings import PositiveShare, Share, checked
 from ..training.parts import order_of
@@ -17,11 +21,14 @@ class ProgressiveResize(Callback):
     """Train on smaller images at first, then on ever larger ones, and on the whole ones at the end.
 
     The share of the side is `smallest` until `grow_at`, rises evenly, and is 1 from `full_at` on, where the batch norms
-    come to know what is validated. All else has happened to the images by then, and a teacher sees them as they are.
+    come to know what is validated. All else has happened to the images by then. Those of `load_data` with a larger
+    `view` come to their own size in the same step, also in validation. A teacher sees the images as they were before.
     Nothing but the progress of the fit goes into it, so that a resumed fit goes on with the same sizes.
     """
 
-    order, run_valid = order_of("progressive_resize"), False
+    order = order_of("progressive_resize")
+    given: Tensor | None = None
+    _stateattrs = ("given",)
 
     def __init__(self, smallest: PositiveShare = 0.5, grow_at: Share = 0.25, full_at: Share = 0.75):
         """
@@ -53,7 +60,18 @@ class ProgressiveResize(Callback):
         return min(max(int(side) // MULTIPLE * MULTIPLE, MULTIPLE), whole)
 
     def before_batch(self) -> None:
-        x, *rest = self.learn.xb
-        shape = self.shape(x.shape[1:], self.learn.pct_train)
-        if shape != x.shape[1:]:
-            self.learn.xb = (F.interpolate(x, shape[1:], mode="bilinear", antialias=True), *rest)
+        """Make the student's images; `given` has the batch as it came."""
+        self.given, *rest = self.learn.xb
+        shape = students_shape(self.learn.dls, self.given)
+        if self.learn.training:
+            shape = self.shape(shape, self.learn.pct_train)
+        self.learn.xb = (at_size(self.given, shape[1:]), *rest)
+
+    def after_batch(self) -> None:
+        self.given = None
+
+
+def students_shape(dls: Any, x: Tensor) -> tuple[int, ...]:
+    """The shape (C, H, W) of the whole images that a student is trained on, of which `x` is a batch, maybe larger."""
+    data = dls.train_ds
+    return data.shape if isinstance(data, ImageSet) else tuple(x.shape[1:])

@@ -8,6 +8,7 @@ from fastai.data.core import DataLoaders
 
 from ..models.dmsresnet import MEAN, STD
 from ..names import source_name
+from ..settings import Pixels, convert
 from .augment import Crops
 from .imageset import ImageSet
 from .loader import BatchLoader
@@ -29,6 +30,7 @@ def load_data(
     device: str | torch.device | None = None,
     labels: str | Path | None = None,
     balance: bool = False,
+    view: int | None = None,
     **crops: Any,
 ) -> DataLoaders:
     """fastai `DataLoaders` over a data set, with crops and flips in training.
@@ -43,6 +45,8 @@ def load_data(
         device: Where images and batches are. None: the GPU if there is one.
         labels: A .csv table with the labels of the images in a folder.
         balance: As in `Data`.
+        view: Height and width of the images that a teacher expects. Where they come larger than `size`, training
+            batches are as large as that, and `dms_learner` makes the student's images from them.
         crops: As in `Crops`; digits are not flipped unless `flip` is given.
 
     Raises:
@@ -54,4 +58,7 @@ def load_data(
     if source_name(data) in NO_FLIP:
         crops.setdefault("flip", 0.0)
     cropped = Crops(**crops)
-    return chosen.open(data, seed).loaders(bs, cropped, mean, std, device, balance)
+    sets = chosen.open(data, seed)
+    if view is not None:
+        sets = chosen.enlarged(sets, data, convert(view, Pixels, "view"), seed)
+    return sets.loaders(bs, cropped, mean, std, device, balance)

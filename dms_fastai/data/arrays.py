@@ -73,7 +73,9 @@ def array_splits(
         elif size is None and min(pixels.shape[-2:]) != side:
             found = "x".join(map(str, pixels.shape[-2:]))
             notice(f"{where}_images are {found} pixels; they are resized to {side}x{side}, as the training images are")
-        return ImageSet(resize(pixels, side), torch.from_numpy(indices), vocab, white=white)
+        found = ImageSet(resize(pixels, side), torch.from_numpy(indices), vocab, white=white)
+        found.own_size = min(pixels.shape[-2:])
+        return found
 
     for split in readers:
         splits.add(split, partial(read, split))

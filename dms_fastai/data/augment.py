@@ -10,7 +10,7 @@ from torch import Tensor
 from ..settings import PositiveShare, Share, checked
 from .boxes import random_sides, random_starts, resized_crops
 
-__all__ = ["Cropper", "Crops", "affine", "normalize"]
+__all__ = ["Cropper", "Crops", "affine", "at_size", "normalize"]
 
 
 @checked
@@ -121,6 +121,13 @@ def affine(mean: tuple[float, ...], std: tuple[float, ...], size: int, device: t
     mean, std = (torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (mean, std))
     scale, shift = 1 / (255 * std), -mean / std
     return tuple(v.expand(-1, -1, size, size).contiguous(memory_format=torch.channels_last) for v in (scale, shift))
+
+
+def at_size(x: Tensor, sides: tuple[int, int]) -> Tensor:
+    """Images (B, C, H, W) resized to `sides`, height and width, as PIL does; the same tensor if they have them."""
+    if tuple(x.shape[-2:]) == tuple(sides):
+        return x
+    return F.interpolate(x, tuple(sides), mode="bilinear", antialias=True)
 
 
 def normalize(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

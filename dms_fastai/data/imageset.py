@@ -22,7 +22,7 @@ class ImageSet:
     """Images, labels and class names, with what fastai's DataLoaders expect of a dataset.
 
     Attributes:
-        images: uint8, shape (N, 3, size, size).
+        images: uint8, shape (N, 3, H, W), square.
         labels: int64, shape (N,), or None for images without labels.
         vocab: Class names, as fastai keeps them; a label is an index into it.
         name: The data set's name, "" if it has none; recipes may have settings for this name.
@@ -30,10 +30,15 @@ class ImageSet:
         files: The images' files, relative to `root`; None if they come from none.
         root: The folder of the files.
         white: The value that became 255, if pixels were no bytes; None if they were.
+        seen: Height and width of the images that a network is trained on, where `images` are larger, for its teacher;
+            None where they are not.
+        own_size: The shorter side of the images as they came, in pixels; None where nobody has noted it.
         split_idx: 0 for images that are augmented (training), 1 for those that are not.
     """
 
     n_inp = 1
+    seen: int | None = None
+    own_size: int | None = None
 
     def __init__(
         self,
@@ -71,7 +76,13 @@ class ImageSet:
 
     @property
     def size(self) -> int:
-        return self.images.shape[-1]
+        """Height and width of what a network is trained on."""
+        return self.seen or self.images.shape[-1]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The same with the channels, (C, H, W)."""
+        return self.images.shape[1], self.size, self.size
 
     @property
     def c(self) -> int:
@@ -124,14 +135,16 @@ class ImageSet:
     def new_empty(self) -> "ImageSet":
         """A set with the same size and classes but no images, for an exported Learner."""
         labels = None if self.labels is None else self.labels.new_empty(0)
-        images = self.images.new_empty(0, *self.images.shape[1:])
+        images = self.images.new_empty(0, *self.shape)
         return ImageSet(images, labels, self.vocab, self.name, self.split_idx, white=self.white)
 
     def subset(self, index: Tensor) -> "ImageSet":
         files = None if self.files is None else [self.files[i] for i in index.tolist()]
         labels = None if self.labels is None else self.labels[index]
         kept = {"files": files, "root": self.root, "white": self.white}
-        return ImageSet(self.images[index], labels, self.vocab, self.name, self.split_idx, **kept)
+        found = ImageSet(self.images[index], labels, self.vocab, self.name, self.split_idx, **kept)
+        found.seen, found.own_size = self.seen, self.own_size
+        return found
 
     def digest(self) -> str:
         """A short hash of all images and labels: what tells one data set from another of the same name."""
@@ -158,5 +171,5 @@ class ImageSet:
             labels += [self._label(value) for value in label]
         if labels and len(labels) < len(images):
             raise UserError(f"{len(images)} images come with {len(labels)} labels; give each a label, or none")
-        stacked = torch.stack(images) if images else self.images.new_empty(0, *self.images.shape[1:])
+        stacked = torch.stack(images) if images else self.images.new_empty(0, *self.shape)
         return ImageSet(stacked, torch.tensor(labels) if labels else None, self.vocab, self.name, white=self.white)

@@ -24,8 +24,8 @@ __all__ = ["BatchLoader", "ImageLoaders", "balanced", "statistics", "vocabulary"
 class BatchLoader(TfmdDL):
     """A fastai loader over an `ImageSet` whose batches `(x, y)` are plain tensors, already on the device.
 
-    `x` is float32, normalised, shape (B, 3, size, size), channels last; `y` is int64, shape (B,), and is left out
-    where the set has no labels. Sets with `split_idx` 0 are cropped and flipped at random.
+    `x` is float32, normalised, of the shape of the set's `images`, channels last; `y` is int64, shape (B,), and is left
+    out where the set has no labels. Sets with `split_idx` 0 are cropped and flipped at random.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class BatchLoader(TfmdDL):
     def _affine(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """What `normalize` needs, on `device`, where it stays: a copy for every batch would wait for it."""
         if device not in self._affine_on:
-            self._affine_on[device] = affine(self.mean, self.std, self.dataset.size, device)
+            self._affine_on[device] = affine(self.mean, self.std, self.dataset.images.shape[-1], device)
         return self._affine_on[device]
 
     def _where(self) -> torch.device:

@@ -12,7 +12,7 @@ from ..errors import UserError, damage
 from .arrays import ImagesAndLabels, array_splits
 from .splits import Splits
 
-__all__ = ["read_npz"]
+__all__ = ["machine_memory", "read_npz"]
 
 NO_NPZ = "{} cannot be read as an .npz file of plain arrays"
 KERAS = {"x_train": "train_images", "y_train": "train_labels", "x_test": "test_images", "y_test": "test_labels"}
@@ -66,7 +66,7 @@ class _Archive(Mapping[str, np.ndarray]):
         member = self._members[name]
         with damage(NO_NPZ.format(self.file)), zipfile.ZipFile(self.file) as archive, archive.open(member) as opened:
             shape, dtype = _header(opened)
-            needed, there = dtype.itemsize * int(np.prod(shape, dtype=object)), _memory()
+            needed, there = dtype.itemsize * int(np.prod(shape, dtype=object)), machine_memory()
             if needed > there:
                 raise UserError(
                     f"{self.file}: {member} is {dtype} {shape}, {needed / 1e9:,.1f} GB; this machine has "
@@ -87,7 +87,7 @@ def _header(opened: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
     return shape, dtype
 
 
-def _memory() -> float:
+def machine_memory() -> float:
     """Bytes of memory that the machine has; infinity where the system does not say."""
     try:
         return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))

@@ -1,11 +1,14 @@
 """A data set as a run uses it: what to train on and what to validate on, and fastai's DataLoaders over the two."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import median_low
 
 import torch
 from fastai.data.core import DataLoaders
+from PIL import Image
 
 from ..errors import UserError, notice
 from ..models.dmsresnet import MEAN, STD
@@ -13,26 +16,46 @@ from ..settings import Count, Pixels, ValidSplit, checked
 from .augment import Crops
 from .imageset import ImageSet
 from .loader import BatchLoader, ImageLoaders
+from .npz import machine_memory
 from .sources import load_splits, split_by_class
 from .splits import Splits, UnlabelledError
 
 __all__ = ["Data", "Sets"]
 
+FEW = 1000  # files whose headers tell how large the images of a folder are
 DARK = 16  # a brighter pixel than this is in any image that can be seen
 VALID_BATCH = {"cpu": 128, "cuda": 512}  # a CPU is slower with tensors that outgrow its allocator's pools
 
 
 @dataclass(frozen=True)
 class Sets:
-    """The images to train on and those to validate on, in memory."""
+    """The images to train on and those to validate on, in memory.
+
+    Attributes:
+        train: Images to train on; they may be larger than `size`, for a teacher that sees more of them.
+        valid: Images to validate on.
+        plain: The same sets without larger images; None: these are.
+    """
 
     train: ImageSet
     valid: ImageSet
+    plain: "Sets | None" = None
 
     @property
     def size(self) -> int:
-        """Height and width of the images, in pixels."""
+        """Height and width of the images that a network is trained on, in pixels."""
         return self.train.size
+
+    @property
+    def held_size(self) -> int:
+        """Height and width of the training images in memory."""
+        return self.train.images.shape[-1]
+
+    def held_bytes(self, crops: Crops) -> int:
+        """Bytes of the training images in memory, and of their copy with borders and mirror images on the device."""
+        side = self.held_size + 2 * round(crops.pad * self.held_size)
+        copies = 2 if crops.flip else 1
+        return self.train.images.nbytes + copies * len(self.train) * self.train.images.shape[1] * side**2
 
     @property
     def vocab(self) -> list[str]:
@@ -49,7 +72,9 @@ class Sets:
 
     @cached_property
     def digest(self) -> list[str]:
-        """A hash of each set, which tells these images from others."""
+        """A hash of each set, which tells these images from others; larger ones have that of the plain ones."""
+        if self.plain is not None:
+            return self.plain.digest
         return [self.train.digest(), self.valid.digest()]
 
     def loaders(
@@ -108,6 +133,48 @@ class Data:
             notice(f"{data}: no images to validate on of {', '.join(absent)}; the accuracy says nothing about that")
         return found
 
+    def enlarged(self, sets: Sets, data: str | Path, size: int, seed: int = 0) -> Sets:
+        """The sets with larger training images, of which a teacher sees more than its student.
+
+        They have `size` pixels a side, or as many as the images came with, if these are fewer. The images to validate
+        on stay as they are.
+
+        Args:
+            sets: What `open` gave, for the same `data` and `seed`.
+            data: The data set.
+            size: Height and width that a teacher expects.
+            seed: As in `open`.
+
+        Raises:
+            UserError: As in `held_size`.
+        """
+        held = self.held_size(sets, data, size)
+        if held <= sets.size:
+            return sets
+        train = load_splits(data, held, self.labels)["train"]
+        if not isinstance(self.valid, str):
+            train = train.subset(split_by_class(train.labels, self.valid, seed)[1])
+        train.seen, train.split_idx = sets.size, 0
+        return Sets(train, sets.valid, plain=sets)
+
+    def held_size(self, sets: Sets, data: str | Path, size: int) -> int:
+        """Height and width of the training images that `enlarged` would give; arguments as there.
+
+        Raises:
+            UserError: They do not fit into this machine's memory.
+        """
+        if size <= sets.size:
+            return sets.size
+        held = max(min(size, _own_size(sets.train)), sets.size)
+        needed, there = sets.train.images.nbytes * (held / sets.size) ** 2, machine_memory()
+        if needed > there:
+            raise UserError(
+                f"{data}: at the {held}x{held} pixels that the teacher sees, {len(sets.train):,} training images take "
+                f"{needed / 1e9:,.1f} GB, and this machine has {there / 1e9:,.1f} GB; set distill.size nearer to the "
+                f"student's {sets.size}"
+            )
+        return held
+
     def _split(self, splits: Splits, seed: int, data: str | Path) -> tuple[ImageSet, ImageSet]:
         """The training and the validation set out of the splits that there are."""
         train, valid = splits["train"], self.valid
@@ -119,6 +186,17 @@ class Data:
         train, found = train.subset(rest), train.subset(held_out)
         found.split = "held out"
         return train, found
+
+
+def _own_size(images: ImageSet) -> int:
+    """The shorter side of images as they came, in pixels; of files, the median of a few."""
+    if images.own_size is None and images.files is not None:
+        sides = []
+        for file in images.items[:: max(1, len(images) // FEW)]:
+            with suppress(OSError), Image.open(file) as image:  # a header alone; the files have been read before
+                sides.append(min(image.size))
+        images.own_size = median_low(sides) if sides else None
+    return images.own_size or images.size
 
 
 def _valid(splits: Splits, wanted: str, data: str | Path) -> ImageSet:

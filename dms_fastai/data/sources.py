@@ -88,6 +88,7 @@ def _digits(name: str, size: int) -> Splits:
     pixels = torch.from_numpy((bunch.images * (255 / 16)).round().astype(np.uint8))
     labels = torch.from_numpy(bunch.target).long()
     every = ImageSet(resize(to_rgb(pixels), size), labels, [str(i) for i in bunch.target_names])
+    every.own_size = pixels.shape[-1]
     test, train = split_by_class(labels, DIGITS_TEST_SHARE, DIGITS_SEED)
     splits = Splits()
     splits.add("train", lambda: every.subset(train))

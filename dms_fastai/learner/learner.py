@@ -18,6 +18,7 @@ from fastai.torch_core import rank_distrib
 from torch import Tensor, nn
 
 from ..callbacks.bf16 import fast_kernels
+from ..callbacks.progressive_resize import ProgressiveResize
 from ..data.imageset import ImageSet
 from ..data.loader import BatchLoader, statistics, vocabulary
 from ..errors import UserError, notice
@@ -257,7 +258,9 @@ def dms_learner(
         if recipe.model.weights is not None and not begun:
             begin_from(module, recipe.model.weights, recipe.model.name)
             _note_other_statistics(dls, recipe)
-    distilling = vars(recipe.distill.build()) if recipe.distill else {}
+    distilling = dict(vars(recipe.distill.build())) if recipe.distill else {}
+    size = distilling.pop("size", None)
+    larger = isinstance(dls.train_ds, ImageSet) and dls.train_ds.seen is not None
     if loss_func is None:
         loss_func = recipe.loss.build(**distilling)
     if opt_func is None:
@@ -274,14 +277,22 @@ def dms_learner(
         opt_func=opt_func,
         lr=usual if lr is None else lr,
         splitter=splitter,
-        cbs=[*_callbacks(recipe, teacher, {} if isinstance(loss_func, DMSLoss) else distilling), *listed(cbs)],
+        cbs=[  # where the images are larger, for a teacher, one makes the student's of them, whole from the beginning
+            *_callbacks(recipe, teacher, {"size": size} | ({} if isinstance(loss_func, DMSLoss) else distilling)),
+            *([ProgressiveResize(1.0, 0.0, 0.0)] if larger and recipe.progressive_resize is None else []),
+            *listed(cbs),
+        ],
         metrics=[lazy(metric) for metric in listed(metrics)],
         path=path,
         wd=wd,
         moms=moms,
     )
     if recipe.distill is not None:
-        check_teacher(learn.teacher_distill.teacher, dls.c, inputs, vocabulary(dls))
+        teaching = learn.teacher_distill.teacher
+        check_teacher(teaching, dls.c, inputs, vocabulary(dls))
+        if larger and teaching.largest <= dls.train_ds.size:
+            held, seen = dls.train_ds.images.shape[-1], teaching.largest or dls.train_ds.size
+            notice(f"the images are held at {held} pixels for a teacher, and this one sees {seen}; set distill.size")
     if recipe.progressive_resize is not None:
         smallest = recipe.progressive_resize.build().shape(inputs.shape, progress=0.0)
         try_network(module, recipe.model.name, dls.c, smallest, "raise progressive_resize.smallest")
@@ -319,12 +330,12 @@ def _check_batches(loader: Any, model: nn.Module, inputs: Inputs) -> None:
         raise UserError(f"{what} of one image, too few for a batch norm of this model; take another batch size")
 
 
-def _callbacks(recipe: Recipe, teacher: Any, distilling: dict[str, Any]) -> list:
-    """The recipe's callbacks. Only `TeacherDistill` needs more: the teacher and, if the loss has none, settings."""
+def _callbacks(recipe: Recipe, teacher: Any, teaching: dict[str, Any]) -> list:
+    """The recipe's callbacks. Only `TeacherDistill` needs more: the teacher and, in `teaching`, its arguments."""
     if recipe.distill is None and teacher is not None:
         raise UserError(f"recipe {recipe.name!r} does not distil; leave the teacher out, or take 'kd'")
     if recipe.distill is not None and teacher is None:
         raise UserError(f"recipe {recipe.name!r} needs a teacher; give teacher= a Learner, a model or a run's folder")
     there = [(part, getattr(recipe, part.table)) for part in PARTS if part.order is not None]
     there = [(part, table) for part, table in there if table is not None]
-    return [load(part.at)(teacher, **distilling) if part.settings else table.build() for part, table in there]
+    return [load(part.at)(teacher, **teaching) if part.settings else table.build() for part, table in there]

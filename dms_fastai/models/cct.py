@@ -159,6 +159,18 @@ class CCT(nn.Module):
         self.apply(_init_linear)
 
     @torch.jit.ignore
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Take images of another size; the table of positions is resampled, or computed anew. timm's name for it."""
+        table, before = self.pos_embed, self.grid_size
+        self.img_size = tuple(to_2tuple(img_size))
+        self.grid_size = tuple((side + 1) // 2 for side in self.img_size)
+        if isinstance(table, nn.Parameter):
+            self.pos_embed = nn.Parameter(resample_abs_pos_embed(table.detach(), self.grid_size, before, 0))
+        else:
+            tokens = self.grid_size[0] * self.grid_size[1]
+            self.pos_embed = sine_table(tokens, self.embed_dim).to(table)[None]
+
+    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Regular expressions that group the parameters by depth, for layer-wise learning rates."""
         return {"stem": r"^conv1|pos_embed", "blocks": [(r"^layers\.(\d+)", None), (r"^norm", (99999,))]}

@@ -6,14 +6,15 @@ from dataclasses import dataclass, replace
 import torch
 from fastai.callback.core import Callback, CancelFitException
 
-from ..data import Sets
+from ..data import Crops, Sets
 from ..learner import dms_learner
 from ..models.macs import macs
 from ..recipes import Recipe
 from ..trained import Teacher
+from ..training.parts import order_of
 from .images import loaders_of
 
-__all__ = ["Estimate", "estimate"]
+__all__ = ["Estimate", "estimate", "held"]
 
 WARM_UP, STEPS, SECONDS = 2, 10, 3.0  # steps before any is timed, and the most steps and seconds that are timed
 
@@ -28,6 +29,7 @@ class Estimate:
         steps: Steps of an epoch.
         step_seconds: Seconds of a training step, with the teacher that was given.
         epoch_seconds: Seconds of an epoch with its validation, with that teacher.
+        teacher_seconds: Those of a training step that the teacher takes.
     """
 
     parameters: int
@@ -35,6 +37,7 @@ class Estimate:
     steps: int
     step_seconds: float
     epoch_seconds: float
+    teacher_seconds: float = 0.0
 
 
 def estimate(recipe: Recipe, sets: Sets, device: torch.device, teacher: Teacher | None = None) -> Estimate:
@@ -49,19 +52,44 @@ def estimate(recipe: Recipe, sets: Sets, device: torch.device, teacher: Teacher 
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices, device_type="cuda"):
         dls = loaders_of(recipe, sets, device)
-        clock = _Clock(device)
-        learn = dms_learner(dls, recipe, teacher=teacher, cbs=clock)
+        clock, before, after = _Clock(device), _Stamp(device, -0.5), _Stamp(device, 0.5)
+        cbs = [clock] if teacher is None else [clock, before, after]
+        learn = dms_learner(dls, recipe, teacher=teacher, cbs=cbs)
         with learn.no_bar(), learn.no_logging():
             learn.fit(1 + (WARM_UP + STEPS) // max(1, len(dls.train)))  # any schedule: it costs nothing
     step = clock.seconds_a_step
+    teaching = [end - start for start, end in zip(before.times, after.times, strict=True)][WARM_UP:]
     validation = step / 3 * len(sets.valid) / dls.train.bs  # a forward pass is a third of a step
     return Estimate(
         parameters=sum(p.numel() for p in learn.model.parameters()),
-        macs=macs(learn.model, sets.train.images.shape[1:]),
+        macs=macs(learn.model, sets.train.shape),
         steps=len(dls.train),
         step_seconds=step,
         epoch_seconds=len(dls.train) * step + validation,
+        teacher_seconds=sum(teaching) / max(1, len(teaching)),
     )
+
+
+def held(sets: Sets, crops: Crops, at_least: int = 0) -> str:
+    """What a larger view of the training images takes, in words; "" if there is none, or if it takes fewer bytes."""
+    needed = sets.held_bytes(crops)
+    if sets.plain is None or needed < at_least:
+        return ""
+    amount = f"{needed / 1e9:,.1f} GB" if needed >= 1e9 else f"{needed / 1e6:,.1f} MB"
+    side = sets.held_size
+    return f"training images are held at {side}x{side} pixels for the teacher, in {amount} of memory"
+
+
+class _Stamp(Callback):
+    """Notes the time, shortly before or after a teacher has seen the batch."""
+
+    run_valid = False
+
+    def __init__(self, device: torch.device, offset: float):
+        self.order, self.device, self.times = order_of("distill") + offset, device, []
+
+    def after_pred(self) -> None:
+        self.times.append(_now(self.device))
 
 
 class _Clock(Callback):
@@ -73,9 +101,7 @@ class _Clock(Callback):
         self.device, self.times = device, []
 
     def after_batch(self) -> None:
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
-        self.times.append(time.perf_counter())
+        self.times.append(_now(self.device))
         if len(self.times) > WARM_UP + STEPS or (
             len(self.times) > WARM_UP + 1 and self.times[-1] - self.times[WARM_UP] > SECONDS
         ):
@@ -88,3 +114,10 @@ class _Clock(Callback):
     def seconds_a_step(self) -> float:
         timed = self.times[min(WARM_UP, len(self.times) - 2) :]
         return (timed[-1] - timed[0]) / max(1, len(timed) - 1)
+
+
+def _now(device: torch.device) -> float:
+    """The time when `device` has done what it was asked to."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()

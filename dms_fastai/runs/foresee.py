@@ -8,7 +8,7 @@ from rich.table import Table
 
 from ..clock import clock
 from ..data import Sets
-from .estimate import estimate
+from .estimate import estimate, held
 from .images import size_of_weights
 from .plan import Opened, Stage
 
@@ -32,23 +32,38 @@ def foreseen(
     for name in ("parameters", "MACs", "batch", "steps/\nepoch", "epochs", "time"):
         table.add_column(name, justify="right", no_wrap=True)
     table.padding, table.show_edge = 0, False
-    total, steps, measured = 0.0, {}, {}
+    total, measured = 0.0, {}
+    trained: dict[str, tuple[float, int]] = {}  # of each stage, the seconds of a step and the size of its images
     planned = {str(stage.folder.path) for stage in stages if restart or not stage.folder.finished}
     for stage in stages:
-        recipe, sets = stage.recipe, opened.sets(stage.recipe)
-        line = _described(sets, size_of_weights(recipe, opened.data) and recipe.model.name)
-        if line not in said:
-            said.append(line)
-        if stage.folder.finished and not restart:
+        recipe, finished = stage.recipe, stage.folder.finished and not restart
+        teacher = None if finished or str(stage.teacher) in planned else opened.teacher_of(stage)
+        sets = opened.sets(recipe, teacher)
+        described = _described(sets, size_of_weights(recipe, opened.data) and recipe.model.name)
+        for line in (described, held(sets, recipe.augment.build())):
+            if line and line not in said:
+                said.append(line)
+        if finished:
             table.add_row(recipe.title, recipe.model.name, "", "", "", "", "", "finished")
             continue
         if recipe.name not in measured:  # once for all seeds
-            there = None if stage.teacher is None or str(stage.teacher) in planned else opened.teacher(stage.teacher)
-            measured[recipe.name] = estimate(recipe, sets, device, there)
+            measured[recipe.name] = estimate(recipe, sets, device, teacher)
         found = measured[recipe.name]
-        teaching = steps.get(str(stage.teacher), 0.0) / 3 * found.steps
-        seconds = recipe.schedule.epochs * (found.epoch_seconds + teaching)
-        steps[str(stage.folder.path)], total = found.step_seconds, total + seconds
+        sizes, teaching, later = [], found.teacher_seconds, 0.0
+        if teacher is not None:
+            sizes = [size or (sets.size, sets.size) for size in teacher.sizes]
+        elif str(stage.teacher) in trained:  # by then; it is not in what was measured
+            step, own = trained[str(stage.teacher)]
+            sees = recipe.distill.size or own
+            sizes, teaching = [(sees, sees)], step / 3 * (sees / own) ** 2  # a forward pass is a third of a step
+            later = teaching
+        step = found.step_seconds + later
+        seconds = recipe.schedule.epochs * (found.epoch_seconds + found.steps * later)
+        trained[str(stage.folder.path)], total = (found.step_seconds, sets.size), total + seconds
+        if sizes:
+            at = " and ".join(dict.fromkeys(f"{height}x{width}" for height, width in sizes))
+            line = f"{recipe.title}: teacher at {at}, {teaching / step:.0%} of the time of a step"
+            said += [line] if line not in said else []
         size = (f"{found.parameters:,}", amount(found.macs), str(recipe.data.batch_size), str(found.steps))
         table.add_row(recipe.title, recipe.model.name, *size, str(recipe.schedule.epochs), clock(seconds))
     said.append(f"{clock(total)} in all on {device.type}, with checkpoints and exports a little more")

@@ -57,8 +57,8 @@ def find_rates(
         UserError: Data, teacher or batches do not fit, or the loss grows too soon to tell anything.
     """
     recipe = stage.recipe
-    sets = opened.sets(recipe)
-    teacher = None if stage.teacher is None else opened.teacher(stage.teacher)
+    teacher = opened.teacher_of(stage)
+    sets = opened.sets(recipe, teacher)
     dls = loaders_of(recipe, sets, device)
     set_seed(stage.seed)
     with TemporaryDirectory() as folder:  # for the weights that fastai saves meanwhile

@@ -34,20 +34,36 @@ class Opened:
         """
         self.data, self.trust = data, trust
         self._sets: dict[tuple, Sets] = {}
-        self._teachers: dict[str, Teacher] = {}
+        self._teachers: dict[tuple, Teacher] = {}
 
-    def sets(self, recipe: Recipe) -> Sets:
-        """The images that a recipe trains on, with its size and split."""
+    def sets(self, recipe: Recipe, teacher: Teacher | None = None) -> Sets:
+        """The images of a recipe, with its size and split; those to train on larger, where a teacher sees more of them."""
         wanted = data_of(recipe, self.data)
         key = (wanted.size, wanted.valid, wanted.labels)
         if key not in self._sets:
             self._sets[key] = wanted.open(self.data)
+        plain = self._sets[key]
+        if teacher is None or teacher.largest <= plain.size:
+            return plain
+        key = (*key, teacher.largest)
+        if key not in self._sets:
+            self._sets[key] = wanted.enlarged(plain, self.data, teacher.largest)
         return self._sets[key]
 
-    def teacher(self, source: str | Path) -> Teacher:
-        if str(source) not in self._teachers:
-            self._teachers[str(source)] = load_teacher(source, self.trust)
-        return self._teachers[str(source)]
+    def check_room(self, recipe: Recipe, view: int) -> None:
+        """Raise a UserError if there is too little memory for the images that a teacher of `view` pixels expects."""
+        data_of(recipe, self.data).held_size(self.sets(recipe), self.data, view)
+
+    def teacher(self, source: str | Path, size: int | None = None) -> Teacher:
+        """The teacher at `source`, for images of `size`; None: of those that it was trained on."""
+        key = (str(source), size)
+        if key not in self._teachers:
+            self._teachers[key] = load_teacher(source, self.trust) if size is None else self.teacher(source).at(size)
+        return self._teachers[key]
+
+    def teacher_of(self, stage: "Stage") -> Teacher | None:
+        """The teacher of a stage, for the images that its recipe wants it to see; None without one."""
+        return None if stage.teacher is None else self.teacher(stage.teacher, stage.recipe.distill.size)
 
 
 @dataclass(frozen=True)
@@ -94,7 +110,8 @@ class _Fits:
             if like is not None:
                 self._fitted[recipe.name] = with_choices_of(recipe, like, given), None
             else:
-                sets, seconds = self.opened.sets(recipe), 60 * share * recipe.budget.minutes
+                teacher = before if isinstance(before, Teacher) else None
+                sets, seconds = self.opened.sets(recipe, teacher), 60 * share * recipe.budget.minutes
                 self._fitted[recipe.name] = fitted(recipe, sets, self.device, seconds, given, before)
         return self._fitted[recipe.name][0]
 
@@ -155,6 +172,9 @@ def _with_teacher(recipe: Recipe, recipes: list[Recipe], seed: int, fits: _Fits)
             teaching = fits.teacher(teaching)
         theirs = wanted.given(to_teacher=named is None)  # a teacher that is there may be any network
         first = Stage(teaching, seed, wanted.folder(teaching, seed, "model.name" not in theirs))
+        sets = opened.sets(teaching)
+        if named is not None or fits.restart or not first.folder.finished:
+            _check_untrained(teaching, recipe, sets, opened)
         if named is not None:
             before.append(first)
         elif fits.restart or not first.folder.finished:
@@ -163,20 +183,33 @@ def _with_teacher(recipe: Recipe, recipes: list[Recipe], seed: int, fits: _Fits)
         else:
             asked = [key.removeprefix(FOR_TEACHER) for key in wanted.settings if key.startswith(FOR_TEACHER)]
             refuse_other_recipe(teaching, first.folder, (*SAME_IMAGES, *asked), or_else="--restart")
-            origin = {"data_digest": opened.sets(teaching).digest}
+            origin = {"data_digest": sets.digest}
             refuse_other_origin(origin, first.folder, or_else="--restart")
-            recipe = fits.student(recipe, teaching, opened.teacher(first.folder.path))
+            there = opened.teacher(first.folder.path, recipe.distill.size)
+            opened.check_room(recipe, there.largest)
+            recipe = fits.student(recipe, teaching, there)
         teaching = first.folder.path
     elif teaching is not None:  # refuse one that is missing or does not fit now, not after stages are trained
         sets = opened.sets(recipe)
         check_pretrained(teaching, len(sets.vocab), _same_images(wanted, sets))
-        images = Inputs(_shape(sets), *normalisation_of(recipe))
-        check_teacher(opened.teacher(teaching), len(sets.vocab), images, sets.vocab)
-        recipe = fits.student(recipe, teacher=opened.teacher(teaching))
+        images, there = Inputs(_shape(sets), *normalisation_of(recipe)), opened.teacher(teaching, recipe.distill.size)
+        check_teacher(there, len(sets.vocab), images, sets.vocab)
+        opened.check_room(recipe, there.largest)
+        recipe = fits.student(recipe, teacher=there)
     else:
         recipe = fits.student(recipe)
     chosen = recipe.budget is not None and "model.name" not in wanted.given(to_teacher=False)
     return [*before, Stage(recipe, seed, wanted.folder(recipe, seed, any_network=chosen), teaching)]
+
+
+def _check_untrained(teaching: Recipe, student: Recipe, sets: Sets, opened: Opened) -> None:
+    """Raise a UserError if a teacher that is to be trained on `sets` could not see the student's images as wanted."""
+    size = student.distill.size
+    opened.check_room(student, size or sets.size)
+    if size is not None:
+        images = Inputs(_shape(opened.sets(student)), *normalisation_of(student))
+        network = teaching.model.build().create(len(sets.vocab), _shape(sets))
+        check_teacher(Teacher(network).at(size), len(sets.vocab), images)
 
 
 def _same_images(wanted: Wanted, sets: Sets) -> str:

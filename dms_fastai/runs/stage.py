@@ -30,6 +30,7 @@ from .advice import advice, other_settings
 from .best import KeepBest
 from .checkpoint import Checkpoint
 from .curves import plot_curves
+from .estimate import held
 from .guards import arithmetic, other_arithmetic, refuse_other_code, refuse_other_origin, refuse_other_recipe
 from .history import History, write_rows
 from .images import loaders_of
@@ -44,6 +45,8 @@ from .tensorboard import TensorBoard
 from .work import Work
 
 __all__ = ["Manner", "run_stage"]
+
+LARGE = 10**9  # bytes of images that somebody should know of
 
 
 @dataclass(frozen=True)
@@ -94,8 +97,8 @@ def run_stage(stage: Stage, opened: Opened, manner: Manner | None = None, consol
     recipe, folder = stage.recipe, stage.folder
     if not manner.restart:
         refuse_other_recipe(recipe, folder)
-    sets = opened.sets(recipe)
-    teacher = None if stage.teacher is None else opened.teacher(stage.teacher)
+    teacher = opened.teacher_of(stage)
+    sets = opened.sets(recipe, teacher)
     origin = {"data_digest": sets.digest, "place": source_place(opened.data)}
     if teacher is not None:
         check_classes(teacher, sets.vocab)
@@ -117,6 +120,8 @@ def run_stage(stage: Stage, opened: Opened, manner: Manner | None = None, consol
             torch.set_num_threads(_threads(folder, manner.threads))
         gc.collect()  # free the Learner of the stage before, which its callbacks refer to
         torch.compiler.reset()  # and its graphs, which hold gigabytes of a GPU's memory
+        if line := held(sets, recipe.augment.build(), at_least=LARGE):
+            notice(f"{recipe.title}: {line}")
         dls = loaders_of(recipe, sets, manner.device)
         seed_everything(stage.seed)  # only after fastai's loaders have drawn from Python's generator
         begun = folder.finished or any(folder.checkpoints.glob("*.pt"))
@@ -229,6 +234,8 @@ class _Training:
         where = "memory" if loader.device.type == "cpu" else "the GPU's memory"
         smaller = [f"--set data.batch_size={loader.bs // 2}"] if loader.bs > 1 else []
         smaller += [f"--set data.size={size // 2}"] if size >= 16 else []
+        if hasattr(self.learn, "teacher_distill") and self.learn.teacher_distill.teacher.largest > size:
+            smaller += [f"--set distill.size={size}"]
         advice = " or ".join(smaller) or "a smaller --arch"
         return UserError(f"batches of {loader.bs} images do not fit into {where}; try {advice}")
 

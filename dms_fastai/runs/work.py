@@ -25,7 +25,7 @@ class Work:
         macs: Multiply-accumulates of the trained network for one image of the data's size; None if they cannot be
             counted.
         student: Those of each epoch, a step's mean for one image, at the sizes that it trains on; None as above.
-        teacher: The same of its teacher, 0 without one.
+        teacher: The same of its teacher, at its own size, 0 without one.
         images: Images of an epoch.
         passes: How often a step passes them through the trained network.
     """
@@ -41,7 +41,11 @@ class Work:
         loader, shape = learn.dls.train, learn.card.shape
         sizes = _sizes(learn, shape)
         student = _counted(learn.model, sizes)
-        teacher = _counted(learn.teacher_distill.teacher.model if hasattr(learn, "teacher_distill") else None, sizes)
+        teacher = (0.0,) * len(sizes)
+        if hasattr(learn, "teacher_distill"):
+            teaching = learn.teacher_distill.teacher
+            own = (shape[0], *(teaching.size or shape[1:]))
+            teacher = _counted(teaching.model, [Counter({own: 1})] * len(sizes))
         if teacher is not None and hasattr(learn, "fixed_views"):
             asked = learn.fixed_views.count  # from then on, it is known what the teacher says
             teacher = (*teacher[:asked], *(0.0 for _ in teacher[asked:]))
@@ -71,10 +75,8 @@ def _sizes(learn: DMSLearner, shape: Shape) -> list[Counter[Shape]]:
     return [Counter(map(at, range(epoch * steps, (epoch + 1) * steps))) for epoch in range(epochs)]
 
 
-def _counted(network: nn.Module | None, sizes: list[Counter[Shape]]) -> tuple[float, ...] | None:
+def _counted(network: nn.Module, sizes: list[Counter[Shape]]) -> tuple[float, ...] | None:
     """Multiply-accumulates of each epoch, the mean for one image."""
-    if network is None:
-        return (0.0,) * len(sizes)
     try:
         costs = {shape: macs(network, shape) for shape in set().union(*sizes)}
     except Exception:  # a network of somebody's own, which may need a device, or values

@@ -48,7 +48,7 @@ def inputs_of(dls: DataLoaders) -> Inputs:
     if isinstance(data, ImageSet):
         if data.labels is None:
             raise UserError("the training images have no labels; give each a class")
-        return Inputs.seen(data.images.shape[1:], dls)
+        return Inputs.seen(data.shape, dls)
     item = _first_item(dls)
     if len(item) != 2:
         raise UserError(f"an item of these DataLoaders has {len(item)} parts; give an image and its class")
@@ -87,7 +87,7 @@ def images_of(dls: DataLoaders) -> Inputs | None:
     """As `inputs_of`, whatever the targets are; None if the inputs are no images."""
     data = dls.train_ds
     if isinstance(data, ImageSet):
-        return Inputs.seen(data.images.shape[1:], dls)
+        return Inputs.seen(data.shape, dls)
     x = _first_item(dls)[0]
     return Inputs.seen(x.shape[1:], dls) if _is_image(x) else None
 

@@ -1,5 +1,6 @@
 """Open whatever holds a trained network: a run, a .safetensors or .pkl file, timm, a Learner, or several of these."""
 
+import contextlib
 import copy
 import os
 import warnings
@@ -14,6 +15,7 @@ from ..data.loader import statistics, vocabulary
 from ..errors import UserError
 from ..models.weights import all_finite, load_weights, shipped_weights
 from ..run_folder import RunFolder
+from .inputs import images_of
 from .network import Ensemble, Teacher, check_classes
 from .pretrained import pretrained_cfg, timm_model
 
@@ -44,7 +46,7 @@ def ensemble(sources: Iterable[Any], of: str = "logits", trust: bool = False) ->
     return Teacher(Ensemble(teachers, of), first.mean, first.std, first.vocab)
 
 
-def load_teacher(source: Any, trust: bool = False) -> Teacher:
+def load_teacher(source: Any, trust: bool = False, size: int | None = None) -> Teacher:
     """Load a teacher from whatever holds one. A model or a Learner is copied, and stays as it is.
 
     Args:
@@ -52,11 +54,15 @@ def load_teacher(source: Any, trust: bool = False) -> Teacher:
             of `Learner.export`; an architecture whose weights come with this package; "timm:NAME" for timm's; or
             several of these, as a list or as a text with commas between: the mean of their logits teaches.
         trust: Load a .pkl, which runs the code in it. Otherwise, for a run's .pkl, the weights beside it are read.
+        size: Height and width of the images that it is to see, in place of those that its weights were trained on.
 
     Raises:
-        UserError: There is no teacher at `source`, it is a .pkl that is not trusted, or its weights are NaN or
-            infinite.
+        UserError: There is no teacher at `source`, it is a .pkl that is not trusted, its weights are NaN or infinite,
+            or its network is built for images of another size than `size`.
     """
+    if size is not None:
+        found = load_teacher(source, trust)
+        return found if set(found.sizes) == {(size, size)} else found.at(size)
     if isinstance(source, Teacher):
         return source
     if isinstance(source, (list, tuple)):
@@ -65,9 +71,9 @@ def load_teacher(source: Any, trust: bool = False) -> Teacher:
         return ensemble((part.strip() for part in source.split(",") if part.strip()), trust=trust)
     if isinstance(source, Learner):
         mean, std = statistics(source.dls)
-        return Teacher(_copied(source.model), mean, std, vocabulary(source.dls))
+        return Teacher(_copied(source.model), mean, std, vocabulary(source.dls), _learner_size(source))
     if isinstance(source, nn.Module):
-        return Teacher(_copied(source), *_cfg_statistics(source))
+        return Teacher(_copied(source), *_cfg_statistics(source), size=_fixed_size(source))
     if not isinstance(source, (str, Path)):
         raise UserError(f"a {type(source).__name__} is no teacher; give a model, a Learner, a file or 'timm:NAME'")
     if str(source).startswith("timm:"):
@@ -78,7 +84,7 @@ def load_teacher(source: Any, trust: bool = False) -> Teacher:
     if file.suffix == ".pkl":
         return load_teacher(open_learner(file, trust))
     model, card = load_weights(file)
-    return Teacher(model, tuple(card.mean), tuple(card.std), card.vocab)
+    return Teacher(model, tuple(card.mean), tuple(card.std), card.vocab, tuple(card.shape[1:]))
 
 
 def _copied(model: nn.Module) -> nn.Module:
@@ -169,6 +175,24 @@ def _cfg_statistics(model: nn.Module) -> tuple[tuple[float, ...] | None, tuple[f
     return tuple(cfg["mean"]) if cfg.get("mean") else None, tuple(cfg["std"]) if cfg.get("std") else None
 
 
+def _fixed_size(model: nn.Module) -> tuple[int, int] | None:
+    """Height and width of the images of a network that takes no others.
+
+    None for any other network: the size in its `pretrained_cfg` may be that of weights that it does not have.
+    """
+    part = getattr(model, "patch_embed", model)
+    size = getattr(part, "img_size", None) if getattr(part, "strict_img_size", True) else None
+    return tuple(size) if isinstance(size, (tuple, list)) else None
+
+
+def _learner_size(learn: Learner) -> tuple[int, int] | None:
+    """Height and width of a Learner's images; None if it has none any more, or never had."""
+    images = getattr(learn, "exported_inputs", None)
+    with contextlib.suppress(UserError):
+        images = images or images_of(learn.dls)
+    return None if images is None else tuple(images.shape[1:])
+
+
 def _cfg_vocab(model: nn.Module) -> list[str] | None:
     names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
     return list(names) if names else None
@@ -176,4 +200,5 @@ def _cfg_vocab(model: nn.Module) -> list[str] | None:
 
 def _timm_teacher(name: str) -> Teacher:
     model = timm_model(name)
-    return Teacher(model, *_cfg_statistics(model), _cfg_vocab(model))
+    size = model.pretrained_cfg.get("input_size")
+    return Teacher(model, *_cfg_statistics(model), _cfg_vocab(model), size and tuple(size[1:]))

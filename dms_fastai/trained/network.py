@@ -1,20 +1,24 @@
 """A trained network and what it expects of its images, or several as one."""
 
+import copy
 import hashlib
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
+from ..data.augment import at_size
 from ..errors import UserError
 from ..models.build import described
+from ..models.fold import fold_batch_norms
 from ..models.weights import all_finite
+from ..settings import Pixels, convert
 from .inputs import Inputs, shortest
 
-__all__ = ["Ensemble", "Teacher", "check_classes", "check_teacher", "renormalize"]
+__all__ = ["Ensemble", "Teacher", "check_classes", "check_teacher", "folded", "renormalize"]
 
 
 @dataclass
@@ -25,12 +29,40 @@ class Teacher:
         model: Images (B, C, H, W) in, logits (B, classes) out.
         mean, std: What its images are normalised with; None: what the student's are.
         vocab: Its classes, in the order of its logits, where they are known.
+        size: Height and width of the images that it was trained on; None: those of the student's, or an ensemble's
+            members have sizes of their own.
     """
 
     model: nn.Module
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     vocab: list[str] | None = None
+    size: tuple[int, int] | None = None
+
+    @property
+    def sizes(self) -> list[tuple[int, int] | None]:
+        """`size`, or that of each member of an ensemble."""
+        return self.model.sizes if isinstance(self.model, Ensemble) else [self.size]
+
+    @property
+    def largest(self) -> int:
+        """The longest side of the images that it, or any of its members, was trained on; 0 where nobody says."""
+        return max((max(size) for size in self.sizes if size), default=0)
+
+    def at(self, size: int) -> "Teacher":
+        """This teacher for images of another size. A network that is built for one size is built anew for it.
+
+        Raises:
+            UserError: The network cannot be, or the size is out of range.
+        """
+        size = convert(size, Pixels, "size")
+        model = copy.deepcopy(self.model)
+        for network in members_of(model):
+            _set_size(network, size)
+        if not isinstance(model, Ensemble):
+            return replace(self, model=model, size=(size, size))
+        model.set_sizes(lambda _: (size, size))
+        return replace(self, model=model)
 
     @cached_property
     def digest(self) -> str:
@@ -45,7 +77,7 @@ class Teacher:
 class Ensemble(nn.Module):
     """Several teachers as one network: the mean of their logits, or the logarithm of their mean probabilities.
 
-    Images come in the normalisation of the first teacher. Each of the others gets them in its own.
+    Images come in the normalisation of the first teacher, at any size. Each gets them in its own, and at its own size.
     """
 
     def __init__(self, teachers: Iterable[Teacher], of: str):
@@ -53,19 +85,49 @@ class Ensemble(nn.Module):
         teachers = list(teachers)
         self.of = of
         self.members = nn.ModuleList(teacher.model for teacher in teachers)
+        self.own_sizes = [teacher.size for teacher in teachers]
         for index, teacher in enumerate(teachers):
             scale, shift = renormalize((teachers[0].mean, teachers[0].std), (teacher.mean, teacher.std))
             self.register_buffer(f"scale{index}", scale)
             self.register_buffer(f"shift{index}", shift)
 
+    @property
+    def sizes(self) -> list[tuple[int, int] | None]:
+        """The size of each member's images; an ensemble among them has several."""
+        own = zip(self.members, self.own_sizes, strict=True)
+        return [each for m, size in own for each in (m.sizes if isinstance(m, Ensemble) else [size])]
+
+    def set_sizes(self, change: Callable[[tuple[int, int] | None], tuple[int, int] | None]) -> None:
+        """Put `change(size)` in the place of the size of each member."""
+        for member in self.members:
+            if isinstance(member, Ensemble):
+                member.set_sizes(change)
+        own = zip(self.members, self.own_sizes, strict=True)
+        self.own_sizes = [None if isinstance(member, Ensemble) else change(size) for member, size in own]
+
     def forward(self, x: Tensor) -> Tensor:
         logits = []
-        for index, member in enumerate(self.members):
-            logits.append(member(x * getattr(self, f"scale{index}") + getattr(self, f"shift{index}")))
+        for index, (member, size) in enumerate(zip(self.members, self.own_sizes, strict=True)):
+            seen = x if size is None else at_size(x, size)
+            logits.append(member(seen * getattr(self, f"scale{index}") + getattr(self, f"shift{index}")))
         every = torch.stack(logits).float()
         if self.of == "logits":
             return every.mean(0)
         return every.log_softmax(2).logsumexp(0) - math.log(len(logits))
+
+
+def members_of(model: nn.Module) -> list[nn.Module]:
+    """The networks of an ensemble, and of the ensembles in it; any other network alone."""
+    return [each for m in model.members for each in members_of(m)] if isinstance(model, Ensemble) else [model]
+
+
+def folded(model: nn.Module) -> nn.Module:
+    """As `fold_batch_norms`; of an ensemble, each member for itself."""
+    if not isinstance(model, Ensemble):
+        return fold_batch_norms(model)
+    found = copy.deepcopy(model).eval().requires_grad_(False)
+    found.members = nn.ModuleList(map(folded, found.members))
+    return found
 
 
 Statistics = tuple[tuple[float, ...] | None, tuple[float, ...] | None]
@@ -113,14 +175,35 @@ def check_teacher(teacher: Teacher, classes: int | None, images: Inputs, vocab: 
     scale, _ = renormalize((images.mean, images.std), theirs if teacher.mean else (images.mean, images.std))
     if scale.shape[1] not in (1, shape[0]):
         raise UserError(f"the teacher's images have {scale.shape[1]} channels, the student's {shape[0]}")
-    members = teacher.model.members if isinstance(teacher.model, Ensemble) else [teacher.model]
-    for network in members:
-        _try(network, torch.zeros(2, *shape), classes)
+    for network, size in zip(members_of(teacher.model), teacher.sizes, strict=True):
+        _try(network, shape, size or shape[1:], classes)
 
 
-def _try(network: nn.Module, x: Tensor, classes: int | None) -> None:
-    """Raise a UserError if a network does not turn images into logits of so many classes, or of any number."""
-    name, pixels = type(network).__name__, described(tuple(x.shape[1:]))
+def _set_size(network: nn.Module, size: int) -> None:
+    """Have a network that takes images of one size take those of `size` pixels a side; others take them anyway."""
+    if not hasattr(network, "set_input_size"):  # timm's name for it
+        return
+    try:
+        network.set_input_size(img_size=(size, size))
+    except Exception as error:  # a network may raise anything
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        name = type(network).__name__
+        raise UserError(f"the teacher, {name}, does not take {described((3, size, size))}: {reason}") from None
+
+
+def _try(network: nn.Module, shape: tuple[int, ...], size: tuple[int, ...], classes: int | None) -> None:
+    """Raise a UserError if a network does not turn images into logits of so many classes, or of any number.
+
+    Args:
+        network: The network.
+        shape: That of the student's images, (C, H, W).
+        size: Height and width of the images that the network gets.
+        classes: How many logits it has to give an image; None: any number.
+    """
+    name, x = type(network).__name__, torch.zeros(2, shape[0], *size)
+    pixels = f"the student's {described(tuple(shape))}"
+    if tuple(shape[1:]) != tuple(size):
+        pixels = f"{described(tuple(x.shape[1:]))}, made of {pixels}"
     training = [module for module in network.modules() if module.training]
     device = next((value.device for value in network.state_dict().values()), x.device)
     try:
@@ -128,7 +211,8 @@ def _try(network: nn.Module, x: Tensor, classes: int | None) -> None:
             logits = network.eval()(x.to(device))
     except Exception as error:  # a network may raise anything
         reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
-        raise UserError(f"the teacher, {name}, does not take the student's {pixels}: {reason}") from None
+        hint = "distill.size sets another size"
+        raise UserError(f"the teacher, {name}, does not take {pixels}: {reason}; {hint}") from None
     finally:
         for module in training:
             module.training = True

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError, unknown
-from ..settings import NotNegative, OneOf, Positive, Share, checked
+from ..settings import NotNegative, OneOf, Pixels, Positive, Share, checked
 
 __all__ = [
     "DIST",
@@ -23,6 +23,7 @@ __all__ = [
     "KL",
     "DMSLoss",
     "Distillation",
+    "Teaching",
     "check_class_weights",
     "cross_entropy",
     "dist_divergence",
@@ -329,6 +330,19 @@ class Distillation:
     def total(self, hard: Tensor, soft: Tensor) -> Tensor:
         """The weighted sum of a loss and a divergence."""
         return self.alpha * soft + (1 - self.alpha) * hard
+
+
+@checked
+@dataclass(frozen=True)
+class Teaching(Distillation):
+    """A teacher's part in the training: in the loss, and which images it sees.
+
+    Attributes:
+        alpha, T, divergence, standardize, alpha_end, T_end: As in `Distillation`.
+        size: Height and width of the teacher's images; None: those that its weights were trained on.
+    """
+
+    size: Pixels | None = None
 
 
 @checked

@@ -52,7 +52,7 @@ PARTS = (
     Part("bf16", "callbacks.bf16:BF16", order=11),
     Part("drop_block", "callbacks.drop_block:DropBlockSchedule", order=61),  # after ParamScheduler
     Part("fine_tune", "callbacks.fine_tune:FineTune", order=62),  # after ParamScheduler
-    Part("distill", "callbacks.distill:TeacherDistill", order=5, settings="training.losses:Distillation"),
+    Part("distill", "callbacks.distill:TeacherDistill", order=5, settings="training.losses:Teaching"),
     Part("feature_distill", "callbacks.feature_distill:FeatureDistill", order=5),  # after TeacherDistill's loss
     # The loss; after_backward: the gradients; before_step: what becomes of them.
     Part("loss", "training.losses:DMSLoss", always=True),
