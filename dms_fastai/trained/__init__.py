@@ -1,6 +1,6 @@
 """Trained networks: what one is and expects, and how to open whatever holds one."""
 
-from .answers import Answers
+from .kept import Answers
 from .inputs import Inputs, images_of, inputs_of
 from .load import check_pretrained, ensemble, find_file, load_teacher, open_learner, without_code
 from .network import Teacher, check_classes, check_teacher, renormalize
