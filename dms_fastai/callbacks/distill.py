@@ -6,7 +6,7 @@ import torch
 from fastai.callback.core import Callback
 from torch import Tensor, nn
 
-from ..data.loader import statistics, vocabulary
+from ..data.loader import statistics, unlabelled_images, vocabulary
 from ..errors import UserError
 from ..models.fold import fold_batch_norms
 from ..trained import check_teacher, images_of, load_teacher, renormalize
@@ -23,6 +23,8 @@ class TeacherDistill(Callback):
     With a `DMSLoss`, the logits are added to the targets, and the loss gives equation (ii) or (iv), with its own alpha
     and T. Any other loss becomes `alpha T^2 KL(teacher || student) + (1 - alpha) loss`. The teacher is in evaluation
     mode, has no gradients, plays no part in validation, and stays out of exported and pickled Learners.
+
+    Of an image without a label, as `ImageLoaders.with_unlabelled` gives them, a `DMSLoss` is the teacher's part alone.
     """
 
     # The loss is complete before gradient accumulation (6) divides it; mixed precision is still on in after_pred.
@@ -52,6 +54,11 @@ class TeacherDistill(Callback):
             )
         if self.given and isinstance(self.learn.loss_func, DMSLoss):
             raise UserError(f"{', '.join(self.given)} given to TeacherDistill, but DMSLoss has its own; set it there")
+        unlabelled = unlabelled_images(self.learn.dls)
+        if isinstance(self.learn.loss_func, DMSLoss):
+            self.learn.loss_func.partial = unlabelled > 0
+        elif unlabelled:
+            raise UserError(f"{unlabelled} training images have no label, for which the loss must be DMSLoss()")
         if self.network is not None and self.made_of is self.teacher:
             return
         dls = self.learn.dls

@@ -1,5 +1,6 @@
 """Images: sources, batched augmentation and the loader; `load_data` puts them together."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +30,23 @@ def load_data(
     device: str | torch.device | None = None,
     labels: str | Path | None = None,
     balance: bool = False,
+    classes: Sequence[str] | None = None,
     **crops: Any,
 ) -> DataLoaders:
     """fastai `DataLoaders` over a data set, with crops and flips in training.
 
     Args:
         data: "digits", "cifar10", "cifar100", "imagenette"; a folder with train/CLASS/*.png and test/, valid/, val/ or
-            validation/CLASS/*.png, or with CLASS/*.png alone; an .npz file with train_images, train_labels,
-            test_images, test_labels; CIFAR's own files, parquet files of Hugging Face's, or a .zip or .tar of a folder.
+            validation/CLASS/*.png, or with CLASS/*.png alone, and perhaps unlabelled/*.png; an .npz file with
+            train_images, train_labels, test_images, test_labels, and perhaps unlabelled_images; CIFAR's own files,
+            parquet files of Hugging Face's, or a .zip or .tar of a folder.
         bs, size, valid: As in `Data`; `bs` is its `batch_size`.
         seed: Chooses the held-out images, and nothing else.
         mean, std: What pixels (0...1) are normalised with, a value for each channel.
         device: Where images and batches are. None: the GPU if there is one.
         labels: A .csv table with the labels of the images in a folder.
         balance: As in `Data`.
+        classes: Names of the classes, in order, for a teacher's student, where no training image has a label.
         crops: As in `Crops`; digits are not flipped unless `flip` is given.
 
     Raises:
@@ -54,4 +58,4 @@ def load_data(
     if source_name(data) in NO_FLIP:
         crops.setdefault("flip", 0.0)
     cropped = Crops(**crops)
-    return chosen.open(data, seed).loaders(bs, cropped, mean, std, device, balance)
+    return chosen.open(data, seed, classes).for_distillation.loaders(bs, cropped, mean, std, device, balance)

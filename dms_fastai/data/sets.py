@@ -1,6 +1,7 @@
 """A data set as a run uses it: what to train on and what to validate on, and fastai's DataLoaders over the two."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -24,10 +25,18 @@ VALID_BATCH = {"cpu": 128, "cuda": 512}  # a CPU is slower with tensors that out
 
 @dataclass(frozen=True)
 class Sets:
-    """The images to train on and those to validate on, in memory."""
+    """The images to train on and those to validate on, in memory.
+
+    Attributes:
+        train, valid: The two sets.
+        unlabelled: Further images without labels, for distillation alone; None if there are none, or nobody distils.
+        source: The data set that they are of.
+    """
 
     train: ImageSet
     valid: ImageSet
+    unlabelled: ImageSet | None = None
+    source: Splits | None = None
 
     @property
     def size(self) -> int:
@@ -42,15 +51,27 @@ class Sets:
     @property
     def not_validated(self) -> list[str]:
         """Classes with training images and without any to validate on."""
-        if self.valid.labels is None:
+        if self.valid.labels is None or self.agreement:
             return []
-        trained, validated = (s.labels.bincount(minlength=len(self.vocab)) for s in (self.train, self.valid))
+        trained, validated = (s.counts for s in (self.train, self.valid))
         return [name for name, t, v in zip(self.vocab, trained, validated, strict=True) if t and not v]
+
+    @property
+    def agreement(self) -> bool:
+        """Whether the images to validate on have no labels, so that only agreement with a teacher can be measured."""
+        return not self.valid.labelled
 
     @cached_property
     def digest(self) -> list[str]:
         """A hash of each set, which tells these images from others."""
-        return [self.train.digest(), self.valid.digest()]
+        return [each.digest() for each in (self.train, self.valid, self.unlabelled) if each is not None]
+
+    @cached_property
+    def for_distillation(self) -> "Sets":
+        """These sets and the data set's images without labels, if it has any, which are read now."""
+        if self.source is None or "unlabelled" not in self.source:
+            return self
+        return replace(self, unlabelled=self.source["unlabelled"])
 
     def loaders(
         self,
@@ -63,11 +84,13 @@ class Sets:
     ) -> DataLoaders:
         """fastai DataLoaders with batches of `bs` training images. Arguments as in `load_data`."""
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        bs = min(bs, len(self.train))
+        wanted, bs = bs, min(bs, len(self.train))
         own = {"crops": crops, "mean": mean, "std": std, "device": device}
         train = BatchLoader(self.train, bs, shuffle=True, drop_last=True, balance=balance, **own)
         valid = BatchLoader(self.valid, max(bs, VALID_BATCH.get(device.type, bs)), **own)
-        return ImageLoaders(train, valid, device=device)
+        loaders = ImageLoaders(train, valid, device=device)
+        loaders.unlabelled, loaders.batch_size = self.unlabelled, wanted
+        return loaders
 
 
 @checked
@@ -91,18 +114,23 @@ class Data:
     labels: str | None = None
     balance: bool = False
 
-    def open(self, data: str | Path, seed: int = 0) -> Sets:
-        """Read a data set. `seed` chooses the held-out images, and nothing else.
+    def open(self, data: str | Path, seed: int = 0, classes: Sequence[str] | None = None) -> Sets:
+        """Read a data set.
+
+        Args:
+            data: As in `load_data`.
+            seed: Chooses the held-out images, and nothing else.
+            classes: Names of the classes, in order, to be taken where no training image has a label.
 
         Raises:
             UserError: Data that are missing or cannot be trained on.
         """
-        splits = load_splits(data, self.size, self.labels)
+        splits = load_splits(data, self.size, self.labels, classes)
         train, valid = self._split(splits, seed, data)
         train.split_idx = 0
         if train.images.max() < DARK:
             notice(f"{data}: the brightest pixel of all training images is {int(train.images.max())} of 255")
-        found = Sets(train, valid)
+        found = Sets(train, valid, source=splits)
         if absent := found.not_validated:
             notice(f"{data}: no images to validate on of {', '.join(absent)}; the accuracy says nothing about that")
         return found
@@ -123,17 +151,21 @@ class Data:
 def _valid(splits: Splits, wanted: str, data: str | Path) -> ImageSet:
     """The split to validate on, or the one that stands in for it."""
     other = {"test": "val", "val": "test"}[wanted]
-    unlabelled = ""
+    unlabelled, without = "", None
     for split in (wanted, other):
         if split in splits:
             try:
                 found = splits[split]
             except UnlabelledError as error:
                 unlabelled = f" ({error.message})"
-            else:
+                continue
+            if found.labelled:
                 if unlabelled:
                     notice(f"validating on {split!r}{unlabelled}")
                 return found
+            without = without or found
+    if without is not None:  # where no training image has a label, either
+        return without
     raise UserError(
         f"{data} has no test or validation images with labels{unlabelled}; hold some out: --set data.valid=0.1, "
         f"valid=0.1 in Python"

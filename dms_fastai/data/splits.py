@@ -13,7 +13,7 @@ class UnlabelledError(UserError):
 
 
 class Splits(Mapping[str, ImageSet]):
-    """ "train" and, where there are any, "test" and "val"; a split that nobody asks for is never read."""
+    """ "train" and, where there are any, "test", "val" and "unlabelled"; a split that nobody asks for is never read."""
 
     def __init__(self) -> None:
         self._readers: dict[str, Callable[[], ImageSet]] = {}

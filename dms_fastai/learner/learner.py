@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..callbacks.bf16 import BF16, fast_kernels, has_bf16, strides_too_far
 from ..data.imageset import ImageSet
-from ..data.loader import BatchLoader, vocabulary
+from ..data.loader import BatchLoader, ImageLoaders, unlabelled_images, vocabulary
 from ..errors import UserError, notice
 from ..files import whole
 from ..models.build import needs_more_than_one, try_network
@@ -28,7 +28,7 @@ from ..models.groups import body_and_head
 from ..models.staged import StagedNet
 from ..recipes import Recipe, load_recipe
 from ..schema import load
-from ..trained import Inputs, begin_from, check_teacher, inputs_of
+from ..trained import Inputs, answers, begin_from, check_teacher, inputs_of, load_teacher
 from ..training.losses import DMSLoss, check_class_weights
 from ..training.optimizers import optimizer, parameters_called
 from ..training.parts import PARTS
@@ -106,6 +106,8 @@ class DMSLearner(EventLearner):
         """
         inputs = inputs_of(self.dls)
         check_class_weights(self.loss_func, self.dls.c)
+        if unlabelled_images(self.dls) and not hasattr(self, "teacher_distill"):
+            raise UserError("some training images have no label; they need a teacher, whose callback is not there")
         _check_batches(self.dls.train, self.model, inputs)
         self.first_epoch = start_epoch
         try:
@@ -208,7 +210,8 @@ def dms_learner(
     recipe.
 
     Args:
-        dls: DataLoaders of `load_data`, or fastai's own. Their batch size and augmentation are used as they are.
+        dls: DataLoaders of `load_data`, or fastai's own. Their batch size and augmentation are used as they are. Their
+            images without labels take part if the recipe distils.
         recipe: A name, the path to a .toml file, or a `Recipe`. A name or path includes the recipe's changes for these
             data, `[on.NAME]`.
         teacher: For recipes that distil: a model, a Learner, a run's folder, a .safetensors or .pkl file, "timm:NAME".
@@ -264,6 +267,8 @@ def dms_learner(
         usual = recipe.optimizer.lr
     else:
         usual = getattr(opt_func, "keywords", {}).get("lr", defaults.lr)
+    if isinstance(dls, ImageLoaders):
+        dls, teacher = _with_unlabelled(dls, recipe, teacher, loss_func)
     learn = DMSLearner(
         dls,
         module,
@@ -292,6 +297,29 @@ def dms_learner(
     learn.recipe = recipe
     learn.remove_cbs([learn.recorder, CastToTensor])
     return learn.add_cb(Recorder())
+
+
+def _with_unlabelled(dls: ImageLoaders, recipe: Recipe, teacher: Any, loss_func: Callable) -> tuple[ImageLoaders, Any]:
+    """The images of a Learner that distils: those without labels as well; without any other to validate on, teacher's.
+
+    Raises:
+        UserError: No training image has a label, and there is no teacher.
+    """
+    if recipe.distill is None or teacher is None:
+        if not dls.train_ds.labelled:
+            raise UserError(f"no training image has a label, and recipe {recipe.name!r} has no teacher; take 'kd'")
+        if dls.unlabelled is not None:
+            notice(f"{len(dls.unlabelled):,} images without labels are not used: they need a teacher")
+        return dls, teacher
+    if not isinstance(loss_func, DMSLoss):
+        if dls.unlabelled is not None:
+            notice(f"{len(dls.unlabelled):,} images without labels are not used: they need loss_func=DMSLoss()")
+        return dls, teacher
+    if not dls.valid_ds.labelled:
+        teacher = load_teacher(teacher)
+        check_teacher(teacher, dls.c, inputs_of(dls), vocabulary(dls))
+        dls = dls.validated_by(answers(teacher, dls.valid))
+    return dls.with_unlabelled(), teacher
 
 
 def _safe_in_bf16(model: nn.Module, device: Any, shape: tuple[int, ...]) -> bool:

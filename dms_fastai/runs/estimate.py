@@ -41,24 +41,27 @@ def estimate(recipe: Recipe, sets: Sets, device: torch.device, teacher: Teacher 
 
     A teacher that is there takes part. Without one, the recipe is trained as if it did not distil.
     """
+    used = sets
     if teacher is None:
-        recipe = replace(recipe, teacher=None, distill=None)
+        recipe, used = replace(recipe, teacher=None, distill=None), replace(sets, unlabelled=None)
     recipe = replace(recipe, compile=None, early_stopping=None)  # nothing is validated
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices, device_type="cuda"):
-        dls = sets.loaders(recipe.data.batch_size, recipe.augment.build(), device=device, balance=recipe.data.balance)
+        loading = {"crops": recipe.augment.build(), "device": device, "balance": recipe.data.balance}
+        dls = used.loaders(recipe.data.batch_size, **loading)
+        steps = len(sets.loaders(recipe.data.batch_size, **loading).with_unlabelled().train)
         clock = _Clock(device)
         learn = dms_learner(dls, recipe, teacher=teacher, cbs=clock)
         with learn.no_bar(), learn.no_logging():
-            learn.fit(1 + (WARM_UP + STEPS) // max(1, len(dls.train)))  # any schedule: it costs nothing
+            learn.fit(1 + (WARM_UP + STEPS) // max(1, len(learn.dls.train)))  # any schedule: it costs nothing
     step = clock.seconds_a_step
-    validation = step / 3 * len(sets.valid) / dls.train.bs  # a forward pass is a third of a step
+    validation = step / 3 * len(sets.valid) / learn.dls.train.bs  # a forward pass is a third of a step
     return Estimate(
         parameters=sum(p.numel() for p in learn.model.parameters()),
         macs=macs(learn.model, sets.train.images.shape[1:]),
-        steps=len(dls.train),
+        steps=steps,
         step_seconds=step,
-        epoch_seconds=len(dls.train) * step + validation,
+        epoch_seconds=steps * step + validation,
     )
 
 

@@ -23,7 +23,7 @@ def foreseen(
 
     With `restart`, finished stages are to be trained again.
     """
-    said: list[str] = []
+    said: dict[int, str] = {}
     table = Table("stage", "network", box=SIMPLE_HEAD)
     stages = list(stages)
     table.columns[0].max_width, table.columns[1].overflow = STAGE, "fold"
@@ -34,10 +34,9 @@ def foreseen(
     total, steps, measured = 0.0, {}, {}
     planned = {str(stage.folder.path) for stage in stages if restart or not stage.folder.finished}
     for stage in stages:
-        recipe, sets = stage.recipe, opened.sets(stage.recipe.data.build())
-        line = _described(sets)
-        if line not in said:
-            said.append(line)
+        recipe, sets = stage.recipe, opened.sets(stage.recipe)
+        if id(sets.train) not in said or sets.unlabelled is not None:
+            said[id(sets.train)] = _described(sets)
         if stage.folder.finished and not restart:
             table.add_row(recipe.title, recipe.model.name, "", "", "", "", "", "finished")
             continue
@@ -50,8 +49,8 @@ def foreseen(
         steps[str(stage.folder.path)], total = found.step_seconds, total + seconds
         size = (f"{found.parameters:,}", amount(found.macs), str(recipe.data.batch_size), str(found.steps))
         table.add_row(recipe.title, recipe.model.name, *size, str(recipe.schedule.epochs), clock(seconds))
-    said.append(f"{clock(total)} in all on {device.type}, with checkpoints and exports a little more")
-    return said, table
+    last = f"{clock(total)} in all on {device.type}, with checkpoints and exports a little more"
+    return [*dict.fromkeys(said.values()), last], table
 
 
 def amount(macs: int) -> str:
@@ -61,9 +60,12 @@ def amount(macs: int) -> str:
 
 def _described(sets: Sets) -> str:
     train, valid = sets.train, sets.valid
-    counts = train.labels.bincount(minlength=len(sets.vocab)).tolist()
+    counts, without = train.counts.tolist(), len(train) - train.labelled + len(sets.unlabelled or ())
     each = f"{min(counts):,}" if min(counts) == max(counts) else f"{min(counts):,} to {max(counts):,}"
-    return (
-        f"{train.name}: {len(train):,} training images of {len(counts)} classes, {each} of each; {len(valid):,} to "
-        f"validate on ({valid.split}); {sets.size}x{sets.size} pixels"
-    )
+    there = f"{train.labelled:,} training images of {len(counts)} classes, {each} of each"
+    if not train.labelled:
+        there = f"{without:,} training images without labels, for the teacher's {len(counts)} classes"
+    elif without:
+        there += f", and {without:,} without labels, for distillation alone"
+    split = f"{valid.split}, agreement with the teacher" if sets.agreement else valid.split
+    return f"{train.name}: {there}; {len(valid):,} to validate on ({split}); {sets.size}x{sets.size} pixels"

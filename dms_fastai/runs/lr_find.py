@@ -56,7 +56,7 @@ def find_rates(
         UserError: Data, teacher or batches do not fit, or the loss grows too soon to tell anything.
     """
     recipe = stage.recipe
-    sets = opened.sets(recipe.data.build())
+    sets = opened.sets(recipe)
     teacher = None if stage.teacher is None else opened.teacher(stage.teacher)
     dls = sets.loaders(recipe.data.batch_size, recipe.augment.build(), device=device, balance=recipe.data.balance)
     set_seed(stage.seed)

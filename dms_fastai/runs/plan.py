@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from ..data import Data, Sets
-from ..errors import UserError
+from ..data import Sets
+from ..errors import UserError, notice
 from ..models.build import needs_more_than_one
 from ..models.dmsresnet import MEAN, STD
 from ..recipes import Recipe
@@ -31,15 +31,17 @@ class Opened:
             trust: A teacher may be a .pkl, whose code is run.
         """
         self.data, self.trust = data, trust
+        self.classes: list[str] | None = None  # of a teacher that is there, for images without labels
         self._sets: dict[tuple, Sets] = {}
         self._teachers: dict[str, Teacher] = {}
 
-    def sets(self, wanted: Data) -> Sets:
-        """The images, with the wanted size and split."""
+    def sets(self, recipe: Recipe) -> Sets:
+        """The images that a recipe is trained on; those without labels only if it distils."""
+        wanted = recipe.data.build()
         key = (wanted.size, wanted.valid, wanted.labels)
         if key not in self._sets:
-            self._sets[key] = wanted.open(self.data)
-        return self._sets[key]
+            self._sets[key] = wanted.open(self.data, classes=self.classes)
+        return self._sets[key] if recipe.distill is None else self._sets[key].for_distillation
 
     def teacher(self, source: str | Path) -> Teacher:
         if str(source) not in self._teachers:
@@ -91,7 +93,7 @@ class _Fits:
             if like is not None:
                 self._fitted[recipe.name] = with_choices_of(recipe, like, given), None
             else:
-                sets, seconds = self.opened.sets(recipe.data.build()), 60 * share * recipe.budget.minutes
+                sets, seconds = self.opened.sets(recipe), 60 * share * recipe.budget.minutes
                 self._fitted[recipe.name] = fitted(recipe, sets, self.device, seconds, given, before)
         return self._fitted[recipe.name][0]
 
@@ -127,6 +129,7 @@ def plan(wanted: Wanted, opened: Opened, restart: bool = False, device: torch.de
         if isinstance(stage.teacher, str) and Path(stage.teacher).resolve() in {f.resolve() for f in stages}:
             raise UserError(f"this command trains {stage.teacher} itself; give its recipe as --teacher")
     _try_networks(stages.values(), opened)
+    _check_labels(stages.values(), opened)
     return list(stages.values())
 
 
@@ -152,12 +155,13 @@ def _with_teacher(recipe: Recipe, recipes: list[Recipe], seed: int, fits: _Fits)
         else:
             asked = [key.removeprefix(FOR_TEACHER) for key in wanted.settings if key.startswith(FOR_TEACHER)]
             refuse_other_recipe(teaching, first.folder, (*SAME_IMAGES, *asked), or_else="--restart")
-            origin = {"data_digest": opened.sets(teaching.data.build()).digest}
+            origin = {"data_digest": opened.sets(teaching).digest}
             refuse_other_origin(origin, first.folder, or_else="--restart")
             recipe = fits.student(recipe, teaching, opened.teacher(first.folder.path))
         teaching = first.folder.path
     elif teaching is not None:  # refuse one that is missing or does not fit now, not after stages are trained
-        sets = opened.sets(recipe.data.build())
+        opened.classes = opened.teacher(teaching).vocab
+        sets = opened.sets(recipe)
         check_pretrained(teaching, len(sets.vocab))
         images = Inputs(_shape(sets), MEAN, STD)
         check_teacher(opened.teacher(teaching), len(sets.vocab), images, sets.vocab)
@@ -174,13 +178,32 @@ def _try_networks(stages: Iterable[Stage], opened: Opened) -> None:
     for recipe in (stage.recipe for stage in stages if not stage.folder.finished):
         if any((recipe.model, recipe.data) == (other.model, other.data) for other in tried):
             continue
-        sets, model = opened.sets(recipe.data.build()), recipe.model.build()
+        sets, model = opened.sets(recipe), recipe.model.build()
         network = model.create(len(sets.vocab), _shape(sets))
         if recipe.data.batch_size == 1 and needs_more_than_one(network, _shape(sets)):
             raise UserError(f"data.batch_size is 1, too few images for a batch norm of {model.name}; take 2 or more")
         if model.weights is not None:
             begin_from(network, model.weights, model.name)
         tried.append(recipe)
+
+
+def _check_labels(stages: Iterable[Stage], opened: Opened) -> None:
+    """Say that images without labels are not used, if they are not; without any labels, only students can be trained.
+
+    Raises:
+        UserError: A stage has no image to train on.
+    """
+    sets = {stage.recipe.name: (opened.sets(stage.recipe), stage) for stage in stages}
+    for found, stage in sets.values():
+        if stage.teacher is None and not found.train.labelled:
+            raise UserError(
+                f"{opened.data}: no training image has a label, and {stage.recipe.name!r} learns from labels; take kd "
+                f"with --teacher, a network that is trained"
+            )
+    if any("unlabelled" in (found.source or ()) for found, _ in sets.values()) and not any(
+        stage.recipe.distill for _, stage in sets.values()
+    ):
+        notice(f"{opened.data}: its images without labels are not used: none of these recipes has a teacher")
 
 
 def _shape(sets: Sets) -> tuple[int, int, int]:

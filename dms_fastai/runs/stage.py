@@ -94,7 +94,7 @@ def run_stage(stage: Stage, opened: Opened, manner: Manner | None = None, consol
     recipe, folder = stage.recipe, stage.folder
     if not manner.restart:
         refuse_other_recipe(recipe, folder)
-    sets = opened.sets(recipe.data.build())
+    sets = opened.sets(recipe)
     teacher = None if stage.teacher is None else opened.teacher(stage.teacher)
     origin = {"data_digest": sets.digest, "place": source_place(opened.data)}
     if teacher is not None:
@@ -206,7 +206,8 @@ class _Training:
         export_run(self.learn, self.folder)
         write_predictions(self.learn, self.folder.predictions)
         title = f"{self.recipe.title}, {self.learn.card.arch} on {self.facts.data}"
-        plot_curves(self.history.rows, title, self.folder.curves)
+        measure = "agreement with the teacher" if self.facts.agreement else "accuracy"
+        plot_curves(self.history.rows, title, self.folder.curves, measure)
 
     def note(self, status: str) -> Run:
         """Write how far the run has come."""
@@ -294,7 +295,9 @@ def _facts(learn: DMSLearner, seed: int, origin: dict[str, Any], work: Work) -> 
         macs=work.macs,
         data=train.name,
         valid=valid.split,
-        training_images=len(train),
+        training_images=train.labelled,
+        unlabelled_images=len(train) - train.labelled or None,
+        agreement=valid.by_teacher,
         validation_images=len(valid),
         classes=learn.dls.c,
         size=train.size,
