@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import UserError, damage
 from .arrays import ImagesAndLabels, array_splits
-from .splits import Splits
+from .splits import NEEDS_TEACHER, Splits, UnlabelledError
 
 __all__ = ["read_npz"]
 
@@ -36,8 +36,10 @@ def read_npz(file: Path, size: int | None, classes: Sequence[str] | None = None)
     archive = _Archive(file)
     for key in ("train_images", "train_labels"):
         if key not in archive and (key == "train_images" or classes is None):
-            hint = "; images without labels need a --teacher that is trained" if key == "train_labels" else ""
-            raise UserError(f"{file} has no {key!r}; it has {', '.join(sorted(archive)) or 'nothing'}{hint}")
+            lacks = f"{file} has no {key!r}; it has {', '.join(sorted(archive)) or 'nothing'}"
+            if key == "train_images":
+                raise UserError(lacks)
+            raise UnlabelledError(f"{lacks}; {NEEDS_TEACHER}")
     names, labelled = archive.get("class_names"), "train_labels" in archive
     if names is None and not labelled:
         names = np.array(classes)

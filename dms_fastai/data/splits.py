@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterator, Mapping
 from ..errors import UserError
 from .imageset import ImageSet
 
-__all__ = ["Splits", "UnlabelledError"]
+__all__ = ["NEEDS_TEACHER", "Splits", "UnlabelledError"]
+
+NEEDS_TEACHER = "images without labels need a --teacher that says its classes, such as a run; classes= in Python"
 
 
 class UnlabelledError(UserError):

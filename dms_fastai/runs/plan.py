@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from ..data import Sets
+from ..data.splits import UnlabelledError
 from ..errors import UserError, notice
 from ..models.build import needs_more_than_one
 from ..models.dmsresnet import MEAN, STD
@@ -31,7 +32,7 @@ class Opened:
             trust: A teacher may be a .pkl, whose code is run.
         """
         self.data, self.trust = data, trust
-        self.classes: list[str] | None = None  # of a teacher that is there, for images without labels
+        self.teaching: str | Path | None = None  # a teacher that is there: it knows the classes of unlabelled images
         self._sets: dict[tuple, Sets] = {}
         self._teachers: dict[str, Teacher] = {}
 
@@ -40,7 +41,13 @@ class Opened:
         wanted = recipe.data.build()
         key = (wanted.size, wanted.valid, wanted.labels)
         if key not in self._sets:
-            self._sets[key] = wanted.open(self.data, classes=self.classes)
+            try:
+                self._sets[key] = wanted.open(self.data)
+            except UnlabelledError:
+                classes = None if self.teaching is None else self.teacher(self.teaching).vocab
+                if classes is None:
+                    raise
+                self._sets[key] = wanted.open(self.data, classes=classes)
         return self._sets[key] if recipe.distill is None else self._sets[key].for_distillation
 
     def teacher(self, source: str | Path) -> Teacher:
@@ -160,7 +167,7 @@ def _with_teacher(recipe: Recipe, recipes: list[Recipe], seed: int, fits: _Fits)
             recipe = fits.student(recipe, teaching, opened.teacher(first.folder.path))
         teaching = first.folder.path
     elif teaching is not None:  # refuse one that is missing or does not fit now, not after stages are trained
-        opened.classes = opened.teacher(teaching).vocab
+        opened.teaching = teaching
         sets = opened.sets(recipe)
         check_pretrained(teaching, len(sets.vocab))
         images = Inputs(_shape(sets), MEAN, STD)
