@@ -139,8 +139,8 @@ def partly(**options):
     return loss
 
 
-def reference(z_s, z_t, sides, alpha=0.7, weight=None, smoothing=0.0, soft=None):
-    """Sum over images and sides of share (alpha soft + (1 - alpha) hard), or of share * soft without a label, over N."""
+def reference(z_s, z_t, sides, alpha=0.7, weight=None, smoothing=0.0):
+    """The mean over images of alpha soft + (1 - alpha) hard, or of soft alone without a label, by each side's share."""
     n, c = z_s.shape
     log_s, log_t = log_softmax(z_s / T), log_softmax(z_t / T)
     kl = T**2 * (np.exp(log_t) * (log_t - log_s)).sum(1)
@@ -250,7 +250,7 @@ def test_without_a_teacher_they_are_not_used(tmp_path, teacher):
 
 def test_without_any_label_the_classes_are_given(tmp_path, teacher):
     file = digits_npz(tmp_path / "none.npz", train_labels=None, unlabelled_images=None, test_labels=None)
-    with pytest.raises(UserError, match="has no 'train_labels'.*classes= in Python"):
+    with pytest.raises(UserError, match=r"has no 'train_labels'.*classes= in Python"):
         load_data(file, device="cpu")
     dls = load_data(file, bs=40, device="cpu", classes=[str(i) for i in range(10)])
     with pytest.raises(UserError, match="no training image has a label"):

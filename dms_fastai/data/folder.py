@@ -14,7 +14,7 @@ from ..errors import UserError, notice
 from ..training.losses import UNLABELLED
 from .decoded import Listing, decoded_image_set
 from .imageset import ImageSet
-from .splits import Splits, UnlabelledError
+from .splits import NEEDS_TEACHER, Splits, UnlabelledError
 
 __all__ = [
     "NO_LABELS",
@@ -213,11 +213,7 @@ def _classes(tree: _Tree, root: Path, split: str) -> dict[str, list[str]]:
         raise UserError(f"{root / min(tree.empty)} holds no images{hint}; fill it or remove it")
     if not tree.images:
         if split == "train":
-            hint = (
-                "; images without labels need a --teacher whose classes are known, such as a run (classes= in Python)"
-                if loose
-                else ""
-            )
+            hint = f"; {NEEDS_TEACHER}" if loose else ""
             raise UnlabelledError(f"{root} has no class folders; a classifier needs at least 2 folders of images{hint}")
         raise UnlabelledError(f"{root} has no images in class folders")
     level = _class_level(tree.images, root)

@@ -300,16 +300,20 @@ def dms_learner(
 
 
 def _with_unlabelled(dls: ImageLoaders, recipe: Recipe, teacher: Any, loss_func: Callable) -> tuple[ImageLoaders, Any]:
-    """The images of a Learner that distils: those without labels as well; without any other to validate on, teacher's.
+    """The images of a Learner, and its teacher. One that distils also trains on images without labels.
+
+    If the images to validate on have no labels, they get the teacher's answers in their place.
 
     Raises:
-        UserError: No training image has a label, and there is no teacher.
+        UserError: No training image has a label, and the recipe does not distil.
     """
-    if recipe.distill is None or teacher is None:
+    if recipe.distill is None:
         if not dls.train_ds.labelled:
-            raise UserError(f"no training image has a label, and recipe {recipe.name!r} has no teacher; take 'kd'")
+            raise UserError(f"no training image has a label, and recipe {recipe.name!r} does not distil; take 'kd'")
         if dls.unlabelled is not None:
             notice(f"{len(dls.unlabelled):,} images without labels are not used: they need a teacher")
+        return dls, teacher
+    if teacher is None:  # which is an error, told later
         return dls, teacher
     if not isinstance(loss_func, DMSLoss):
         if dls.unlabelled is not None:
