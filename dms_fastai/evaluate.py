@@ -138,8 +138,9 @@ def _images(data: str | Path, split: str | None, labels: str | Path | None, card
         )
     splits = load_splits(data, height, labels)
     found = split or next((name for name in ("test", "val") if name in splits), "test")
-    if found not in splits:
-        raise UserError(f"{data} has no split {found!r}; give --split {' or '.join(splits)}")
+    there = [each for each in splits if each != "unlabelled"]
+    if found not in there:
+        raise UserError(f"{data} has no split {found!r}; give --split {' or '.join(there)}")
     images = splits[found]
     if not len(images):
         raise UserError(f"{data} has no images in its split {found!r}")
@@ -174,5 +175,5 @@ def _note_other_images(images: ImageSet, own: RunFolder | None) -> None:
         return
     facts = own.facts()
     same = (images.name, images.split, images.size) == (facts.data, facts.valid, facts.size)
-    if same and facts.data_digest and images.digest() != facts.data_digest[-1]:
+    if same and facts.data_digest and images.digest() != facts.data_digest[1]:
         notice(f"the run was validated on other images that are called {images.name}, too")

@@ -32,13 +32,13 @@ Loss = Annotated[float, Rule(lambda v: abs(v) < 3.5e38, "a float32")]
 
 @dataclass(frozen=True)
 class Figures:
-    """The results of an epoch. A loss may be NaN or infinite."""
+    """The results of an epoch. A loss may be NaN or infinite. Training accuracy is None if no image has a label."""
 
     epoch: Number
     train_loss: float
-    train_accuracy: Share
     valid_loss: float
     valid_accuracy: Share
+    train_accuracy: Share | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,10 @@ class Facts:
         begun_from: The weights that it began from: timm:NAME.TAG, a run's folder or a file; None: fresh ones.
         mixup: Whether training accuracy is measured on mixed images.
         teacher, teacher_digest: The teacher, and a hash of its weights.
-        data_digest: Hashes of the training and the validation images.
+        training_images, unlabelled_images: Training images with and without a label.
+        agreement: Whether what is called accuracy here is agreement: the share of images to which the network gives the
+            same class as its teacher, for want of labels.
+        data_digest: Hashes of the training and the validation images, and of those without labels, if there are any.
         device, threads, versions, python, commit: What it ran on, and which code.
         started, seconds: When it began, and how long it has trained so far.
         epochs_done, last, best: How far it has come. The last epoch is the result; the best one was chosen on the
@@ -94,6 +97,8 @@ class Facts:
     epochs_done: Number
     seconds: Seconds
     training_images: Number | None = None
+    unlabelled_images: Number | None = None
+    agreement: bool = False
     classes: Number | None = None
     size: Number | None = None
     begun_from: str | None = None

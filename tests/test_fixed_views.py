@@ -8,7 +8,7 @@ from fastai.callback.core import Callback
 from dms_fastai import FixedViews, UserError, dms_learner, load_data, load_teacher
 from dms_fastai.random_states import seed_everything
 from dms_fastai.run_folder import Run
-from dms_fastai.trained import Answers
+from dms_fastai.trained import KeptLogits
 from tests.conftest import quiet
 from tests.test_runs import dms, same_run  # noqa: F401  (a fixture)
 
@@ -115,19 +115,19 @@ def test_what_is_recalled_is_what_the_teacher_says_of_the_same_batch():
 
 
 def test_answers_are_kept_as_they_come(tmp_path):
-    answers, logits = Answers(tmp_path / "a", (2, 3, 4, 5)), torch.randn(4, 5)
+    answers, logits = KeptLogits(tmp_path / "a", (2, 3, 4, 5)), torch.randn(4, 5)
     assert answers.get(1, 2) is None
     answers.put(1, 2, logits)
     assert answers.share == pytest.approx(1 / 6)
-    again = Answers(tmp_path / "a", (2, 3, 4, 5))  # of another process
+    again = KeptLogits(tmp_path / "a", (2, 3, 4, 5))  # of another process
     assert torch.equal(again.get(1, 2), logits.half())
     assert again.get(1, 1) is None
-    assert Answers.of({"teacher": "x"}, (1, 1, 1, 2)).folder != Answers.of({"teacher": "y"}, (1, 1, 1, 2)).folder
+    assert KeptLogits.of({"teacher": "x"}, (1, 1, 1, 2)).folder != KeptLogits.of({"teacher": "y"}, (1, 1, 1, 2)).folder
     with pytest.raises(UserError, match="answers take 2000000000"):
-        Answers(tmp_path / "b", (10**9, 10**3, 10**3, 1000))
+        KeptLogits(tmp_path / "b", (10**9, 10**3, 10**3, 1000))
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be kept"):
-        Answers(tmp_path / "file" / "c", (1, 1, 1, 1))
+        KeptLogits(tmp_path / "file" / "c", (1, 1, 1, 1))
 
 
 def test_a_stopped_run_ends_as_one_without_interruption(dms, tmp_path):  # noqa: F811

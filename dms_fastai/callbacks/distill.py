@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ..data.augment import at_size
 from ..data.imageset import ImageSet
-from ..data.loader import BatchLoader, statistics, vocabulary
+from ..data.loader import BatchLoader, statistics, unlabelled_images, vocabulary
 from ..errors import UserError, notice
-from ..trained import Answers, check_teacher, images_of, load_teacher, renormalize
+from ..trained import KeptLogits, check_teacher, images_of, load_teacher, renormalize
 from ..trained.network import Ensemble, folded
 from ..training.losses import DMSLoss, Targets, Teaching
 from ..training.parts import PARTS, order_of
@@ -35,6 +35,8 @@ class TeacherDistill(Callback):
     With a `DMSLoss`, the logits are added to the targets, and the loss gives equation (ii) or (iv), with its own alpha
     and T. Any other loss becomes `alpha T^2 KL(teacher || student) + (1 - alpha) loss`. The teacher is in evaluation
     mode, has no gradients, plays no part in validation, and stays out of exported and pickled Learners.
+
+    Of an image without a label, as `ImageLoaders.with_unlabelled` gives them, a `DMSLoss` is the teacher's part alone.
     """
 
     # The loss is complete before gradient accumulation (6) divides it; mixed precision is still on in after_pred.
@@ -65,6 +67,11 @@ class TeacherDistill(Callback):
             )
         if self.given and isinstance(self.learn.loss_func, DMSLoss):
             raise UserError(f"{', '.join(self.given)} given to TeacherDistill, but DMSLoss has its own; set it there")
+        unlabelled = unlabelled_images(self.learn.dls)
+        if isinstance(self.learn.loss_func, DMSLoss):
+            self.learn.loss_func.partial = unlabelled > 0
+        elif unlabelled:
+            raise UserError(f"{unlabelled} training images have no label, for which the loss must be DMSLoss()")
         if self.network is not None and self.made_of is self.teacher:
             return
         dls = self.learn.dls
@@ -110,7 +117,7 @@ class TeacherDistill(Callback):
             self.answers.put(view, step, self.ask())
         return self.answers.get(view, step).to(self.learn.pred.device)
 
-    def kept(self) -> Answers | None:
+    def kept(self) -> KeptLogits | None:
         """What the teacher has said of these views, in any run; None in a Learner without a recipe."""
         learn = self.learn
         recipe, loader = getattr(learn, "recipe", None), learn.dls.train
@@ -123,7 +130,7 @@ class TeacherDistill(Callback):
             "batches": {table: found for table, found in recipe.to_table().items() if table in OF_A_BATCH},
             "callbacks": sorted(type(cb).__qualname__ for cb in learn.cbs if hasattr(type(cb), "before_batch")),
         }
-        answers = Answers.of(facts, (learn.fixed_views.count, len(loader), loader.bs, learn.dls.c))
+        answers = KeptLogits.of(facts, (learn.fixed_views.count, len(loader), loader.bs, learn.dls.c))
         notice(
             f"the teacher is asked once about each of {learn.fixed_views.count} views of an image; {answers.share:.0%} "
             f"of its answers are there, in {answers.folder} ({answers.nbytes / 1e6:,.1f} MB)"

@@ -12,7 +12,7 @@ from torch.distributions import Beta
 
 from ..errors import UserError
 from ..settings import Positive, checked
-from ..training.losses import DMSLoss
+from ..training.losses import UNLABELLED, DMSLoss
 from ..training.parts import order_of
 
 __all__ = ["MixUp"]
@@ -101,7 +101,8 @@ class MixUp(Callback):
         shares, side = lam.cpu().expand(len(x)).tolist(), math.ceil(math.sqrt(len(images)))
         grid = get_grid(len(images), figsize=(3 * side, 3.5 * side))  # titles of two lines
         for image, a, b, share, axes in zip(images, y_a.tolist(), y_b.tolist(), shares, grid, strict=False):
-            show_image(image, ctx=axes, title=f"{share:.2f} {vocab[a]}\n{1 - share:.2f} {vocab[b]}")
+            first, second = ("no label" if label == UNLABELLED else vocab[label] for label in (a, b))
+            show_image(image, ctx=axes, title=f"{share:.2f} {first}\n{1 - share:.2f} {second}")
 
     def draw(self, n: int, device: torch.device) -> Tensor:
         """Draw lambda in float32 on `device`: a scalar, or of shape (n,)."""

@@ -1,5 +1,6 @@
 """Images: sources, batched augmentation and the loader; `load_data` puts them together."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,16 @@ def load_data(
     labels: str | Path | None = None,
     balance: bool = False,
     view: int | None = None,
+    classes: Sequence[str] | None = None,
     **crops: Any,
 ) -> DataLoaders:
     """fastai `DataLoaders` over a data set, with crops and flips in training.
 
     Args:
         data: "digits", "cifar10", "cifar100", "imagenette"; a folder with train/CLASS/*.png and test/, valid/, val/ or
-            validation/CLASS/*.png, or with CLASS/*.png alone; an .npz file with train_images, train_labels,
-            test_images, test_labels; CIFAR's own files, parquet files of Hugging Face's, or a .zip or .tar of a folder.
+            validation/CLASS/*.png, or with CLASS/*.png alone, and perhaps unlabelled/*.png; an .npz file with
+            train_images, train_labels, test_images, test_labels, and perhaps unlabelled_images; CIFAR's own files,
+            parquet files of Hugging Face's, or a .zip or .tar of a folder.
         bs, size, valid: As in `Data`; `bs` is its `batch_size`.
         seed: Chooses the held-out images, and nothing else.
         mean, std: What pixels (0...1) are normalised with, a value for each channel.
@@ -47,6 +50,7 @@ def load_data(
         balance: As in `Data`.
         view: Height and width of the images that a teacher expects. Where they come larger than `size`, training
             batches are as large as that, and `dms_learner` makes the student's images from them.
+        classes: Names of the classes, in order, for a teacher's student, where no training image has a label.
         crops: As in `Crops`; digits are not flipped unless `flip` is given.
 
     Raises:
@@ -58,7 +62,7 @@ def load_data(
     if source_name(data) in NO_FLIP:
         crops.setdefault("flip", 0.0)
     cropped = Crops(**crops)
-    sets = chosen.open(data, seed)
+    sets = chosen.open(data, seed, classes).for_distillation
     if view is not None:
         sets = chosen.enlarged(sets, data, convert(view, Pixels, "view"), seed)
     return sets.loaders(bs, cropped, mean, std, device, balance)

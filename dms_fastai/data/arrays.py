@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ..errors import UserError, notice
+from ..training.losses import UNLABELLED
 from .folder import class_name
 from .images import resize, to_rgb
 from .imageset import ImageSet
@@ -25,11 +26,11 @@ LARGEST = 2**31  # a larger number stands for "no class" in somebody's arrays
 class ImagesAndLabels:
     """The arrays of a split: images, shape (N, H, W), (N, H, W, C) or (N, C, H, W), and labels, shape (N,) or (N, 1).
 
-    Pixels may be bytes, other whole numbers, or decimal numbers; labels whole numbers or text.
+    Pixels may be bytes, other whole numbers, or decimal numbers; labels whole numbers or text; None: there are none.
     """
 
     images: np.ndarray
-    labels: np.ndarray
+    labels: np.ndarray | None
 
 
 def array_splits(
@@ -52,9 +53,10 @@ def array_splits(
         where = f"{source}: {split}"
         train = None if split == "train" else splits["train"]  # read first: errors in it are told first
         arrays = readers[split]()
-        labels = _one_each(arrays.labels, f"{where}_labels")
+        without = arrays.labels is None
+        labels = np.full(len(arrays.images), UNLABELLED) if without else _one_each(arrays.labels, f"{where}_labels")
         vocab = vocab_of(labels, names, source) if train is None else list(train.vocab)
-        indices = label_indices(labels, vocab, f"{where}_labels", named=names is not None)
+        indices = labels if without else label_indices(labels, vocab, f"{where}_labels", named=names is not None)
         try:
             white = None
             if arrays.images.dtype != np.uint8:
@@ -69,7 +71,8 @@ def array_splits(
         if train is None:
             if white is not None:
                 notice(f"{where}_images: {describe(white, arrays.images.dtype)}")
-            _name_missing(indices, vocab, source)
+            if not without:
+                _name_missing(indices, vocab, source)
         elif size is None and min(pixels.shape[-2:]) != side:
             found = "x".join(map(str, pixels.shape[-2:]))
             notice(f"{where}_images are {found} pixels; they are resized to {side}x{side}, as the training images are")

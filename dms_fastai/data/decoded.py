@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import UserError, notice
 from ..files import sweep, whole
+from ..training.losses import UNLABELLED
 from .images import grey_white, open_image, read_image
 from .imageset import ImageSet
 from .white import BYTE, describe
@@ -37,7 +38,7 @@ class Listing:
     Attributes:
         root: The folder that they lie in.
         files: Paths relative to it.
-        labels: The class of each, an index into `vocab`.
+        labels: The class of each, an index into `vocab`, or `UNLABELLED`.
         vocab: Names of the classes.
         name: Tells it from other listings of the same folder.
     """
@@ -99,7 +100,8 @@ def _stamp(listing: Listing, white: float | None) -> str:
             stat = (listing.root / name).stat()
         except OSError as error:
             raise UserError(f"{listing.root / name} cannot be read ({error.strerror}); remove or replace it") from None
-        facts = [name, listing.vocab[label], stat.st_size, stat.st_mtime_ns, stat.st_ino]
+        of_class = "" if label == UNLABELLED else listing.vocab[label]
+        facts = [name, of_class, stat.st_size, stat.st_mtime_ns, stat.st_ino]
         digest.update(json.dumps(facts).encode())
     return digest.hexdigest()
 

@@ -3,7 +3,7 @@
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePath
@@ -11,23 +11,37 @@ from pathlib import Path, PurePath
 from PIL import Image
 
 from ..errors import UserError, notice
+from ..training.losses import UNLABELLED
 from .decoded import Listing, decoded_image_set
-from .splits import Splits, UnlabelledError
+from .imageset import ImageSet
+from .splits import NEEDS_TEACHER, Splits, UnlabelledError
 
-__all__ = ["SPLIT_OF", "class_name", "find_images", "list_names", "only_folder", "read_folder"]
+__all__ = [
+    "NO_LABELS",
+    "SPLIT_OF",
+    "class_name",
+    "find_images",
+    "list_names",
+    "only_folder",
+    "read_folder",
+    "unlabelled",
+]
 
 SPLIT_OF = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
+NO_LABELS = ("unlabelled", "unlabeled")  # folders of images without classes
 PASSED_OVER = {"__MACOSX"}  # beside hidden files and folders
 ENDINGS = 5  # in one message
 
 
-def read_folder(folder: Path, size: int) -> Splits:
+def read_folder(folder: Path, size: int, classes: Sequence[str] | None = None) -> Splits:
     """The splits of an image folder.
 
     Args:
         folder: A folder with train/CLASS/ and, optionally, test/CLASS/ and valid/, val/ or validation/CLASS/; or one
-            with CLASS/ alone, all of whose images are for training.
+            with CLASS/ alone, all of whose images are for training. An unlabelled/ beside these has images at any
+            depth, without labels.
         size: Height and width that every image is cropped and resized to.
+        classes: Names of the classes, in order, to be taken where the training images are in no class folders.
 
     Raises, some of it when a split is read:
         UserError: There are no classes, a class is empty or the only one, a split has a class that train has not, it
@@ -36,34 +50,41 @@ def read_folder(folder: Path, size: int) -> Splits:
     found = _split_folders(folder)
     if not found and (found := _split_folders(only_folder(folder))):
         folder = only_folder(folder)
-    if not found:
-        found = {"train": [folder]}
+    if not found.keys() - {"unlabelled"}:
+        found["train"] = [folder]
     elif "train" not in found:
         raise UserError(f"{folder} has no folder 'train'; the layout is train/CLASS/*.png and test/CLASS/*.png")
     splits = Splits()
     vocab: list[str] = []
 
-    def read(split: str):
-        if split != "train" and not vocab:
-            splits["train"]  # its folders are the classes
+    def read(split: str) -> ImageSet:
+        train = None if split == "train" else splits["train"]  # its folders are the classes
         if len(found[split]) > 1:
             first, second, *_ = found[split]
             raise UserError(f"{folder} has both {first.name!r} and {second.name!r}; remove or rename one")
         [root] = found[split]
-        classes = _classes(_walk(root), root, split)
+        if split == "unlabelled":
+            return decoded_image_set(unlabelled(root, find_images(root), vocab), size, train)
+        try:
+            files = _classes(_walk(root, besides=found.get("unlabelled", ())), root, split)
+        except UnlabelledError:
+            if classes is None or (train is not None and train.labelled):
+                raise
+            vocab[:] = classes
+            return decoded_image_set(unlabelled(root, find_images(root), vocab), size, train)
         if split == "train":
-            vocab[:] = _vocab_of(classes, root)
-        elif not set(classes) <= set(vocab):
-            train = found["train"][0]
-            strange = min(set(classes) - set(vocab))
-            raise UserError(f"{root} has a class {strange!r} that {train} does not have")
+            vocab[:] = _vocab_of(files, root)
+        elif not set(files) <= set(vocab):
+            strange = min(set(files) - set(vocab))
+            who = f"{found['train'][0]} does not have" if train.labelled else "the teacher does not know"
+            raise UserError(f"{root} has a class {strange!r} that {who}")
         listing = Listing(
             root,
-            [file for name in vocab for file in classes.get(name, [])],
-            [label for label, name in enumerate(vocab) for _ in classes.get(name, [])],
+            [file for name in vocab for file in files.get(name, [])],
+            [label for label, name in enumerate(vocab) for _ in files.get(name, [])],
             vocab,
         )
-        return decoded_image_set(listing, size, None if split == "train" else splits["train"])
+        return decoded_image_set(listing, size, train)
 
     for split in found:
         splits.add(split, partial(read, split))
@@ -89,6 +110,17 @@ def find_images(folder: Path) -> list[str]:
     return sorted(str(where / name) for where, names in found.images.items() for name in names)
 
 
+def unlabelled(root: Path, files: Sequence[str], vocab: Sequence[str], name: str = "") -> Listing:
+    """Images without labels, `files` in the folder `root`.
+
+    Raises:
+        UserError: There are none.
+    """
+    if not files:
+        raise UserError(f"{root} holds no images; fill it or remove it")
+    return Listing(root, files, [UNLABELLED] * len(files), vocab, name)
+
+
 def class_name(text: str) -> str:
     """The name of a class as every system and file format has it: composed Unicode, other bytes escaped."""
     return unicodedata.normalize("NFC", os.fsencode(text).decode("utf-8", "backslashreplace"))
@@ -110,11 +142,12 @@ def only_folder(folder: Path) -> Path:
 
 def _split_folders(folder: Path) -> dict[str, list[Path]]:
     """The folders that may be each split, whatever their case."""
+    split_of = SPLIT_OF | dict.fromkeys(NO_LABELS, "unlabelled")
     folders = [folder / name for name in list_names(folder) if (folder / name).is_dir()]
     found: dict[str, list[Path]] = {}
     for inner in folders:
-        if inner.name.lower() in SPLIT_OF:
-            found.setdefault(SPLIT_OF[inner.name.lower()], []).append(inner)
+        if inner.name.lower() in split_of:
+            found.setdefault(split_of[inner.name.lower()], []).append(inner)
     return found
 
 
@@ -133,8 +166,8 @@ class _Tree:
     endings: Counter = field(default_factory=Counter)
 
 
-def _walk(root: Path) -> _Tree:
-    """List a folder. Links are followed, but not back to where they come from.
+def _walk(root: Path, besides: Collection[Path] = ()) -> _Tree:
+    """List a folder without the folders `besides`. Links are followed, but not back to where they come from.
 
     Raises:
         UserError: A folder in it cannot be listed.
@@ -150,7 +183,7 @@ def _walk(root: Path) -> _Tree:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(name for name in folders if not _hidden(name))
+        folders[:] = sorted(name for name in folders if not _hidden(name) and Path(where, name) not in besides)
         files = sorted(name for name in names if not _hidden(name))
         images = [name for name in files if PurePath(name).suffix.lower() in endings]
         tree.endings.update(PurePath(name).suffix.lower() for name in set(files) - set(images))
@@ -180,7 +213,8 @@ def _classes(tree: _Tree, root: Path, split: str) -> dict[str, list[str]]:
         raise UserError(f"{root / min(tree.empty)} holds no images{hint}; fill it or remove it")
     if not tree.images:
         if split == "train":
-            raise UserError(f"{root} has no class folders; a classifier needs at least 2 folders of images")
+            hint = f"; {NEEDS_TEACHER}" if loose else ""
+            raise UnlabelledError(f"{root} has no class folders; a classifier needs at least 2 folders of images{hint}")
         raise UnlabelledError(f"{root} has no images in class folders")
     level = _class_level(tree.images, root)
     classes: dict[str, list[str]] = {}

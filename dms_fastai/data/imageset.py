@@ -1,5 +1,6 @@
 """A whole split of a data set in memory: the dataset behind `BatchLoader`."""
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from fastai.losses import CrossEntropyLossFlat
 from torch import Tensor
 
 from ..errors import UserError
+from ..training.losses import UNLABELLED
 from .augment import NO_CROPS, Cropper, Crops
 from .images import read_image
 
@@ -23,10 +25,10 @@ class ImageSet:
 
     Attributes:
         images: uint8, shape (N, 3, H, W), square.
-        labels: int64, shape (N,), or None for images without labels.
+        labels: int64, shape (N,), `UNLABELLED` where an image has none; or None for images that nobody trains on.
         vocab: Class names, as fastai keeps them; a label is an index into it.
         name: The data set's name, "" if it has none; recipes may have settings for this name.
-        split: Which split of it: "train", "test", "val" or "held out" of train; "" if it is none of them.
+        split: Which split of it: "train", "test", "val", "unlabelled" or "held out" of train; "" if it is none of them.
         files: The images' files, relative to `root`; None if they come from none.
         root: The folder of the files.
         white: The value that became 255, if pixels were no bytes; None if they were.
@@ -34,11 +36,13 @@ class ImageSet:
             None where they are not.
         own_size: The shorter side of the images as they came, in pixels; None where nobody has noted it.
         split_idx: 0 for images that are augmented (training), 1 for those that are not.
+        by_teacher: Whether the labels are a teacher's answers.
     """
 
     n_inp = 1
     seen: int | None = None
     own_size: int | None = None
+    by_teacher = False
 
     def __init__(
         self,
@@ -88,6 +92,16 @@ class ImageSet:
     def c(self) -> int:
         """The number of classes, under fastai's name."""
         return len(self.vocab)
+
+    @property
+    def labelled(self) -> int:
+        """How many images have a label."""
+        return 0 if self.labels is None else int((self.labels != UNLABELLED).sum())
+
+    @property
+    def counts(self) -> Tensor:
+        """How many images of each class there are, shape (C,)."""
+        return self.labels[self.labels != UNLABELLED].bincount(minlength=self.c)
 
     @property
     def loss_func(self) -> CrossEntropyLossFlat:
@@ -146,12 +160,33 @@ class ImageSet:
         found.seen, found.own_size = self.seen, self.own_size
         return found
 
+    def answered(self, labels: Tensor) -> "ImageSet":
+        """The same images with a teacher's answers for labels."""
+        found = copy.copy(self)
+        found.labels, found.by_teacher, found._resident = labels, True, {}
+        return found
+
+    def joined(self, other: "ImageSet") -> "ImageSet":
+        """This set and, after it, the images and labels of another with the same size and classes."""
+        images, labels = (torch.cat(pair) for pair in ((self.images, other.images), (self.labels, other.labels)))
+        files = None
+        if self.files is not None and other.files is not None:
+            files = [str(path) for path in (*self.items, *other.items)]  # absolute, for they have no root in common
+        kept = {"files": files, "root": self.root, "white": self.white}
+        both = ImageSet(images, labels, self.vocab, self.name, self.split_idx, **kept)
+        both.split, both.seen, both.own_size = self.split, self.seen, self.own_size
+        return both
+
     def digest(self) -> str:
         """A short hash of all images and labels: what tells one data set from another of the same name."""
         state = hashlib.blake2b(digest_size=8)
         for tensor in (self.images, self.labels):
             state.update(b"" if tensor is None else tensor.contiguous().numpy())
         return state.hexdigest()
+
+    def class_of(self, label: int) -> str:
+        """The name of a label's class, to be shown."""
+        return "no label" if label == UNLABELLED else str(self.vocab[label])
 
     def _label(self, value: Any) -> int:
         label = self.vocab.o2i.get(value, -1) if isinstance(value, str) else int(value)

@@ -15,17 +15,19 @@ from fastcore.foundation import L
 from torch import Tensor
 
 from ..models.dmsresnet import MEAN, STD
+from ..training.losses import UNLABELLED
 from .augment import Crops, affine, normalize
 from .imageset import ImageSet
 
-__all__ = ["BatchLoader", "ImageLoaders", "balanced", "statistics", "vocabulary"]
+__all__ = ["BatchLoader", "ImageLoaders", "balanced", "statistics", "unlabelled_images", "vocabulary"]
 
 
 class BatchLoader(TfmdDL):
     """A fastai loader over an `ImageSet` whose batches `(x, y)` are plain tensors, already on the device.
 
-    `x` is float32, normalised, of the shape of the set's `images`, channels last; `y` is int64, shape (B,), and is left
-    out where the set has no labels. Sets with `split_idx` 0 are cropped and flipped at random.
+    `x` is float32, normalised, of the shape of the set's `images`, channels last; `y` is int64, shape (B,), with
+    `UNLABELLED` for an image without a label, and is left out where the set is not labelled at all. Sets with
+    `split_idx` 0 are cropped and flipped at random.
     """
 
     def __init__(
@@ -46,7 +48,7 @@ class BatchLoader(TfmdDL):
             bs: Images in a batch.
             shuffle: Draw a new order every epoch, from torch's random state.
             drop_last: Leave out a last batch of fewer than `bs` images.
-            balance: In every pass, draw equally many images of each class.
+            balance: In every pass, draw equally many images of each class, and those without a label once.
             crops: How training images are cropped and flipped; None: as the paper does.
             mean, std: What pixels (0...1) are normalised with, a value for each channel.
         """
@@ -110,7 +112,7 @@ class BatchLoader(TfmdDL):
 
     def _decode_batch(self, b: tuple[Tensor, ...], max_n: int = 9, full: bool = True) -> L:
         x, *y = b
-        names = [[Category(self.dataset.vocab[i]) for i in t[:max_n]] for t in y]
+        names = [[Category(self.dataset.class_of(int(i))) for i in t[:max_n]] for t in y]
         return L(zip(x[:max_n], *names, strict=True))
 
     def _affine(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -124,7 +126,31 @@ class BatchLoader(TfmdDL):
 
 
 class ImageLoaders(DataLoaders):
-    """fastai's DataLoaders, over `BatchLoader`s."""
+    """fastai's DataLoaders, over `BatchLoader`s.
+
+    Attributes:
+        unlabelled: Images without labels, which are in none of the loaders; None if there are none.
+        batch_size: Training images that were wanted in a batch; there may be fewer.
+    """
+
+    unlabelled: ImageSet | None = None
+    batch_size: int | None = None
+
+    def with_unlabelled(self) -> "ImageLoaders":
+        """These loaders with the images without labels among the training images: for Learners that distil."""
+        if self.unlabelled is None:
+            return self
+        both = self.train.dataset.joined(self.unlabelled)
+        train = self.train.new(both, bs=min(self.batch_size or self.train.bs, len(both)))
+        return ImageLoaders(train, self.valid, path=self.path, device=self.device)
+
+    def validated_by(self, labels: Tensor) -> "ImageLoaders":
+        """These loaders with a teacher's answers, shape (N,), for the labels of the images to validate on."""
+        loaders = ImageLoaders(
+            self.train, self.valid.new(self.valid.dataset.answered(labels)), path=self.path, device=self.device
+        )
+        loaders.unlabelled, loaders.batch_size = self.unlabelled, self.batch_size
+        return loaders
 
     def test_dl(
         self, test_items: Any, rm_type_tfms: Any = None, with_labels: bool = False, **kwargs: Any
@@ -160,8 +186,13 @@ def balanced(labels: Tensor) -> Tensor:
     """As many indices as there are labels, shape (N,), in a random order, with equally many of each class.
 
     The images of a class come equally often, up to one; of a class with too many, some are left out. What N leaves
-    after its division by the classes goes to classes drawn at random.
+    after its division by the classes goes to classes drawn at random. Images without a label come once.
     """
+    without = labels == UNLABELLED
+    if without.any():
+        known = (~without).nonzero().flatten()
+        order = torch.cat([known[balanced(labels[known])] if len(known) else known, without.nonzero().flatten()])
+        return order[torch.randperm(len(order))]
     classes = labels.unique()
     share, left = divmod(len(labels), len(classes))
     drawn = []
@@ -171,6 +202,12 @@ def balanced(labels: Tensor) -> Tensor:
         drawn.append(torch.cat(rounds)[:wanted])
     order = torch.cat(drawn)
     return order[torch.randperm(len(order))]
+
+
+def unlabelled_images(dls: DataLoaders) -> int:
+    """How many of the training images have no label."""
+    data = dls.train_ds
+    return len(data) - data.labelled if isinstance(data, ImageSet) else 0
 
 
 def vocabulary(dls: DataLoaders) -> list[str] | None:

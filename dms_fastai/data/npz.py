@@ -2,7 +2,7 @@
 
 import os
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -10,16 +10,24 @@ import numpy as np
 
 from ..errors import UserError, damage
 from .arrays import ImagesAndLabels, array_splits
-from .splits import Splits
+from .splits import NEEDS_TEACHER, Splits, UnlabelledError
 
 __all__ = ["machine_memory", "read_npz"]
 
 NO_NPZ = "{} cannot be read as an .npz file of plain arrays"
 KERAS = {"x_train": "train_images", "y_train": "train_labels", "x_test": "test_images", "y_test": "test_labels"}
+OTHER_NAMES = KERAS | {"unlabeled_images": "unlabelled_images"}
 
 
-def read_npz(file: Path, size: int | None) -> Splits:
-    """`train_images`, `train_labels` and the same for test and val, `class_names` optional; or Keras' names.
+def read_npz(file: Path, size: int | None, classes: Sequence[str] | None = None) -> Splits:
+    """`train_images`, `train_labels` and the same for test and val; or Keras' names.
+
+    `unlabelled_images` and `class_names` are optional.
+
+    Args:
+        file: The .npz file.
+        size: Height and width in pixels. None: the shorter side of the training images.
+        classes: Names of the classes, in order, to be taken where there are no `train_labels`.
 
     Raises, some of it when a split is read:
         UserError: The file cannot be read, lacks an array or does not fit into memory, or the arrays cannot be trained
@@ -27,19 +35,26 @@ def read_npz(file: Path, size: int | None) -> Splits:
     """
     archive = _Archive(file)
     for key in ("train_images", "train_labels"):
-        if key not in archive:
-            raise UserError(f"{file} has no {key!r}; it has {', '.join(sorted(archive)) or 'nothing'}")
-    names = archive.get("class_names")
+        if key not in archive and (key == "train_images" or classes is None):
+            lacks = f"{file} has no {key!r}; it has {', '.join(sorted(archive)) or 'nothing'}"
+            if key == "train_images":
+                raise UserError(lacks)
+            raise UnlabelledError(f"{lacks}; {NEEDS_TEACHER}")
+    names, labelled = archive.get("class_names"), "train_labels" in archive
+    if names is None and not labelled:
+        names = np.array(classes)
 
     def reader(split: str) -> Callable[[], ImagesAndLabels]:
         def read() -> ImagesAndLabels:
             if f"{split}_labels" not in archive:
+                if split == "unlabelled" or not labelled:
+                    return ImagesAndLabels(archive[f"{split}_images"], None)
                 raise UserError(f"{file} has {split}_images without {split}_labels")
             return ImagesAndLabels(archive[f"{split}_images"], archive[f"{split}_labels"])
 
         return read
 
-    found = [split for split in ("train", "test", "val") if f"{split}_images" in archive]
+    found = [split for split in ("train", "test", "val", "unlabelled") if f"{split}_images" in archive]
     return array_splits(file, {split: reader(split) for split in found}, names, size)
 
 
@@ -54,7 +69,7 @@ class _Archive(Mapping[str, np.ndarray]):
         with damage(NO_NPZ.format(file)), zipfile.ZipFile(file) as archive:
             members = [name for name in archive.namelist() if name.endswith(".npy")]
         names = {name.removesuffix(".npy"): name for name in members}
-        self._members = {KERAS.get(name, name): member for name, member in names.items()}
+        self._members = {OTHER_NAMES.get(name, name): member for name, member in names.items()}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._members)

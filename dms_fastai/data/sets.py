@@ -1,7 +1,8 @@
 """A data set as a run uses it: what to train on and what to validate on, and fastai's DataLoaders over the two."""
 
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import median_low
@@ -34,11 +35,16 @@ class Sets:
     Attributes:
         train: Images to train on; they may be larger than `size`, for a teacher that sees more of them.
         valid: Images to validate on.
+        unlabelled: Further images without labels, for distillation alone, as large as `train`; None if there are none,
+            or nobody distils.
+        source: The data set that they are of.
         plain: The same sets without larger images; None: these are.
     """
 
     train: ImageSet
     valid: ImageSet
+    unlabelled: ImageSet | None = None
+    source: Splits | None = None
     plain: "Sets | None" = None
 
     @property
@@ -65,17 +71,29 @@ class Sets:
     @property
     def not_validated(self) -> list[str]:
         """Classes with training images and without any to validate on."""
-        if self.valid.labels is None:
+        if self.valid.labels is None or self.agreement:
             return []
-        trained, validated = (s.labels.bincount(minlength=len(self.vocab)) for s in (self.train, self.valid))
+        trained, validated = (s.counts for s in (self.train, self.valid))
         return [name for name, t, v in zip(self.vocab, trained, validated, strict=True) if t and not v]
+
+    @property
+    def agreement(self) -> bool:
+        """Whether the images to validate on have no labels, so that only agreement with a teacher can be measured."""
+        return not self.valid.labelled
 
     @cached_property
     def digest(self) -> list[str]:
         """A hash of each set, which tells these images from others; larger ones have that of the plain ones."""
         if self.plain is not None:
             return self.plain.digest
-        return [self.train.digest(), self.valid.digest()]
+        return [each.digest() for each in (self.train, self.valid, self.unlabelled) if each is not None]
+
+    @cached_property
+    def for_distillation(self) -> "Sets":
+        """These sets and the data set's images without labels, if it has any, which are read now."""
+        if self.source is None or "unlabelled" not in self.source:
+            return self
+        return replace(self, unlabelled=self.source["unlabelled"])
 
     def loaders(
         self,
@@ -88,11 +106,13 @@ class Sets:
     ) -> DataLoaders:
         """fastai DataLoaders with batches of `bs` training images. Arguments as in `load_data`."""
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        bs = min(bs, len(self.train))
+        wanted, bs = bs, min(bs, len(self.train))
         own = {"crops": crops, "mean": mean, "std": std, "device": device}
         train = BatchLoader(self.train, bs, shuffle=True, drop_last=True, balance=balance, **own)
         valid = BatchLoader(self.valid, max(bs, VALID_BATCH.get(device.type, bs)), **own)
-        return ImageLoaders(train, valid, device=device)
+        loaders = ImageLoaders(train, valid, device=device)
+        loaders.unlabelled, loaders.batch_size = self.unlabelled, wanted
+        return loaders
 
 
 @checked
@@ -117,18 +137,23 @@ class Data:
     labels: str | None = None
     balance: bool = False
 
-    def open(self, data: str | Path, seed: int = 0) -> Sets:
-        """Read a data set. `seed` chooses the held-out images, and nothing else.
+    def open(self, data: str | Path, seed: int = 0, classes: Sequence[str] | None = None) -> Sets:
+        """Read a data set.
+
+        Args:
+            data: As in `load_data`.
+            seed: Chooses the held-out images, and nothing else.
+            classes: Names of the classes, in order, to be taken where no training image has a label.
 
         Raises:
             UserError: Data that are missing or cannot be trained on.
         """
-        splits = load_splits(data, self.size, self.labels)
+        splits = load_splits(data, self.size, self.labels, classes)
         train, valid = self._split(splits, seed, data)
         train.split_idx = 0
         if train.images.max() < DARK:
             notice(f"{data}: the brightest pixel of all training images is {int(train.images.max())} of 255")
-        found = Sets(train, valid)
+        found = Sets(train, valid, source=splits)
         if absent := found.not_validated:
             notice(f"{data}: no images to validate on of {', '.join(absent)}; the accuracy says nothing about that")
         return found
@@ -151,11 +176,13 @@ class Data:
         held = self.held_size(sets, data, size)
         if held <= sets.size:
             return sets
-        train = load_splits(data, held, self.labels)["train"]
+        splits = load_splits(data, held, self.labels, None if sets.train.labelled else sets.vocab)
+        train, unlabelled = splits["train"], None if sets.unlabelled is None else splits["unlabelled"]
         if not isinstance(self.valid, str):
             train = train.subset(split_by_class(train.labels, self.valid, seed)[1])
-        train.seen, train.split_idx = sets.size, 0
-        return Sets(train, sets.valid, plain=sets)
+        for images in filter(None, (train, unlabelled)):
+            images.seen, images.split_idx = sets.size, 0
+        return Sets(train, sets.valid, unlabelled, splits, plain=sets)
 
     def held_size(self, sets: Sets, data: str | Path, size: int) -> int:
         """Height and width of the training images that `enlarged` would give; arguments as there.
@@ -166,10 +193,12 @@ class Data:
         if size <= sets.size:
             return sets.size
         held = max(min(size, _own_size(sets.train)), sets.size)
-        needed, there = sets.train.images.nbytes * (held / sets.size) ** 2, machine_memory()
+        images = [each for each in (sets.train, sets.unlabelled) if each is not None]
+        needed, there = sum(each.images.nbytes for each in images) * (held / sets.size) ** 2, machine_memory()
         if needed > there:
+            count = sum(map(len, images))
             raise UserError(
-                f"{data}: at the {held}x{held} pixels that the teacher sees, {len(sets.train):,} training images take "
+                f"{data}: at the {held}x{held} pixels that the teacher sees, {count:,} training images take "
                 f"{needed / 1e9:,.1f} GB, and this machine has {there / 1e9:,.1f} GB; set distill.size nearer to the "
                 f"student's {sets.size}"
             )
@@ -202,17 +231,21 @@ def _own_size(images: ImageSet) -> int:
 def _valid(splits: Splits, wanted: str, data: str | Path) -> ImageSet:
     """The split to validate on, or the one that stands in for it."""
     other = {"test": "val", "val": "test"}[wanted]
-    unlabelled = ""
+    unlabelled, without = "", None
     for split in (wanted, other):
         if split in splits:
             try:
                 found = splits[split]
             except UnlabelledError as error:
                 unlabelled = f" ({error.message})"
-            else:
+                continue
+            if found.labelled:
                 if unlabelled:
                     notice(f"validating on {split!r}{unlabelled}")
                 return found
+            without = without or found
+    if without is not None:  # where no training image has a label, either
+        return without
     raise UserError(
         f"{data} has no test or validation images with labels{unlabelled}; hold some out: --set data.valid=0.1, "
         f"valid=0.1 in Python"

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,13 +33,21 @@ DIGITS_TEST_SHARE = 0.2
 DIGITS_SEED = 0
 
 
-def load_splits(data: str | Path, size: int | None = None, labels: str | Path | None = None) -> Splits:
-    """Open a data set: "train" and, where there are any, "test" and "val", each read when it is asked for.
+def load_splits(
+    data: str | Path,
+    size: int | None = None,
+    labels: str | Path | None = None,
+    classes: Sequence[str] | None = None,
+) -> Splits:
+    """Open a data set, each of its splits read when it is asked for.
+
+    These are "train" and, where there are any, "test", "val" and "unlabelled".
 
     Args:
         data: A name in `NAMED`, a folder, a file or an archive, as in `load_data`.
         size: Height and width in pixels. None: the data set's own size if it has one, else 32.
         labels: A table of the images' labels, if `data` is a folder without them.
+        classes: Names of the classes, in order, to be taken where no training image has a label.
 
     Raises:
         UserError: Data that are missing or cannot be trained on; says which and why.
@@ -50,7 +58,7 @@ def load_splits(data: str | Path, size: int | None = None, labels: str | Path | 
             raise UserError(f"labels is {labels}, and {data} has labels of its own")
         splits = NAMED[name](name, size or DEFAULT_SIZE.get(name, USUAL_SIZE))
     else:
-        splits = _read(Path(data).expanduser(), size, None if labels is None else Path(labels).expanduser())
+        splits = _read(Path(data).expanduser(), size, None if labels is None else Path(labels).expanduser(), classes)
     splits.name = name
     return splits
 
@@ -65,7 +73,7 @@ def has_own_size(data: str | Path) -> bool:
     return path.suffix.lower() == ".npz" or is_cifar(path)
 
 
-def _read(path: Path, size: int | None, labels: Path | None) -> Splits:
+def _read(path: Path, size: int | None, labels: Path | None, classes: Sequence[str] | None) -> Splits:
     if path.is_file() and is_archive(path):
         path = only_folder(unpacked(path))
     if labels is not None:
@@ -73,11 +81,11 @@ def _read(path: Path, size: int | None, labels: Path | None) -> Splits:
             raise UserError(f"labels is {labels}, and {path} is no folder of images")
         return read_table(path, labels, size or USUAL_SIZE)
     if path.suffix.lower() == ".npz" and path.is_file():
-        return read_npz(path, size)
+        return read_npz(path, size, classes)
     if files := parquet_files(path):
         images = unpacked(path, unpack_parquet, [file for _, file in files])
         return read_table(images, images / LABELS, size or USUAL_SIZE)
-    return read_cifar(path, size) if is_cifar(path) else read_folder(path, size or USUAL_SIZE)
+    return read_cifar(path, size) if is_cifar(path) else read_folder(path, size or USUAL_SIZE, classes)
 
 
 def _digits(name: str, size: int) -> Splits:

@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterator, Mapping
 from ..errors import UserError
 from .imageset import ImageSet
 
-__all__ = ["Splits", "UnlabelledError"]
+__all__ = ["NEEDS_TEACHER", "Splits", "UnlabelledError"]
+
+NEEDS_TEACHER = "images without labels need a --teacher that says its classes, such as a run; classes= in Python"
 
 
 class UnlabelledError(UserError):
@@ -13,7 +15,7 @@ class UnlabelledError(UserError):
 
 
 class Splits(Mapping[str, ImageSet]):
-    """ "train" and, where there are any, "test" and "val"; a split that nobody asks for is never read."""
+    """ "train" and, where there are any, "test", "val" and "unlabelled"; a split that nobody asks for is never read."""
 
     def __init__(self) -> None:
         self._readers: dict[str, Callable[[], ImageSet]] = {}

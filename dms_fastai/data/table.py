@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import UserError, notice
 from .decoded import Listing, decoded_image_set
-from .folder import SPLIT_OF, class_name, find_images
+from .folder import NO_LABELS, SPLIT_OF, class_name, find_images, unlabelled
 from .imageset import ImageSet
 from .splits import Splits
 
@@ -24,7 +24,7 @@ def read_table(folder: Path, table: Path, size: int) -> Splits:
     """The images of a folder, with the classes that a .csv or .tsv file gives them.
 
     Args:
-        folder: Where the files are, at any depth.
+        folder: Where the files are, at any depth. Those in its unlabelled/ that the table does not name have no label.
         table: A table with a column of files, such as "file" or "id", one of labels, such as "label" or "class", and
             perhaps one of splits, "split". Files are named relative to the folder, or by their name alone, with or
             without its ending.
@@ -52,9 +52,10 @@ def read_table(folder: Path, table: Path, size: int) -> Splits:
     vocab = sorted(set(labelled["train"].values()))
     if len(vocab) < 2:
         raise UserError(f"{table} has one class, {vocab[0]!r}; a classifier needs at least 2")
-    unlabelled = len(files) - sum(map(len, labelled.values()))
-    if unlabelled > 0:
-        notice(f"{folder}: {unlabelled} images are not in {table.name}, and passed over")
+    rest = sorted(files.paths.difference(*labelled.values()))
+    without = [file for file in rest if Path(file).parts[0].lower() in NO_LABELS]
+    if passed_over := len(rest) - len(without):
+        notice(f"{folder}: {passed_over} images are not in {table.name}, and passed over")
     splits = Splits()
 
     def read(split: str) -> ImageSet:
@@ -67,8 +68,14 @@ def read_table(folder: Path, table: Path, size: int) -> Splits:
         listing = Listing(folder, list(classes), labels, vocab, f"{table.resolve()} {split}")
         return decoded_image_set(listing, size, None if split == "train" else splits["train"])
 
+    def read_unlabelled() -> ImageSet:
+        listing = unlabelled(folder, without, vocab, f"{table.resolve()} unlabelled")
+        return decoded_image_set(listing, size, splits["train"])
+
     for split in labelled:
         splits.add(split, partial(read, split))
+    if without:
+        splits.add("unlabelled", read_unlabelled)
     return splits
 
 
@@ -113,14 +120,11 @@ class _Files:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._paths = set(find_images(folder))
+        self.paths = set(find_images(folder))
         self._by_name: dict[str, set[str]] = defaultdict(set)
-        for path in self._paths:
+        for path in self.paths:
             self._by_name[Path(path).name].add(path)
             self._by_name[Path(path).stem].add(path)
-
-    def __len__(self) -> int:
-        return len(self._paths)
 
     def find(self, name: str, where: str) -> str:
         """The path of a file, relative to the folder.
@@ -129,7 +133,7 @@ class _Files:
             UserError: There is none by that name, or several.
         """
         path = str(Path(name))
-        if path in self._paths:
+        if path in self.paths:
             return path
         found = sorted(self._by_name.get(Path(name).name, ()))
         if not found:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..callbacks.bf16 import fast_kernels
 from ..callbacks.progressive_resize import ProgressiveResize
 from ..data.imageset import ImageSet
-from ..data.loader import BatchLoader, statistics, vocabulary
+from ..data.loader import BatchLoader, ImageLoaders, statistics, unlabelled_images, vocabulary
 from ..errors import UserError, notice
 from ..files import whole
 from ..models.build import needs_more_than_one, try_network
@@ -29,7 +29,7 @@ from ..models.groups import body_and_head
 from ..models.staged import StagedNet
 from ..recipes import Recipe, load_recipe
 from ..schema import load
-from ..trained import Inputs, begin_from, check_teacher, expected_by, inputs_of
+from ..trained import Inputs, answers, begin_from, check_teacher, expected_by, inputs_of, load_teacher
 from ..trained.inputs import shortest
 from ..training.losses import DMSLoss, check_class_weights
 from ..training.optimizers import optimizer, parameters_called
@@ -108,6 +108,8 @@ class DMSLearner(EventLearner):
         """
         inputs = inputs_of(self.dls)
         check_class_weights(self.loss_func, self.dls.c)
+        if unlabelled_images(self.dls) and not hasattr(self, "teacher_distill"):
+            raise UserError("some training images have no label; they need a teacher, whose callback is not there")
         _check_batches(self.dls.train, self.model, inputs)
         self.first_epoch = start_epoch
         try:
@@ -211,7 +213,8 @@ def dms_learner(
     recipe.
 
     Args:
-        dls: DataLoaders of `load_data`, or fastai's own. Their batch size and augmentation are used as they are.
+        dls: DataLoaders of `load_data`, or fastai's own. Their batch size and augmentation are used as they are. Their
+            images without labels take part if the recipe distils.
         recipe: A name, the path to a .toml file, or a `Recipe`. A name or path includes the recipe's changes for these
             data, `[on.NAME]`.
         teacher: For recipes that distil: a model, a Learner, a run's folder, a .safetensors or .pkl file, "timm:NAME".
@@ -270,6 +273,8 @@ def dms_learner(
         usual = recipe.optimizer.lr
     else:
         usual = getattr(opt_func, "keywords", {}).get("lr", defaults.lr)
+    if isinstance(dls, ImageLoaders):
+        dls, teacher = _with_unlabelled(dls, recipe, teacher, loss_func)
     learn = DMSLearner(
         dls,
         module,
@@ -299,6 +304,33 @@ def dms_learner(
     learn.recipe = recipe
     learn.remove_cbs([learn.recorder, CastToTensor])
     return learn.add_cb(Recorder())
+
+
+def _with_unlabelled(dls: ImageLoaders, recipe: Recipe, teacher: Any, loss_func: Callable) -> tuple[ImageLoaders, Any]:
+    """The images of a Learner, and its teacher. One that distils also trains on images without labels.
+
+    If the images to validate on have no labels, they get the teacher's answers in their place.
+
+    Raises:
+        UserError: No training image has a label, and the recipe does not distil.
+    """
+    if recipe.distill is None:
+        if not dls.train_ds.labelled:
+            raise UserError(f"no training image has a label, and recipe {recipe.name!r} does not distil; take 'kd'")
+        if dls.unlabelled is not None:
+            notice(f"{len(dls.unlabelled):,} images without labels are not used: they need a teacher")
+        return dls, teacher
+    if teacher is None:  # which is an error, told later
+        return dls, teacher
+    if not isinstance(loss_func, DMSLoss):
+        if dls.unlabelled is not None:
+            notice(f"{len(dls.unlabelled):,} images without labels are not used: they need loss_func=DMSLoss()")
+        return dls, teacher
+    if not dls.valid_ds.labelled:
+        teacher = load_teacher(teacher)
+        check_teacher(teacher, dls.c, inputs_of(dls), vocabulary(dls))
+        dls = dls.validated_by(answers(teacher, dls.valid))
+    return dls.with_unlabelled(), teacher
 
 
 def _note_other_statistics(dls: DataLoaders, recipe: Recipe) -> None:

@@ -3,7 +3,8 @@
 fastai moves them to the CPU in every batch, and on a GPU each move waits for all the work before it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from ..callbacks.distill import TeacherDistill
 from ..callbacks.feature_distill import FeatureDistill
 from ..errors import UserError
-from ..training.losses import DMSLoss
+from ..training.losses import UNLABELLED, DMSLoss
 
 __all__ = ["LazyLoss", "LazyMetric", "LazySmoothLoss", "LossPart", "Recorder", "accuracy", "lazy", "to_cpu"]
 
@@ -74,8 +75,9 @@ class Recorder(fastai.Recorder):
             super().after_batch()
             return
         self.smooth_loss.accumulate(learn)
-        for metric in learn.metrics:
-            metric.accumulate(learn)
+        with labelled_alone(learn):
+            for metric in learn.metrics if len(learn.yb[0]) else ():
+                metric.accumulate(learn)
         learn.smooth_loss = self.smooth_loss.value
         self.losses.append(learn.smooth_loss)
         self.lrs.append(learn.opt.hypers[-1]["lr"])
@@ -111,6 +113,21 @@ class Recorder(fastai.Recorder):
     @property
     def _summed(self) -> list[Any]:
         return [metric for metric in (*self.parts, *self.learn.metrics) if hasattr(metric, "total")]
+
+
+@contextmanager
+def labelled_alone(learn: Any) -> Iterator[None]:
+    """Until the block ends, a batch has only the images that have a label. To pick them waits for the device."""
+    if not getattr(learn.loss_func, "partial", False):
+        yield
+        return
+    pred, yb = learn.pred, learn.yb
+    labelled = yb[0] != UNLABELLED
+    learn.pred, learn.yb = pred[labelled], (yb[0][labelled],)
+    try:
+        yield
+    finally:
+        learn.pred, learn.yb = pred, yb
 
 
 def accuracy(pred: Tensor, y: Tensor) -> Tensor:
@@ -153,7 +170,10 @@ class LazyMetric(AvgMetric):
 
 
 class LossPart(Metric):
-    """The mean of a part of a `DMSLoss` over an epoch's training images, added up where the loss is."""
+    """The mean of a part of a `DMSLoss` over an epoch's training images, added up where the loss is.
+
+    Cross-entropy is the mean over those that have a label.
+    """
 
     def __init__(self, part: str):
         self.part = part
@@ -163,9 +183,9 @@ class LossPart(Metric):
         self.total, self.count = 0.0, 0
 
     def accumulate(self, learn: Any) -> None:
-        n = len(learn.yb[0])
-        self.total += learn.loss_func.parts[self.part].mean() * n
-        self.count += n
+        n, parts = len(learn.yb[0]), learn.loss_func.parts
+        self.total += parts[self.part].mean() * n
+        self.count += n * parts["labelled"] if self.part == "cross_entropy" and "labelled" in parts else n
 
     @property
     def value(self) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..files import whole
 from ..run_folder import Problem
 from ..terminal import printable
-from .plots import DARK, LIGHT, PLOTS, Plot, draw
+from .plots import DARK, LIGHT, PLOTS, draw
 from .rows import Row, Section
 from .tables import (
     MISTAKE_COLUMNS,
@@ -91,8 +91,9 @@ def _add(section: Section, page: list[str], text: list[str], out: Path) -> None:
             continue
         file = f"{name}-{plot.name}.png"
         _write(out / file, light)
-        page.append(_figure(plot, light, draw(plot, section, DARK)))
-        text += [f"![{plot.caption}]({file})", ""]
+        caption = section.worded(plot.caption)
+        page.append(_figure(caption, light, draw(plot, section, DARK)))
+        text += [f"![{caption}]({file})", ""]
         if plot.name == "mistakes" and (mistakes := mistake_cells(section)):
             page.append(_grid(MISTAKE_COLUMNS, ([f"<td>{escape(cell)}</td>" for cell in row] for row in mistakes)))
             text += [markdown_table(MISTAKE_COLUMNS, (map(as_text, row) for row in mistakes)), ""]
@@ -102,7 +103,8 @@ def _table(section: Section) -> str:
     small = [*notes(section.rows), *difference_lines(section.differences)]
     paragraphs = "".join(f"<p>{escape(note)}</p>" for note in small)
     names = columns(section)
-    return f'{_grid(names, (_cells(row, names) for row in section.rows))}\n<div class="notes">{paragraphs}</div>'
+    grid = _grid(map(section.worded, names), (_cells(row, names) for row in section.rows))
+    return f'{grid}\n<div class="notes">{paragraphs}</div>'
 
 
 def _grid(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -118,8 +120,8 @@ def _cells(row: Row, names: Iterable[str]) -> Iterator[str]:
         yield f"<td><{tag}>{cell}</{tag}></td>" if tag else f"<td>{cell}</td>"
 
 
-def _figure(plot: Plot, light: bytes, dark: bytes) -> str:
-    caption, (bright, night) = escape(plot.caption), map(_inline, (light, dark))
+def _figure(caption: str, light: bytes, dark: bytes) -> str:
+    caption, (bright, night) = escape(caption), map(_inline, (light, dark))
     source = f'<source media="(prefers-color-scheme: dark)" srcset="{night}">'
     image = f'<picture>{source}<img alt="{caption}" src="{bright}"></picture>'
     return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"

@@ -104,6 +104,8 @@ def draw(plot: Plot, section: Section, theme: Theme) -> bytes | None:
         drawn = plot.draw(section, theme)
         if drawn is None:
             return None
+        for axes in drawn.axes:
+            axes.set(xlabel=section.worded(axes.get_xlabel()), ylabel=section.worded(axes.get_ylabel()))
         FigureCanvasAgg(drawn)
         file = io.BytesIO()
         drawn.savefig(file, format="png", dpi=DPI, metadata={"Description": json.dumps(plot.data(section))})

@@ -67,7 +67,7 @@ class Row:
     def mean(self, part: str, key: str) -> float | None:
         """The mean over the seeds of a figure of their "last" or "best" epochs."""
         values = [getattr(getattr(run.facts, part), key) for run in self.measured]
-        return sum(values) / len(values) if values else None
+        return sum(values) / len(values) if values and None not in values else None
 
     @cached_property
     def accuracy(self) -> Estimate | None:
@@ -89,7 +89,10 @@ class Row:
 
     @cached_property
     def predictions(self) -> tuple[list[Predictions], list[Problem]]:
-        """The finished runs' predictions, all in the same classes, and the problems of files that cannot be read."""
+        """The finished runs' predictions, all in the same classes, and the problems of files that cannot be read.
+
+        There are none without labels to compare them with.
+        """
         vocab: list[str] = []
 
         def read(run: Run) -> Predictions:
@@ -99,7 +102,7 @@ class Row:
             vocab[:] = found.vocab.tolist()
             return found
 
-        return _each([run for run in self.runs if run.finished], read)
+        return _each([run for run in self.runs if run.finished and not run.facts.agreement], read)
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Section:
-    """All rows of a data set.
+    """All rows of a data set. Runs whose validation images have no labels are in a section of their own.
 
     Attributes:
         data: Its name, printable.
@@ -124,6 +127,12 @@ class Section:
     data: str
     rows: list[Row]
     shipped: bool = False
+
+    def worded(self, text: str) -> str:
+        """A text about accuracy, as one about agreement where that is what was measured."""
+        if not self.rows[0].first.agreement:
+            return text
+        return text.replace("accuracy", "agreement").replace("Accuracy", "Agreement")
 
     @property
     def headline(self) -> Row:
@@ -176,15 +185,17 @@ def sections(runs: Iterable[Run], shipped: Collection[Path] = ()) -> list[Sectio
 
 
 def _by_data(runs: Iterable[Run]) -> list[Section]:
-    by_data: dict[tuple[str, str | None], dict[str, list[Run]]] = {}
+    by_data: dict[tuple[str, str | None, bool], dict[str, list[Run]]] = {}
     runs = sorted(map(_as_it_is, runs), key=lambda run: run.facts.started, reverse=True)
     for run in runs:
-        by_data.setdefault(_data(run, runs), {}).setdefault(_kind(run), []).append(run)
-    names = [name for name, _ in by_data]
-    return [
-        Section(printable(name if names.count(name) == 1 else f"{name} ({place})"), _noted(_rows(groups.values())))
-        for (name, place), groups in by_data.items()
-    ]
+        by_data.setdefault((*_data(run, runs), run.facts.agreement), {}).setdefault(_kind(run), []).append(run)
+    places = {(name, place) for name, place, _ in by_data}
+    names, found = [name for name, _ in places], []
+    for (name, place, agreement), groups in by_data.items():
+        title = name if names.count(name) == 1 else f"{name} ({place})"
+        title += ", agreement with the teacher" if agreement else ""
+        found.append(Section(printable(title), _noted(_rows(groups.values()))))
+    return found
 
 
 def _data(run: Run, runs: Iterable[Run]) -> tuple[str, str | None]:
@@ -349,9 +360,10 @@ def _model(row: Row, others: list[Row]) -> list[str]:
 def _images(row: Row, others: list[Row]) -> list[str]:
     """What was trained on, if it is not what one of the others was trained on."""
     ours = row.first
-    if not ours.training_images or all(other.first.data_digest == ours.data_digest for other in others):
+    if ours.training_images is None or all(other.first.data_digest == ours.data_digest for other in others):
         return []
-    return [f"{ours.training_images:,} training images of {ours.classes} classes"]
+    without = f" and {ours.unlabelled_images:,} without labels" if ours.unlabelled_images else ""
+    return [f"{ours.training_images:,} training images of {ours.classes} classes{without}"]
 
 
 def _changes(row: Row, others: list[Row]) -> list[str]:

@@ -71,7 +71,8 @@ def columns(section: Section) -> list[str]:
 
 def cells(row: Row) -> dict[str, str]:
     """The cells of a row: a text for each of `COLUMNS`."""
-    mixed = "+" if row.first.mixup and row.measured else ""
+    training = row.mean("last", "train_accuracy")
+    mixed = "+" if row.first.mixup and training is not None else ""
     state = "; ".join(f"seed {run.facts.seed} {run.state}" for run in row.runs if not run.finished)
     accuracy = row.accuracy
     return {
@@ -83,7 +84,7 @@ def cells(row: Row) -> dict[str, str]:
         "±": share(accuracy and accuracy.sd),
         "95 % interval": interval(accuracy),
         "best epoch*, %": share(row.mean("best", "valid_accuracy")),
-        "training, %": share(row.mean("last", "train_accuracy")) + mixed,
+        "training, %": share(training) + mixed,
         "PFLOP": f"{row.first.train_pflop.total:.3g}" if row.first.train_pflop else "-",
         "time": clock(sum(run.facts.seconds for run in row.runs) / len(row.runs)),
     }
@@ -122,6 +123,9 @@ def notes(rows: Sequence[Row], columns: Sequence[str] = COLUMNS) -> list[str]:
         found.append("PFLOP: forward and backward passes of the training, and the teacher's forward passes.")
     if "training, %" in columns and any(row.first.mixup for row in rows):
         found.append("+ of mixed images, by the first image's label alone, as the paper counts.")
+    if rows[0].first.agreement:
+        found = [note.replace("accuracy", "agreement") for note in found]
+        found.append("Agreement: how often the answer is the teacher's. No label tells whether that is right.")
     return [*found, *(f"({row.mark}) {row.note}" for row in rows if row.mark is not None)]
 
 
@@ -144,7 +148,7 @@ def table(section: Section) -> Table:
     shown.padding, shown.show_edge = 0, False
     for name in names:
         number = name not in WORDS
-        head = name.replace(", ", "\n").replace("best epoch", "best")
+        head = section.worded(name).replace(", ", "\n").replace("best epoch", "best")
         style = "bold" if name.startswith("accuracy") else ""
         shown.add_column(head, justify="right" if number else "left", no_wrap=number, style=style)
     network = shown.columns[names.index("network")]
@@ -179,7 +183,7 @@ def markdown(section: Section) -> str:
     gains = "".join(f"- {_plain(as_text(line))}\n" for line in difference_lines(section.differences))
     if gains:
         paragraphs += ["Differences of the last epochs, with 95 % intervals:", gains]
-    return "\n\n".join([markdown_table(names, lines), *paragraphs]).rstrip() + "\n"
+    return "\n\n".join([markdown_table([*map(section.worded, names)], lines), *paragraphs]).rstrip() + "\n"
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

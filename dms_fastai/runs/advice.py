@@ -31,7 +31,9 @@ def advice(facts: Facts, rows: Sequence[Row], steps: int, largest: float, others
     if last["train_loss"] > first["train_loss"]:
         losses = f"its training loss rose from {first['train_loss']:.3g} to {last['train_loss']:.3g}"
         found.append(f"it has diverged: {losses}; try a smaller --set optimizer.lr")
-    if accuracy <= even:
+    if facts.agreement:
+        found.append("its agreement with the teacher is not accuracy; measure that on images with labels")
+    elif accuracy <= even:
         found.append(
             f"an accuracy of {_percent(accuracy)} is not better than chance, {_percent(even)}; check that the labels "
             f"fit the images, and try another --set optimizer.lr"
@@ -60,7 +62,7 @@ def advice(facts: Facts, rows: Sequence[Row], steps: int, largest: float, others
 
 def teacher_advice(student: Facts, teacher: Facts) -> list[str]:
     """The lines about a finished student and its teacher, both validated on the same images; none, if all is well."""
-    if student.last is None or teacher.last is None or student.data_digest != teacher.data_digest:
+    if student.last is None or teacher.last is None or student.agreement or _labelled(student) != _labelled(teacher):
         return []
     taught, teaching = student.last.valid_accuracy, teacher.last.valid_accuracy
     if teaching >= taught:
@@ -69,6 +71,11 @@ def teacher_advice(student: Facts, teacher: Facts) -> list[str]:
         f"{student.title}: its teacher has {_percent(teaching)} after {teacher.epochs_done} epochs, less than the "
         f"student, {_percent(taught)}; train the teacher for longer, or see with --compare what it is worth"
     ]
+
+
+def _labelled(facts: Facts) -> list[str] | None:
+    """The hashes of the images with labels."""
+    return facts.data_digest and facts.data_digest[:2]
 
 
 def _overfitting(rows: Sequence[Row]) -> float | None:

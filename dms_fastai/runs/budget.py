@@ -55,7 +55,7 @@ def fitted(
     Raises:
         UserError: There is too little memory even for the smallest network.
     """
-    images = len(sets.train)
+    images = len(sets.train) + len(sets.unlabelled or ())
     if "data.batch_size" not in given:
         fitting = 2 ** math.floor(math.log2(max(1, images / BATCHES)))
         recipe = replace(recipe, data=replace(recipe.data, batch_size=min(max(fitting, SMALLEST), LARGEST)))

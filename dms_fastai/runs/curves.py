@@ -9,13 +9,14 @@ __all__ = ["plot_curves"]
 TRAINING, VALIDATION, PARTS = "#8a8a8a", "#0b6e99", ("#c77d0a", "#2a9d6f")
 
 
-def plot_curves(rows: list[dict[str, float]], title: str, file: Path) -> None:
+def plot_curves(rows: list[dict[str, float | None]], title: str, file: Path, measure: str = "accuracy") -> None:
     """Losses and accuracies of one run by epoch, training and validation, as a .png.
 
     Args:
-        rows: The rows of metrics.csv.
+        rows: The rows of metrics.csv; what is None was not measured.
         title: The title above the curves.
         file: The .png to write.
+        measure: "accuracy", or what is measured in its place.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # imported here: needed only at the end of a run
     from matplotlib.figure import Figure
@@ -28,10 +29,12 @@ def plot_curves(rows: list[dict[str, float]], title: str, file: Path) -> None:
         losses["training: distillation"] = ("train_distillation", PARTS[1])
     shares = {"training": ("train_accuracy", TRAINING), "validation": ("valid_accuracy", VALIDATION)}
     drawn = Figure(figsize=(9, 3.6), layout="constrained")
-    panels = ((losses, 1, "loss"), (shares, 100, "accuracy, %"))
+    panels = ((losses, 1, "loss"), (shares, 100, f"{measure}, %"))
     for axes, (lines, scale, label) in zip(drawn.subplots(1, 2), panels, strict=True):
         for name, (key, colour) in lines.items():
             dashed = "--" if name.startswith("training:") else "-"
+            if any(row[key] is None for row in rows):  # of images without labels
+                continue
             values = [scale * row[key] for row in rows]
             axes.plot(epochs, values, dashed, label=name, color=colour, marker="o" if len(rows) < 3 else None)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -45,27 +45,29 @@ def estimate(recipe: Recipe, sets: Sets, device: torch.device, teacher: Teacher 
 
     A teacher that is there takes part. Without one, the recipe is trained as if it did not distil.
     """
+    used = sets
     if teacher is None:
-        recipe = replace(recipe, teacher=None, distill=None)
+        recipe, used = replace(recipe, teacher=None, distill=None), replace(sets, unlabelled=None)
     recipe = replace(recipe, compile=None, early_stopping=None)  # nothing is validated
     recipe = replace(recipe, fine_tune=None)  # a step that trains all of the network
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices, device_type="cuda"):
-        dls = loaders_of(recipe, sets, device)
+        dls = loaders_of(recipe, used, device)
+        steps = len(loaders_of(recipe, sets, device).with_unlabelled().train)
         clock, before, after = _Clock(device), _Stamp(device, -0.5), _Stamp(device, 0.5)
         cbs = [clock] if teacher is None else [clock, before, after]
         learn = dms_learner(dls, recipe, teacher=teacher, cbs=cbs)
         with learn.no_bar(), learn.no_logging():
-            learn.fit(1 + (WARM_UP + STEPS) // max(1, len(dls.train)))  # any schedule: it costs nothing
+            learn.fit(1 + (WARM_UP + STEPS) // max(1, len(learn.dls.train)))  # any schedule: it costs nothing
     step = clock.seconds_a_step
     teaching = [end - start for start, end in zip(before.times, after.times, strict=True)][WARM_UP:]
-    validation = step / 3 * len(sets.valid) / dls.train.bs  # a forward pass is a third of a step
+    validation = step / 3 * len(sets.valid) / learn.dls.train.bs  # a forward pass is a third of a step
     return Estimate(
         parameters=sum(p.numel() for p in learn.model.parameters()),
         macs=macs(learn.model, sets.train.shape),
-        steps=len(dls.train),
+        steps=steps,
         step_seconds=step,
-        epoch_seconds=len(dls.train) * step + validation,
+        epoch_seconds=steps * step + validation,
         teacher_seconds=sum(teaching) / max(1, len(teaching)),
     )
 

@@ -24,7 +24,7 @@ def foreseen(
 
     With `restart`, finished stages are to be trained again.
     """
-    said: list[str] = []
+    said: dict[int | str, str] = {}  # by set of images, or by recipe
     table = Table("stage", "network", box=SIMPLE_HEAD)
     stages = list(stages)
     table.columns[0].max_width, table.columns[1].overflow = STAGE, "fold"
@@ -39,10 +39,11 @@ def foreseen(
         recipe, finished = stage.recipe, stage.folder.finished and not restart
         teacher = None if finished or str(stage.teacher) in planned else opened.teacher_of(stage)
         sets = opened.sets(recipe, teacher)
-        described = _described(sets, size_of_weights(recipe, opened.data) and recipe.model.name)
-        for line in (described, held(sets, recipe.augment.build())):
-            if line and line not in said:
-                said.append(line)
+        plain = sets.plain or sets
+        if id(plain.train) not in said or sets.unlabelled is not None:
+            said[id(plain.train)] = _described(sets, size_of_weights(recipe, opened.data) and recipe.model.name)
+        if line := held(sets, recipe.augment.build()):
+            said[id(sets.train)] = line
         if finished:
             table.add_row(recipe.title, recipe.model.name, "", "", "", "", "", "finished")
             continue
@@ -62,12 +63,11 @@ def foreseen(
         trained[str(stage.folder.path)], total = (found.step_seconds, sets.size), total + seconds
         if sizes:
             at = " and ".join(dict.fromkeys(f"{height}x{width}" for height, width in sizes))
-            line = f"{recipe.title}: teacher at {at}, {teaching / step:.0%} of the time of a step"
-            said += [line] if line not in said else []
+            said[recipe.name] = f"{recipe.title}: teacher at {at}, {teaching / step:.0%} of the time of a step"
         size = (f"{found.parameters:,}", amount(found.macs), str(recipe.data.batch_size), str(found.steps))
         table.add_row(recipe.title, recipe.model.name, *size, str(recipe.schedule.epochs), clock(seconds))
-    said.append(f"{clock(total)} in all on {device.type}, with checkpoints and exports a little more")
-    return said, table
+    last = f"{clock(total)} in all on {device.type}, with checkpoints and exports a little more"
+    return [*dict.fromkeys(said.values()), last], table
 
 
 def amount(macs: int) -> str:
@@ -78,10 +78,13 @@ def amount(macs: int) -> str:
 def _described(sets: Sets, like: str | None) -> str:
     """A line about the images; `like` is the network whose weights have brought their size along, if some have."""
     train, valid = sets.train, sets.valid
-    counts = train.labels.bincount(minlength=len(sets.vocab)).tolist()
+    counts, without = train.counts.tolist(), len(train) - train.labelled + len(sets.unlabelled or ())
     each = f"{min(counts):,}" if min(counts) == max(counts) else f"{min(counts):,} to {max(counts):,}"
+    there = f"{train.labelled:,} training images of {len(counts)} classes, {each} of each"
+    if not train.labelled:
+        there = f"{without:,} training images without labels, for the teacher's {len(counts)} classes"
+    elif without:
+        there += f", and {without:,} without labels, for distillation alone"
+    split = f"{valid.split}, agreement with the teacher" if sets.agreement else valid.split
     why = f", as the weights of {like} expect" if like else ""
-    return (
-        f"{train.name}: {len(train):,} training images of {len(counts)} classes, {each} of each; {len(valid):,} to "
-        f"validate on ({valid.split}); {sets.size}x{sets.size} pixels{why}"
-    )
+    return f"{train.name}: {there}; {len(valid):,} to validate on ({split}); {sets.size}x{sets.size} pixels{why}"

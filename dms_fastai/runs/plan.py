@@ -9,7 +9,8 @@ import torch
 
 from ..data import Sets
 from ..data.sources import USUAL_SIZE, has_own_size
-from ..errors import UserError
+from ..data.splits import UnlabelledError
+from ..errors import UserError, notice
 from ..models.build import needs_more_than_one
 from ..recipes import Recipe
 from ..run_folder import RunFolder
@@ -33,16 +34,23 @@ class Opened:
             trust: A teacher may be a .pkl, whose code is run.
         """
         self.data, self.trust = data, trust
+        self.teaching: str | Path | None = None  # a teacher that is there: it knows the classes of unlabelled images
         self._sets: dict[tuple, Sets] = {}
         self._teachers: dict[tuple, Teacher] = {}
 
     def sets(self, recipe: Recipe, teacher: Teacher | None = None) -> Sets:
-        """The images of a recipe, with its size and split; those to train on larger, where a teacher sees more of them."""
+        """The images of a recipe: those without labels only if it distils, larger ones where a teacher sees more."""
         wanted = data_of(recipe, self.data)
         key = (wanted.size, wanted.valid, wanted.labels)
         if key not in self._sets:
-            self._sets[key] = wanted.open(self.data)
-        plain = self._sets[key]
+            try:
+                self._sets[key] = wanted.open(self.data)
+            except UnlabelledError:
+                classes = None if self.teaching is None else self.teacher(self.teaching).vocab
+                if classes is None:
+                    raise
+                self._sets[key] = wanted.open(self.data, classes=classes)
+        plain = self._sets[key] if recipe.distill is None else self._sets[key].for_distillation
         if teacher is None or teacher.largest <= plain.size:
             return plain
         key = (*key, teacher.largest)
@@ -147,6 +155,7 @@ def plan(wanted: Wanted, opened: Opened, restart: bool = False, device: torch.de
         if isinstance(stage.teacher, str) and Path(stage.teacher).resolve() in {f.resolve() for f in stages}:
             raise UserError(f"this command trains {stage.teacher} itself; give its recipe as --teacher")
     _try_networks(stages.values(), opened)
+    _check_labels(stages.values(), opened)
     return list(stages.values())
 
 
@@ -190,6 +199,7 @@ def _with_teacher(recipe: Recipe, recipes: list[Recipe], seed: int, fits: _Fits)
             recipe = fits.student(recipe, teaching, there)
         teaching = first.folder.path
     elif teaching is not None:  # refuse one that is missing or does not fit now, not after stages are trained
+        opened.teaching = teaching
         sets = opened.sets(recipe)
         check_pretrained(teaching, len(sets.vocab), _same_images(wanted, sets))
         images, there = Inputs(_shape(sets), *normalisation_of(recipe)), opened.teacher(teaching, recipe.distill.size)
@@ -249,6 +259,25 @@ def _try_networks(stages: Iterable[Stage], opened: Opened) -> None:
         if model.weights is not None:
             begin_from(network, model.weights, model.name)
         tried.append(recipe)
+
+
+def _check_labels(stages: Iterable[Stage], opened: Opened) -> None:
+    """Say that images without labels are not used, if they are not; without any labels, only students can be trained.
+
+    Raises:
+        UserError: A stage has no image to train on.
+    """
+    sets = {stage.recipe.name: (opened.sets(stage.recipe), stage) for stage in stages}
+    for found, stage in sets.values():
+        if stage.teacher is None and not found.train.labelled:
+            raise UserError(
+                f"{opened.data}: no training image has a label, and {stage.recipe.name!r} learns from labels; take kd "
+                f"with --teacher, a network that is trained"
+            )
+    if any("unlabelled" in (found.source or ()) for found, _ in sets.values()) and not any(
+        stage.recipe.distill for _, stage in sets.values()
+    ):
+        notice(f"{opened.data}: its images without labels are not used: none of these recipes has a teacher")
 
 
 def _shape(sets: Sets) -> tuple[int, int, int]:

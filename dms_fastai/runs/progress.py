@@ -122,7 +122,8 @@ class RichProgress(Callback):
 
     def after_epoch(self) -> None:
         row = self.history.rows[-1]
-        told = {name: _told(key, row[key]) for key, name in COLUMNS.items() if key in row}
+        there = {key: name for key, name in COLUMNS.items() if row.get(key) is not None}
+        told = {name: _told(key, row[key]) for key, name in (there | {"valid_accuracy": self.measure}).items()}
         if self.console.is_terminal:
             head = "  ".join(["epoch", *told])
             if head != self.head:
@@ -140,9 +141,14 @@ class RichProgress(Callback):
     def after_fit(self) -> None:
         rows = self.history.rows
         if len(rows) == self.learn.n_epoch:
-            accuracy, seconds = _told("valid_accuracy", rows[-1]["valid_accuracy"]), sum(r["seconds"] for r in rows)
+            share, seconds = _told("valid_accuracy", rows[-1]["valid_accuracy"]), sum(r["seconds"] for r in rows)
             epochs = f"{len(rows)} epoch{'s' if len(rows) > 1 else ''}"
-            self.say(f"{self.title}: {epochs}, accuracy {accuracy}, {clock(seconds)}")
+            self.say(f"{self.title}: {epochs}, {self.measure} {share}, {clock(seconds)}")
+
+    @property
+    def measure(self) -> str:
+        """What stands in the place of accuracy."""
+        return "agreement" if self.learn.dls.valid_ds.by_teacher else "accuracy"
 
     def left(self, seconds: float) -> str:
         """The time left, in words: of the stage, and of what is ahead."""

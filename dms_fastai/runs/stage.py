@@ -210,7 +210,8 @@ class _Training:
         export_run(self.learn, self.folder)
         write_predictions(self.learn, self.folder.predictions)
         title = f"{self.recipe.title}, {self.learn.card.arch} on {self.facts.data}"
-        plot_curves(self.history.rows, title, self.folder.curves)
+        measure = "agreement with the teacher" if self.facts.agreement else "accuracy"
+        plot_curves(self.history.rows, title, self.folder.curves, measure)
 
     def note(self, status: str) -> Run:
         """Write how far the run has come."""
@@ -297,7 +298,9 @@ def _facts(learn: DMSLearner, seed: int, origin: dict[str, Any], work: Work) -> 
         macs=work.macs,
         data=train.name,
         valid=valid.split,
-        training_images=len(train),
+        training_images=train.labelled,
+        unlabelled_images=len(train) - train.labelled or None,
+        agreement=valid.by_teacher,
         validation_images=len(valid),
         classes=learn.dls.c,
         size=train.size,

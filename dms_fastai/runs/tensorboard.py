@@ -49,7 +49,7 @@ class TensorBoard(Callback):
         for name, value in row.items():
             split, _, rest = name.partition("_")
             tag = f"{rest}/{split}" if split in ("train", "valid") else name
-            if name != "epoch":
+            if name != "epoch" and value is not None:
                 self.writer.add_scalar(tag, value, row["epoch"])
 
     def after_fit(self) -> None:

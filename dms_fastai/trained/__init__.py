@@ -1,16 +1,18 @@
 """Trained networks: what one is and expects, and how to open whatever holds one."""
 
-from .kept import Answers
+from .answers import answers
 from .inputs import Inputs, images_of, inputs_of
+from .kept import KeptLogits
 from .load import check_pretrained, ensemble, find_file, load_teacher, open_learner, without_code
 from .network import Teacher, check_classes, check_teacher, renormalize
 from .start import Expected, begin_from, expected_by, origin_of
 
 __all__ = [
-    "Answers",
     "Expected",
     "Inputs",
+    "KeptLogits",
     "Teacher",
+    "answers",
     "begin_from",
     "check_classes",
     "check_pretrained",

@@ -13,12 +13,12 @@ from torch import Tensor
 from ..data.decoded import cache_dir
 from ..errors import UserError
 
-__all__ = ["Answers"]
+__all__ = ["KeptLogits"]
 
 MAKING = "1"  # to be counted up when batches are made in another way, so that older answers are not used
 
 
-class Answers:
+class KeptLogits:
     """A teacher's logits by view and step, in float16, shape (views, steps, B, C), in two files of a folder.
 
     They are written as they come, mapped into memory, and several processes may share them: all write the same. What
@@ -49,7 +49,7 @@ class Answers:
             raise UserError(f"the teacher's answers cannot be kept in {folder} ({error.strerror})") from None
 
     @classmethod
-    def of(cls, facts: dict[str, Any], shape: tuple[int, int, int, int]) -> "Answers":
+    def of(cls, facts: dict[str, Any], shape: tuple[int, int, int, int]) -> "KeptLogits":
         """The answers in this machine's cache. `facts` are all that they depend on, as JSON has it."""
         key = blake2b(json.dumps([MAKING, facts, shape], sort_keys=True).encode(), digest_size=8).hexdigest()
         return cls(cache_dir() / f"answers-{key}", shape)

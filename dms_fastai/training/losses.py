@@ -21,6 +21,7 @@ __all__ = [
     "DIVERGENCES",
     "DKD",
     "KL",
+    "UNLABELLED",
     "DMSLoss",
     "Distillation",
     "Teaching",
@@ -36,6 +37,7 @@ __all__ = [
 ]
 
 Reduction = Literal["mean", "sum", "none"]
+UNLABELLED = -100  # in place of the class of an image that has none; torch's cross-entropy ignores it
 
 
 def cross_entropy(
@@ -222,11 +224,18 @@ class Targets:
     Attributes:
         y_a: The classes, shape (B,), or probabilities, shape (B, C).
         y_b, lam: For mixed images: the partners' classes and the share of the first image, as in `mixup_loss`.
+        partial: Whether a class may be `UNLABELLED`.
     """
 
     y_a: Tensor
     y_b: Tensor | None = None
     lam: Tensor | float | None = None
+    partial: bool = False
+
+    @property
+    def sides(self) -> list[tuple[Tensor, Tensor | float]]:
+        """The classes of the images that are mixed, each with its share."""
+        return [(self.y_a, 1.0)] if self.y_b is None else [(self.y_a, self.lam), (self.y_b, 1 - self.lam)]
 
 
 @checked
@@ -250,6 +259,8 @@ class KL:
 class DKD:
     """Decoupled distillation, `dkd_divergence`. For mixed images, it weights both labels by their shares.
 
+    An image without a label has no true class: it gets the ordinary divergence, `kd_divergence`.
+
     Attributes:
         beta: Weight of the classes other than the true one.
     """
@@ -257,11 +268,17 @@ class DKD:
     beta: NotNegative = 8.0
 
     def __call__(self, pred: Tensor, logits: Tensor, T: float, targets: Targets, reduction: Reduction) -> Tensor:
-        towards_a = dkd_divergence(pred, logits, targets.y_a, T, self.beta, "none")
+        towards_a = self._towards(pred, logits, targets.y_a, T, targets.partial)
         if targets.y_b is None:
             return _reduce(towards_a, None, None, reduction)
-        towards_b = dkd_divergence(pred, logits, targets.y_b, T, self.beta, "none")
+        towards_b = self._towards(pred, logits, targets.y_b, T, targets.partial)
         return _reduce(targets.lam * towards_a + (1 - targets.lam) * towards_b, None, None, reduction)
+
+    def _towards(self, pred: Tensor, logits: Tensor, y: Tensor, T: float, partial: bool) -> Tensor:
+        if not partial:
+            return dkd_divergence(pred, logits, y, T, self.beta, "none")
+        decoupled = dkd_divergence(pred, logits, y.clamp(min=0), T, self.beta, "none")
+        return torch.where(y == UNLABELLED, kd_divergence(pred, logits, T, reduction="none"), decoupled)
 
 
 @dataclass(frozen=True)
@@ -352,13 +369,20 @@ class DMSLoss(nn.Module):
     `MixUp` adds `y_b` and `lam` to the targets, and `TeacherDistill` adds `teacher_logits`. In validation, a batch has
     `y` alone. fastai's `get_preds`, `predict` and `show_results` use `activation` and `decodes`.
 
+    An image without a label, `UNLABELLED`, has no cross-entropy, and the teacher has all of its weight, whatever alpha
+    is. So it is with either side of a mixed image: `lam (alpha soft + (1 - alpha) hard) + (1 - lam) soft`, if only the
+    first has a label.
+
     Attributes:
         distillation: How a teacher's logits enter the loss.
         progress: Of the training, 0...1, by which alpha and T go where they do; `TeacherDistill` sets it.
-        parts: The terms of the last loss with a teacher, "cross_entropy" and "distillation", without their weights.
+        partial: Whether some targets may be `UNLABELLED`; `TeacherDistill` sets it. To look for them in each batch
+            would wait for a GPU.
+        parts: The terms of the last loss with a teacher, "cross_entropy" and "distillation", without their weights; if
+            `partial`, also "labelled", the share of the targets that are labels. The others count as 0 in the first.
     """
 
-    progress = 0.0
+    progress, partial = 0.0, False
 
     def __init__(
         self,
@@ -392,6 +416,8 @@ class DMSLoss(nn.Module):
         lam: Tensor | float | None = None,
         teacher_logits: Tensor | None = None,
     ) -> Tensor:
+        if teacher_logits is not None and self.partial:
+            return self._partial(pred, Targets(y_a, y_b, lam, partial=True), teacher_logits)
         options = {"weight": self.weight, "label_smoothing": self.label_smoothing, "reduction": self.reduction}
         hard = cross_entropy(pred, y_a, **options) if y_b is None else mixup_loss(pred, y_a, y_b, lam, **options)
         if teacher_logits is None:
@@ -400,6 +426,23 @@ class DMSLoss(nn.Module):
         soft = distillation.soft(pred, teacher_logits, Targets(y_a, y_b, lam), self.reduction)
         self.parts = {"cross_entropy": hard.detach(), "distillation": soft.detach()}
         return distillation.total(hard, soft)
+
+    def _partial(self, pred: Tensor, targets: Targets, teacher_logits: Tensor) -> Tensor:
+        """The loss of a batch in which some targets, or all, are `UNLABELLED`."""
+        labelled, hard = torch.zeros(()), torch.zeros(())
+        for y, share in targets.sides:
+            each = share * cross_entropy(pred, y, self.weight, self.label_smoothing, "none")  # 0 without a label
+            hard = hard + _reduce_labelled(each, y, self.weight, self.reduction)
+            labelled = labelled + share * (y != UNLABELLED)
+        distillation = self.distillation if self.distillation.constant else self.distillation.at(self.progress)
+        soft = distillation.soft(pred, teacher_logits, targets, "none")
+        by_label = 1 - distillation.alpha
+        self.parts = {
+            "cross_entropy": hard.detach(),
+            "distillation": soft.detach(),
+            "labelled": labelled.detach().mean(),
+        }
+        return _reduce((1 - by_label * labelled) * soft, None, None, self.reduction) + by_label * hard
 
     def activation(self, pred: Tensor) -> Tensor:
         """Probabilities, shape (B, C), of logits."""
@@ -476,3 +519,15 @@ def _reduce(losses: Tensor, y: Tensor | None, weight: Tensor | None, reduction: 
     if weight is None or y.is_floating_point():
         return losses.mean()
     return losses.sum() / weight.to(losses)[y].sum()
+
+
+def _reduce_labelled(losses: Tensor, y: Tensor, weight: Tensor | None, reduction: Reduction) -> Tensor:
+    """Reduce losses that are 0 where `y` is `UNLABELLED`: as `_reduce`, but a mean is that of all images.
+
+    Weights of classes are relative, as in torch: here to their mean over the images with a label.
+    """
+    if reduction == "mean" and weight is not None:
+        labelled = y != UNLABELLED
+        total = (weight.to(losses)[y.clamp(min=0)] * labelled).sum()
+        losses = losses * (labelled.sum() / total.clamp(min=torch.finfo(total.dtype).tiny))
+    return _reduce(losses, None, None, reduction)
