@@ -386,7 +386,7 @@ def make_bad_folders(folder):
         ("run kd --teacher nowhere", "no teacher at nowhere"),
         ("run kd --teacher gone.toml", "recipe 'kd' names the teacher 'gone.toml', and there is no such file"),
         ("run kd --teacher timm:resnet18", "know 1000 classes and the data have 10; train it"),
-        ("run kd --set lr=0.1", "did you mean 'optimizer.lr'?"),
+        ("run kd --set lr=0.1", "did you mean 'feature_distill.lr' or 'optimizer.lr'?"),
         ("predict cats.safetensors empty", "no images in empty"),
         ("run kd --teacher kd", "needs a teacher itself"),
         ("run ablation --teacher cats.safetensors", "2 classes and the data have 10"),

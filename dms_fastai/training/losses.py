@@ -355,7 +355,11 @@ class Teaching(Distillation):
     """A teacher's part in the training: in the loss, and which images it sees.
 
     Attributes:
-        alpha, T, divergence, standardize, alpha_end, T_end: As in `Distillation`.
+        alpha: Weight of the teacher.
+        T: Temperature of the divergence.
+        divergence: One of `DIVERGENCES`, by its name or with its own settings, such as `DKD(beta=4)`.
+        standardize: Whether each image's logits, the teacher's and the student's, are `standardized` first.
+        alpha_end, T_end: What alpha and T are at the end of the training; None: what they are at its start.
         size: Height and width of the teacher's images; None: those that its weights were trained on.
     """
 
