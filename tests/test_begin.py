@@ -92,14 +92,26 @@ def test_a_file_of_tensors_is_a_beginning(name, tmp_path):
     state = network().state_dict()
     (save_file if name.endswith("safetensors") else torch.save)(FORMS[name](state), tmp_path / name)
     same, other = (timm.create_model("test_resnet", num_classes=classes) for classes in (1000, 7))
-    head = other.fc.weight.clone()
     for model in (same, other):
         begin_from(model, str(tmp_path / name), "test_resnet")
         for key, value in model.state_dict().items():
             if not key.startswith("fc.") and (name, "num_batches" in key) != ("old.pth", True):
                 assert torch.equal(value, state[key]), key
     assert torch.equal(same.fc.weight, state["fc.weight"])
-    assert torch.equal(other.fc.weight, head)
+    assert other.fc.weight.abs().max() <= other.fc.in_features**-0.5  # it begins anew
+
+
+@pytest.mark.parametrize(("name", "classes"), [("test_efficientnet", 3), ("test_resnet", 3), ("test_vit", 3)])
+def test_a_new_classifier_begins_with_small_weights(name, classes, tmp_path):
+    """timm draws those of an EfficientNet from +-1 / sqrt(classes), which for a few classes are large."""
+    save_file(network(name).state_dict(), tmp_path / "weights.safetensors")
+    begun = network(name, num_classes=classes)
+    begin_from(begun, str(tmp_path / "weights.safetensors"), name)
+    head = begun.get_classifier()
+    assert 0 < head.weight.abs().max() <= head.in_features**-0.5
+    same = network(name)  # and one of the same size is taken as it is
+    begin_from(same, str(tmp_path / "weights.safetensors"), name)
+    assert torch.equal(same.get_classifier().weight, network(name).get_classifier().weight)
 
 
 def test_half_precision_and_positions_of_another_size(tmp_path):

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..training.parts import order_of
 
-__all__ = ["BF16", "fast_kernels", "has_bf16", "is_garbled"]
+__all__ = ["BF16", "fast_kernels", "has_bf16", "needs_float32"]
 
 
 @cache
@@ -24,15 +24,20 @@ def has_bf16(device: torch.device) -> bool:
     return False
 
 
-def is_garbled(module: nn.Conv2d, x: torch.Tensor) -> bool:
-    """Whether oneDNN, which computes on CPUs, leaves parts of a convolution's bf16 gradients unset, for an input `x`.
+def needs_float32(module: nn.Conv2d, x: torch.Tensor) -> bool:
+    """Whether a CPU computes a convolution of `x` wrong or slowly in bf16.
 
-    It does so for weights that see only the border, because the stride is larger than the image, and for dilated
-    convolutions of each channel alone: of some ten thousand kinds of convolutions, all that went wrong are such.
+    oneDNN, which computes there, leaves parts of the weights' gradient unset where they see only the border, because
+    the stride is larger than the image, and where a convolution of each channel alone is dilated: of some ten thousand
+    kinds of convolutions, all that went wrong are such. Of channels alone, it is also up to 13 times slower in bf16.
     """
     strides_too_far = min(x.shape[-2:]) < max(module.stride) and max(module.kernel_size) > 1
-    depthwise = module.groups == module.in_channels > 1
-    return strides_too_far or (depthwise and max(module.dilation) > 1)
+    return strides_too_far or is_depthwise(module)
+
+
+def is_depthwise(module: nn.Conv2d) -> bool:
+    """Whether a convolution is of each channel alone."""
+    return module.groups == module.in_channels > 1
 
 
 @contextmanager
@@ -55,8 +60,8 @@ def fast_kernels(device: torch.device | str | None) -> Iterator[None]:
 class BF16(Callback):
     """Run the model in bf16 autocast if `has_bf16`. bf16 has float32's range: no gradient scaling is needed.
 
-    Autocast ends with the prediction, which is float32 again for losses and metrics. On a CPU, convolutions that
-    `is_garbled` are computed in float32.
+    Autocast ends with the prediction, which is float32 again for losses and metrics. On a CPU, convolutions with
+    `needs_float32` are computed in float32.
     """
 
     order = order_of("bf16")
@@ -67,7 +72,7 @@ class BF16(Callback):
         self.release()  # if an exception ended the last fit
         convs = [module for module in self.learn.model.modules() if isinstance(module, nn.Conv2d)]
         if has_bf16(torch.device("cpu")):
-            self.exact = tuple(Float32(conv) for conv in convs if max(*conv.stride, *conv.dilation) > 1)
+            self.exact = tuple(Float32(conv) for conv in convs if max(conv.stride) > 1 or is_depthwise(conv))
 
     def before_batch(self) -> None:
         self.leave()
@@ -106,7 +111,7 @@ class BF16(Callback):
 
 
 class Float32:
-    """Has a convolution leave autocast on a CPU where `is_garbled` says so, and only there."""
+    """Has a convolution leave autocast on a CPU where `needs_float32` says so, and only there."""
 
     def __init__(self, module: nn.Conv2d):
         self.autocast: torch.autocast | None = None
@@ -117,7 +122,7 @@ class Float32:
 
     def enter(self, module: nn.Conv2d, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
         x = inputs[0]
-        if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu") or not is_garbled(module, x):
+        if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu") or not needs_float32(module, x):
             return None
         self.autocast = torch.autocast("cpu", enabled=False)
         self.autocast.__enter__()

@@ -62,7 +62,10 @@ def origin_of(source: str, arch: str) -> str:
 
 
 def begin_from(model: nn.Module, source: str, arch: str) -> None:
-    """Put trained weights into a fresh model; a classifier of another size is left out. Runs no code from a file.
+    """Put trained weights into a fresh model; a classifier of another size begins anew. Runs no code from a file.
+
+    It begins with small weights, as `torch.nn.Linear` does. Some networks of timm have a classifier of a few classes
+    begin with weights so large that its logits drown what the body knows.
 
     Args:
         model: Of the architecture `arch`.
@@ -83,6 +86,15 @@ def begin_from(model: nn.Module, source: str, arch: str) -> None:
         )
     fitting = {name: state[name] for name in ours if _shape(state, name) == _shape(ours, name)}
     model.load_state_dict(fitting, strict=False)
+    for head in classifiers(model):
+        if _is_fresh(head, fitting, model):
+            head.reset_parameters()
+
+
+def _is_fresh(head: nn.Module, fitting: State, model: nn.Module) -> bool:
+    """Whether a linear classifier of the model has got none of the weights that fit."""
+    name = next(name for name, module in model.named_modules() if module is head)
+    return isinstance(head, nn.Linear) and f"{name}.weight" not in fitting
 
 
 def _file(source: str) -> Path | None:
