@@ -1,6 +1,7 @@
 """What is written to be read: the tutorial runs as it stands, and the README quotes what the report says."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -70,6 +71,19 @@ def test_the_readme_quotes_the_report(report):
     assert len(differences) == 5
     for line in differences:
         assert re.search(r"[+-]\d+\.\d\d \([^)]*\)", line).group() in DETAILS
+
+
+def test_the_other_systems_stand_in_the_results_as_they_ran():
+    folder, text = ROOT / "artifacts" / "cifar10-cpu-table1", DETAILS
+    found = sorted(folder.rglob("run.json"))
+    assert len(found) == 3
+    for file in found:
+        facts = json.loads(file.read_text())
+        last, place = facts["last"], file.parent.parent.relative_to(folder).as_posix()
+        figures = f"{facts['train_pflop']['total']:.2f} | {last['train_loss']:.3f} | {last['valid_loss']:.3f}"
+        assert f"| {figures} | {100 * last['valid_accuracy']:.2f} | `{place}` |" in text
+        assert last["train_loss"] < math.log(10)
+        assert facts["epochs_done"] == 1
 
 
 def test_every_key_of_a_recipe_is_explained():
