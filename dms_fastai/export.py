@@ -1,11 +1,9 @@
-"""Exports of a run: a .pkl for fastai, safetensors, ONNX and torch.export's .pt2; and classification of image files."""
+"""Exports of a run: a .pkl for fastai, safetensors and the `FORMATS`; and classification of image files."""
 
-import io
 import json
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from importlib.util import find_spec
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,20 +17,32 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
 
+from .calibrate import Calibration, Compared, sets_of
 from .data.augment import affine, normalize
 from .data.images import read_image
 from .data.imageset import ImageSet
 from .data.loader import vocabulary
-from .errors import UserError, no_format, no_model
+from .errors import UserError, damage, no_model
 from .files import whole
+from .formats import FORMATS, check_packages
 from .learner import DMSLearner
 from .models.card import ModelCard
 from .models.fold import fold_batch_norms
+from .models.macs import macs
 from .models.weights import all_finite, load_weights, save_weights
+from .names import check_format
 from .run_folder import RunFolder
 from .trained import Inputs, find_file, inputs_of, open_learner
 
-__all__ = ["Classifier", "classify_files", "export_model", "export_run", "open_model", "predict_files"]
+__all__ = [
+    "Classifier",
+    "classify_files",
+    "content_of",
+    "export_model",
+    "export_run",
+    "open_model",
+    "predict_files",
+]
 
 Classified = tuple[Path, Tensor]  # an image file and its probabilities, shape (C,)
 BATCH = 64  # images to predict at once
@@ -60,37 +70,52 @@ class Classifier(nn.Module):
         return self.model(pixels.float() * self.scale + self.shift).softmax(1)
 
 
-def export_model(source: str | Path | Learner, file: str | Path, trust: bool = False) -> Path:
+def export_model(
+    source: str | Path | Learner,
+    file: str | Path,
+    trust: bool = False,
+    data: str | Path | None = None,
+    calibrate: int = 200,
+    tolerance: float = 0.5,
+    compared: Callable[[Sequence[Compared]], None] = lambda rows: None,
+) -> Path:
     """Write a model that runs without this package: pixels 0...255 go in, probabilities of the classes come out.
 
     The input "pixels" is uint8 of shape (batch, channels, height, width), in RGB order. The output "probabilities" is
-    float32 of shape (batch, classes). The file holds the names of the classes as JSON: an .onnx in its metadata
-    "classes", a .pt2 in its extra file "classes.json".
+    float32 of shape (batch, classes). The file holds the names of the classes as JSON, and the multiply-accumulates for
+    one image: an .onnx in its metadata "classes" and "macs", a .pt2 in its extra files "classes.json" and "macs.json".
+
+    Weights and activations of an .int8.onnx are 8-bit integers. It is compared with the float file on the validation
+    images. Its metadata "calibration" says which images it was calibrated with.
 
     Args:
         source: As in `predict_files`, or a Learner that classifies images.
-        file: NAME.onnx, or NAME.pt2, which `torch.export.load` reads. Written whole or not at all.
+        file: NAME.onnx, NAME.int8.onnx, or NAME.pt2, which `torch.export.load` reads. Written whole or not at all.
         trust: As in `predict_files`.
+        data: For int8, the data set with the images to calibrate with and to compare on. None: the Learner's own, or
+            that of the run.
+        calibrate: For int8, how many training images to calibrate with.
+        tolerance: For int8, how many points of accuracy it may lose.
+        compared: For int8, gets the figures of the float file and of the int8 file.
 
     Raises:
         UserError: As in `predict_files`; or `file` has another ending, the Learner does not say what images its model
-            takes, weights are NaN or infinite, or ONNX's packages are missing or cannot express the network.
+            takes, weights are NaN or infinite, packages are missing or cannot express the network, or int8 has no
+            images or loses too much.
     """
     file = Path(file)
-    if file.suffix not in FORMATS:
-        raise no_format(file, FORMATS)
-    written = FORMATS[file.suffix]
-    if not all(map(find_spec, written.packages)):
-        raise UserError(f"{file} needs more packages: pip install {' '.join(written.packages)}")
+    ending = check_format(file, FORMATS)
+    written = FORMATS[ending]
+    check_packages(file, written.packages)
     model, card = open_model(source, trust)
-    classifier = Classifier(model, card).cpu().float().eval()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's, of its own deprecations
-        try:
-            content = written.content(_traced(classifier, card.shape), json.dumps(card.vocab))
-        except Exception as error:  # the network may be anybody's
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"{card.arch} cannot be written as {file.suffix}: {reason}") from error
+    metadata, calibration = {}, None
+    if written.quantize is not None:
+        calibration = Calibration(sets_of(source, card, data, trust), calibrate, tolerance, compared)
+        metadata = calibration.metadata()
+    content = content_of(model, card, ending, metadata)
+    if calibration is not None:
+        with damage(f"{card.arch} cannot be written as {ending}"):  # the network may be anybody's
+            content = calibration.quantize(content, written, card, file)
     file.parent.mkdir(parents=True, exist_ok=True)
     with whole(file) as partial:
         partial.write_bytes(content)
@@ -169,6 +194,30 @@ def _made_of_grey(dls: DataLoaders, size: tuple[int, int]) -> Tensor:
     return image.as_subclass(Tensor)
 
 
+def content_of(model: nn.Module, card: ModelCard, ending: str, metadata: Mapping[str, str] | None = None) -> bytes:
+    """The content of a file with a network as a classifier of pixels, in floating-point numbers.
+
+    Args:
+        model, card: The network, and what it is.
+        ending: One of `FORMATS`.
+        metadata: What the file is to hold besides "classes" and "macs".
+
+    Raises:
+        UserError: The format cannot express the network.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of its own deprecations
+            classifier = Classifier(model, card).cpu().float().eval()
+            told = {"classes": json.dumps(card.vocab), **(metadata or {})}
+            with suppress(Exception):  # what cannot be counted can still be written
+                told["macs"] = str(macs(classifier.model, card.shape))
+            return FORMATS[ending].content(_traced(classifier, card.shape), told)
+    except Exception as error:  # the network may be anybody's
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{card.arch} cannot be written as {ending}: {reason}") from error
+
+
 def _traced(classifier: Classifier, shape: tuple[int, int, int]) -> torch.export.ExportedProgram:
     """The classifier as a graph for batches of any size, without this machine's file paths."""
     example = torch.zeros(2, *shape, dtype=torch.uint8)
@@ -177,37 +226,6 @@ def _traced(classifier: Classifier, shape: tuple[int, int, int]) -> torch.export
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)
     return program
-
-
-def _onnx(program: torch.export.ExportedProgram, classes: str) -> bytes:
-    names = {"input_names": ["pixels"], "output_names": ["probabilities"], "dynamic_shapes": {"pixels": {0: "batch"}}}
-    onnx = torch.onnx.export(program, dynamo=True, verbose=False, **names)
-    onnx.model.metadata_props["classes"] = classes
-    return onnx.model_proto.SerializeToString()
-
-
-def _pt2(program: torch.export.ExportedProgram, classes: str) -> bytes:
-    buffer = io.BytesIO()  # to a full disk, torch's writer would end the process
-    torch.export.save(program, buffer, extra_files={"classes.json": classes})
-    return buffer.getvalue()
-
-
-@dataclass(frozen=True)
-class Format:
-    """A kind of file to export to.
-
-    Attributes:
-        content: The file's content, of the classifier's graph and the names of the classes as JSON.
-        packages: Further packages that this needs.
-    """
-
-    content: Callable[[torch.export.ExportedProgram, str], bytes]
-    packages: tuple[str, ...] = ()
-
-
-ONNX = Format(_onnx, ("onnx", "onnxscript"))
-PT2 = Format(_pt2)
-FORMATS = {".onnx": ONNX, ".pt2": PT2}
 
 
 def predict_files(

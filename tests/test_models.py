@@ -8,6 +8,7 @@ from timm.models import group_parameters
 from timm.task import LogitDistillationTask
 from torch import nn
 from torch.fx import symbolic_trace
+from torch.fx.experimental.proxy_tensor import make_fx
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 import dms_fastai  # noqa: F401  (registers the architectures)
@@ -98,6 +99,23 @@ def test_dropout_is_drawn_anew_from_torchs_random_state_for_every_element():
     assert abs(both - 0.25) < 0.01
     for lag in (1, 2, 3, 4, 8):  # elements of one draw, and of neighbouring ones, know nothing of each other
         assert abs((gone[lag:] * gone[:-lag]).mean() - 0.25) < 0.01
+
+
+def test_dropouts_draws_are_those_of_recorded_runs():
+    torch.manual_seed(0)
+    kept = (2, 8, 12, 14, 19, 21, 22)
+    assert dropout(torch.ones(24), 0.5, True).nonzero().flatten().tolist() == list(kept)
+    assert torch.rand(1).item() == pytest.approx(0.0223, abs=1e-4)  # so many were drawn, and no more
+
+
+@pytest.mark.parametrize("traced", [make_fx, lambda f: lambda x: torch.export.export(f, (x,)).module()])
+def test_a_graph_of_a_network_in_training_drops_as_torch_does(traced):
+    model = timm.create_model("test_dmsresnet", drop_rate=0.5).train()
+    x = torch.randn(2, 3, 8, 8)
+    graph = traced(model)(x)
+    assert sum("dropout" in str(node.target) for node in graph.graph.nodes) == 4
+    assert not any("random_" in str(node.target) for node in graph.graph.nodes)
+    assert graph(x).shape == (2, 10)
 
 
 def test_dropout_at_its_ends():
