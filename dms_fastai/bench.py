@@ -49,18 +49,21 @@ class Row:
     trained: bool = True
 
 
-def bench(files: Sequence[Path], archs: Sequence[str] = (), data: str | Path | None = None) -> list[Row]:
+def bench(
+    files: Sequence[Path], archs: Sequence[str] = (), data: str | Path | None = None, trust: bool = False
+) -> list[Row]:
     """Measure exported files and, beside them, untrained architectures of timm, in turn on one thread.
 
     Args:
         files: Files of `export_model`.
         archs: Names of architectures. They are exported to ONNX for the images and the classes of the first file.
         data: As in `load_data`, for the accuracy of the files on its test or validation images.
+        trust: As in `open_exported`.
 
     Raises:
         UserError: A file cannot be opened, an architecture cannot be exported, or the data do not fit a file.
     """
-    opened = [open_exported(file) for file in files]
+    opened = [open_exported(file, trust) for file in files]
     found = [None if data is None else _accuracy(file, each, data) for file, each in zip(files, opened, strict=True)]
     rows = [(f.name, check_format(f, FORMATS), f.stat().st_size, True) for f in files]
     with TemporaryDirectory() as folder:

@@ -67,7 +67,9 @@ MANY = 500  # images that take long enough for a bar
 WORST = 20  # classes in the table of `evaluate`
 SPLITS = ("test", "val", "train")
 KEYS = "keys"  # in place of a recipe, what `show` takes for a list of all keys
-TRUST = typer.Option("--trust-pickle", help="Load a .pkl, which runs the code in it; only for files that you trust.")
+TRUST = typer.Option(
+    "--trust-pickle", help="Load a .pkl or .pt2, which may run code in it; only for files that you trust."
+)
 
 
 def beginning(words: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
@@ -414,7 +416,9 @@ def lr_find(
 
 @app.command()
 def predict(
-    learner: Annotated[Path, typer.Argument(help="A learner.pkl, a model.safetensors, a run's folder, or dmsresnet.")],
+    learner: Annotated[
+        Path, typer.Argument(help="A learner.pkl, a model.safetensors, a run's folder, dmsresnet, or an exported file.")
+    ],
     images: Annotated[list[str], typer.Argument(help="Images, folders of images, or quoted patterns: 'new/*.png'.")],
     top: Annotated[int, typer.Option(min=1, help="How many classes to print.")] = 3,
     csv: Annotated[Path | None, typer.Option(help="Write a table to this file, or to - for standard output.")] = None,
@@ -493,7 +497,10 @@ def _unread(bad: list[UserError], images: int) -> UserError:
 @app.command()
 def evaluate(
     learner: Annotated[
-        Path, typer.Argument(help="A run's folder, a .safetensors, a learner.pkl, dmsresnet, or timm:NAME.")
+        Path,
+        typer.Argument(
+            help="A run's folder, a .safetensors, a learner.pkl, an exported file, dmsresnet, or timm:NAME."
+        ),
     ],
     data: Annotated[
         str | None,
@@ -590,8 +597,8 @@ def _show_compared(rows: "Sequence[Compared]") -> None:
         listing.add_row(row.name, *shares, *losses, f"{row.size / 1e6:.2f}", f"{row.milliseconds:.3g}")
     console.print(listing)
     console.say(
-        f"on {len(rows[0].answers.labels):,} validation images; agreement: the same class as in float; sums off: how far "
-        f"an image's probabilities are from 1 together, at most; ms: processor time of one image, on one thread"
+        f"on {len(rows[0].answers.labels):,} validation images; agreement: the same class as float; sums off: how far "
+        f"the sum of an image's probabilities is from 1, at most; ms: processor time of one image, on one thread"
     )
 
 
@@ -605,6 +612,7 @@ def bench(
         str | None, typer.Option(help="NAME,NAME: untrained architectures of timm beside.", autocompletion=arch_words)
     ] = None,
     png: Annotated[Path | None, typer.Option(help="Draw accuracy against time; needs --data.")] = None,
+    trust_pickle: Annotated[bool, TRUST] = False,
 ) -> None:
     """Compare exported files: size, multiply-accumulates, accuracy and time, each in its own runtime on one thread."""
     files, formats = [_home(file) for file in files], choices_of("formats:FORMATS")
@@ -630,7 +638,7 @@ def bench(
     from .bench import plot
     from .measure import BATCH
 
-    rows = measured(files, archs, data)
+    rows = measured(files, archs, data, trust_pickle)
     listing = Table(
         "file", "format", "MB", "MACs", "accuracy, %", "ms", "p95", f"ms of {BATCH}", "p95", box=SIMPLE_HEAD
     )

@@ -18,6 +18,7 @@ from .data.sources import load_splits
 from .data.white import BYTE
 from .errors import UserError, notice
 from .export import open_model
+from .formats import is_exported
 from .models.card import ModelCard
 from .names import TIMM
 from .run_folder import RunFolder
@@ -95,7 +96,8 @@ def evaluate_model(
     timms = str(source).startswith(TIMM)
     model, card = _timm_model(str(source).removeprefix(TIMM)) if timms else open_model(source, trust)
     images = split_images(data, split, labels, card)
-    device, own = torch.device(device), None if timms else RunFolder(find_file(source, trust).parent)
+    weights = None if timms or is_exported(source) else find_file(source, trust)
+    device, own = torch.device(device), None if weights is None else RunFolder(weights.parent)
     known = known_classes(images, card).to(device)
     bf16 = own is not None and own.recipe_file.is_file() and own.recipe().bf16 is not None and has_bf16(device)
     _note_other_images(images, own)

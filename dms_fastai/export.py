@@ -24,7 +24,7 @@ from .data.imageset import ImageSet
 from .data.loader import vocabulary
 from .errors import UserError, damage, no_model
 from .files import whole
-from .formats import FORMATS, check_packages
+from .formats import FORMATS, Exported, check_packages, is_exported, open_exported
 from .learner import DMSLearner
 from .models.card import ModelCard
 from .models.fold import fold_batch_norms
@@ -89,7 +89,7 @@ def export_model(
     images. Its metadata "calibration" says which images it was calibrated with.
 
     Args:
-        source: As in `predict_files`, or a Learner that classifies images.
+        source: As in `predict_files`, but no exported file; or a Learner that classifies images.
         file: NAME.onnx, NAME.int8.onnx, or NAME.pt2, which `torch.export.load` reads. Written whole or not at all.
         trust: As in `predict_files`.
         data: For int8, the data set with the images to calibrate with and to compare on. None: the Learner's own, or
@@ -107,6 +107,8 @@ def export_model(
     ending = check_format(file, FORMATS)
     written = FORMATS[ending]
     check_packages(file, written.packages)
+    if not isinstance(source, Learner) and is_exported(source):
+        raise UserError(f"{source} has been exported already; give the run or the weights that it comes from")
     model, card = open_model(source, trust)
     metadata, calibration = {}, None
     if written.quantize is not None:
@@ -136,7 +138,7 @@ def open_model(source: str | Path | Learner, trust: bool = False) -> tuple[nn.Mo
         source = _find(source, trust)
         source = open_learner(source, trust) if source.suffix == ".pkl" else source
     if not isinstance(source, Learner):
-        return load_weights(source)
+        return _read_model(source, trust)
     card = source.card if isinstance(source, DMSLearner) else _card_of(source)
     if not all_finite(source.model):
         raise UserError("the Learner's weights are NaN or infinite; train it again")
@@ -234,10 +236,11 @@ def predict_files(
     """Classify image files: gives the class names, and the probabilities of each image, shape (N, C).
 
     Args:
-        source: A run's folder, a model.safetensors, a .pkl of `Learner.export`, or the name of an architecture whose
-            weights come with this package.
+        source: A run's folder, a model.safetensors, a .pkl of `Learner.export`, the name of an architecture whose
+            weights come with this package, or a file of `export_model`, which its own runtime runs.
         images: Image files.
-        trust: Load a .pkl, which runs the code in it. Otherwise, for a run's .pkl, the weights beside it are read.
+        trust: Load a .pkl, which runs the code in it, or a .pt2, which may. Otherwise, for a run's .pkl, the weights
+            beside it are read.
         errors: Gets the error of each file that is no image; such files have no row. None: the first error is raised.
 
     Raises:
@@ -269,7 +272,7 @@ def classify_files(
         def classify(files: list[Path]) -> Tensor:
             return learn.get_preds(dl=learn.dls.test_dl(files))[0]
     else:
-        model, card = load_weights(source)
+        model, card = _read_model(source, trust)
         vocab, scaling = card.vocab, affine(card.mean, card.std, 1, torch.device("cpu"))
 
         def read(file: Path) -> Tensor:
@@ -318,8 +321,31 @@ def read_pixels(image: str | Path, shape: tuple[int, int, int], white: float | N
     return pil_to_tensor(fitted if channels == 3 else fitted.convert("L"))
 
 
+class _InRuntime(nn.Module):
+    """An exported file as a network, in its own runtime: log-probabilities of images that are normalised to 0...1."""
+
+    def __init__(self, exported: Exported):
+        super().__init__()
+        self.exported = exported
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = (255 * x).round().to("cpu", torch.uint8).contiguous()
+        return torch.from_numpy(self.exported.classify(pixels.numpy())).log().to(x.device)
+
+
+def _read_model(file: Path, trust: bool) -> tuple[nn.Module, ModelCard]:
+    """The network in a file of weights or in an exported file, and what it is."""
+    if not is_exported(file):
+        return load_weights(file)
+    exported = open_exported(file, trust)
+    mean, std = (0.0,) * exported.shape[0], (1.0,) * exported.shape[0]
+    return _InRuntime(exported), ModelCard(file.name, exported.vocab, mean, std, exported.shape)
+
+
 def _find(source: str | Path, trust: bool) -> Path:
-    """The .safetensors or .pkl file that `source` stands for."""
+    """The .safetensors, .pkl or exported file that `source` stands for."""
+    if is_exported(source):
+        return Path(source)
     file = find_file(source, trust)
     if file is None:
         raise no_model(source)

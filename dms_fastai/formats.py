@@ -14,7 +14,7 @@ from .errors import UserError, damage
 from .int8 import quantize
 from .names import check_format
 
-__all__ = ["FORMATS", "Exported", "Format", "check_packages", "open_exported"]
+__all__ = ["FORMATS", "Exported", "Format", "check_packages", "is_exported", "open_exported"]
 
 Metadata = Mapping[str, str]  # texts that a file holds beside the network
 
@@ -39,16 +39,25 @@ class Exported:
         return json.loads(self.metadata["classes"])
 
 
-def open_exported(file: Path) -> Exported:
+def open_exported(file: Path, trust: bool = False) -> Exported:
     """Open a file of `export_model` in the runtime of its format.
 
+    Args:
+        file: The file.
+        trust: Load a .pt2, for which torch may run code in it.
+
     Raises:
-        UserError: The file is missing, damaged, of no known format, or another program's; or its runtime is missing.
+        UserError: The file is missing, damaged, not trusted, of no known format, or another program's; or its runtime
+            is missing.
     """
     written = FORMATS[check_format(file, FORMATS, "run")]
     check_packages(file, written.runtime)
     if not file.is_file():
         raise UserError(f"no such file: {file}")
+    if written.pickled and not trust:
+        raise UserError(
+            f"loading {file} may run code in it; if you trust who made it, give --trust-pickle, or trust=True in Python"
+        )
     with damage(f"{file} cannot be run"):
         found = written.open(file)
         if "classes" not in found.metadata:
@@ -57,6 +66,11 @@ def open_exported(file: Path) -> Exported:
         if found.classify(blank).shape != (1, len(found.vocab)):
             raise UserError(f"{file} does not give a probability for each of its {len(found.vocab)} classes")
     return found
+
+
+def is_exported(source: str | Path) -> bool:
+    """Whether a source is a file of one of the formats, by its name."""
+    return str(source).endswith(tuple(FORMATS))
 
 
 def check_packages(file: Path, packages: tuple[str, ...]) -> None:
@@ -79,7 +93,7 @@ def _open_onnx(file: Path) -> Exported:
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     metadata = session.get_modelmeta().custom_metadata_map
-    [pixels] = session.get_inputs()
+    pixels, *_ = session.get_inputs()
     return Exported(lambda images: session.run(None, {pixels.name: images})[0], tuple(pixels.shape[1:]), metadata)
 
 
@@ -90,7 +104,7 @@ def _pt2(program: torch.export.ExportedProgram, metadata: Metadata) -> bytes:
 
 
 def _open_pt2(file: Path) -> Exported:
-    found = {f"{name}.json": "" for name in ("classes", "macs")}
+    found = {"classes.json": ""}  # torch adds what else there is
     program = torch.export.load(file, extra_files=found)
     [images], _ = program.example_inputs
     network = program.module()
@@ -112,6 +126,7 @@ class Format:
         open: Opens such a file in its runtime.
         packages: Further packages that writing it needs.
         runtime: Those that running it needs.
+        pickled: Whether opening such a file may run code in it.
         quantize: Makes int8 of the content, given uint8 images that show the range of the activations.
     """
 
@@ -119,10 +134,11 @@ class Format:
     open: Callable[[Path], Exported]
     packages: tuple[str, ...] = ()
     runtime: tuple[str, ...] = ()
+    pickled: bool = False
     quantize: Callable[[bytes, np.ndarray], bytes] | None = None
 
 
 ONNX = Format(_onnx, _open_onnx, ("onnx", "onnxscript"), ("onnxruntime",))
-INT8 = Format(_onnx, _open_onnx, ("onnx", "onnxscript", "onnxruntime"), ("onnxruntime",), quantize)
-PT2 = Format(_pt2, _open_pt2)
+INT8 = Format(_onnx, _open_onnx, ("onnx", "onnxscript", "onnxruntime"), ("onnxruntime",), quantize=quantize)
+PT2 = Format(_pt2, _open_pt2, pickled=True)  # torch.load, where its safe reader fails, takes the other one
 FORMATS = {".onnx": ONNX, ".int8.onnx": INT8, ".pt2": PT2}

@@ -13,6 +13,7 @@ from torch import nn
 
 from dms_fastai import UserError, formats, load_data
 from dms_fastai.calibrate import Calibration, sets_of
+from dms_fastai.evaluate import evaluate_model
 from dms_fastai.export import export_model, export_run, open_model, predict_files
 from dms_fastai.formats import FORMATS, Exported, open_exported
 from dms_fastai.int8 import float_nodes
@@ -47,7 +48,7 @@ def test_every_format_gives_the_answers_of_predict_in_its_own_runtime(files, val
     for path, image in zip(paths, images, strict=True):
         Image.fromarray(image.transpose(1, 2, 0)).save(path)
     vocab, expected = predict_files(files["run"], paths)
-    opened = open_exported(files[ending])
+    opened = open_exported(files[ending], trust=True)
     assert (opened.vocab, opened.shape) == (vocab, (3, 8, 8))
     np.testing.assert_allclose(opened.classify(images), expected, atol=off)
 
@@ -137,6 +138,19 @@ def test_what_loses_too_much_is_refused(dms, files, tmp_path, monkeypatch):  # n
     assert out.endswith(f"digits.int8.onnx: {(tmp_path / 'digits.int8.onnx').stat().st_size / 1e6:.1f} MB\n")
 
 
+@pytest.mark.parametrize("ending", FORMATS)
+def test_predict_and_evaluate_take_an_exported_file(files, valid, tmp_path, ending):
+    Image.fromarray(valid[0][7].transpose(1, 2, 0)).save(tmp_path / "7.png")
+    vocab, [found] = predict_files(files[ending], [tmp_path / "7.png"], trust=True)
+    assert vocab[found.argmax()] == vocab[valid[1][7]]
+    np.testing.assert_allclose(found, open_exported(files[ending], True).classify(valid[0][7:8])[0], atol=1e-6)
+    before, after = (evaluate_model(source, "digits", trust=True) for source in (files["run"], files[ending]))
+    assert after.accuracy == pytest.approx(before.accuracy, abs=0.005)
+    assert after.loss == pytest.approx(before.loss, abs=0.005)
+    with pytest.raises(UserError, match="has been exported already"):
+        export_model(files[ending], tmp_path / "again.onnx")
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -181,6 +195,7 @@ def cut(file, whole):
         ("cut.onnx", "cut.onnx cannot be run"),
         ("cut.int8.onnx", "cut.int8.onnx cannot be run"),
         ("cut.pt2", "cut.pt2 cannot be run"),
+        ("empty.pt2", "loading empty.pt2 may run code in it"),
         ("foreign.onnx", "foreign.onnx does not name its classes; it was not written by dms-fastai export"),
     ],
 )
@@ -192,7 +207,7 @@ def test_what_cannot_be_run_is_said_in_a_line(dms, files, tmp_path, name, said):
         foreign(file)
     elif not name.startswith("nowhere"):
         file.touch()
-    code, _, err = dms("bench", name)
+    code, _, err = dms("bench", name, *(["--trust-pickle"] if name == "cut.pt2" else []))
     assert (code, err.count("\n")) == (2, 1), err
     assert said in err
 
@@ -201,7 +216,9 @@ def test_bench_puts_files_beside_one_another(dms, files, tmp_path, monkeypatch):
     monkeypatch.setattr("dms_fastai.measure.SECONDS", 0.0)
     monkeypatch.setenv("COLUMNS", "200")
     given = [files[ending] for ending in FORMATS]
-    code, out, err = dms("bench", *given, "--data", "digits", "--arch", "lcnet_050", "--png", "plot.png")
+    code, out, err = dms(
+        "bench", *given, "--data", "digits", "--arch", "lcnet_050", "--png", "plot.png", "--trust-pickle"
+    )
     assert (code, err) == (0, "")
     rows = [line.split() for line in out.splitlines()[3:7]]
     assert [row[0] for row in rows] == [*(file.name for file in given), "lcnet_050"]
