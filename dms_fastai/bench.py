@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import timm
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.ticker import FuncFormatter
 from timm.utils import reparameterize_model
 
 from .data.known import known_classes
@@ -106,9 +107,8 @@ def plot(rows: Sequence[Row], file: Path) -> None:
         colour = LIGHT.colours[index % len(LIGHT.colours)]
         if row.accuracy is None:
             axes.axvline(ms, color=LIGHT.faint, ls="--", lw=0.8)
-            axes.text(
-                ms, 0.02, f" {row.name} (untrained)", rotation=90, ha="right", transform=axes.get_xaxis_transform()
-            )
+            turned = {"rotation": 90, "ha": "right", "transform": axes.get_xaxis_transform()}
+            axes.text(ms, 0.02, f"{row.name} (untrained)", color=LIGHT.faint, **turned)
         else:
             axes.plot(ms, 100 * row.accuracy, "o", color=colour, ms=8)
             spots.append((ms, 100 * row.accuracy, f"{row.name}, {row.size / 1e6:.2f} MB", colour))
@@ -118,6 +118,8 @@ def plot(rows: Sequence[Row], file: Path) -> None:
     axes.set_ylim(low, high)
     axes.set_xscale("log")
     axes.margins(x=0.3)
+    for side in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        side(FuncFormatter(lambda x, _: f"{x:g}"))
     for (x, _, text, colour), place in zip(spots, apart(spots, 0.055 * (high - low)), strict=True):
         axes.annotate(text, (x, place), xytext=(8, 0), textcoords="offset points", va="center", color=colour)
     axes.set_xlabel("milliseconds for one image, on one thread")

@@ -1,6 +1,7 @@
 """int8 out of float: the images that an exported file is calibrated with, and what it loses."""
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -89,11 +90,12 @@ class Calibration:
         found = _compare({"float": content, "int8": small}, written, valid.images, labels)
         self.compared(found)
         before, after = (100 * each.answers.accuracy for each in found)
-        if before - after > self.tolerance:
+        lost = before - after
+        if lost > self.tolerance:
             raise UserError(
                 f"{file} is not written: in int8, accuracy falls from {before:.2f} to {after:.2f} %, on {len(valid):,} "
                 f"images of {valid.name}, {valid.split}; --calibrate more images than {len(self.chosen):,}, or allow "
-                f"more with --tolerance {before - after:.2f}"
+                f"more with --tolerance {math.ceil(100 * lost) / 100:.2f}"
             )
         return small
 

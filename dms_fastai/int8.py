@@ -58,7 +58,7 @@ def float_nodes(graph: "onnx.GraphProto") -> list[str]:
 
     These are the normalisation, which is before the first weights; the softmax, and whatever else is after the last
     weights: 256 levels would make its probabilities sum to less or more than 1; and squeeze-and-excitation, from a
-    global pool to the product that scales the pool's own input.
+    global pool to the product that scales the pool's own input, which is itself in integers.
 
     Args:
         graph: Its nodes have names, and are in the order in which they are computed.
@@ -70,8 +70,7 @@ def float_nodes(graph: "onnx.GraphProto") -> list[str]:
     for node in nodes:
         if node.op_type == "Mul":
             for gate, scaled in (node.input, reversed(node.input)):
-                inside = _gate(gate, scaled, inputs, maker)
-                kept |= {node.name, *inside} if inside else set()
+                kept |= _gate(gate, scaled, inputs, maker)
     return [node.name for node in nodes if node.name in kept]
 
 
