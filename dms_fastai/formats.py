@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from .errors import UserError, damage
-from .int8 import quantize
+from .int8 import quantize, quiet
 from .names import check_format
 
 __all__ = ["FORMATS", "Exported", "Format", "check_packages", "is_exported", "open_exported"]
@@ -58,7 +58,7 @@ def open_exported(file: Path, trust: bool = False) -> Exported:
         raise UserError(
             f"loading {file} may run code in it; if you trust who made it, give --trust-pickle, or trust=True in Python"
         )
-    with damage(f"{file} cannot be run"):
+    with damage(f"{file} cannot be run"), quiet():  # torch would log a traceback as well
         found = written.open(file)
         if "classes" not in found.metadata:
             raise UserError(f"{file} does not name its classes; it was not written by dms-fastai export")

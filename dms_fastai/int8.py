@@ -16,7 +16,7 @@ import numpy as np
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["float_nodes", "quantize"]
+__all__ = ["float_nodes", "quantize", "quiet"]
 
 BATCH = 20  # images whose activations are in memory at once
 WEIGHTED = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
@@ -34,7 +34,8 @@ def quantize(model: bytes, pixels: np.ndarray) -> bytes:
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
     before = onnx.load_from_string(model)
-    with TemporaryDirectory() as folder, _quiet():
+    # onnxruntime would advise to optimise the graph first, which was measured to gain nothing.
+    with TemporaryDirectory() as folder, quiet():
         file = Path(folder) / "int8.onnx"
         quantize_static(
             before,
@@ -115,8 +116,8 @@ class _Reader:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without onnxruntime's advice to optimise the graph first, which was measured to change nothing."""
+def quiet() -> Iterator[None]:
+    """Python's loggers pass no warnings on until the block ends."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

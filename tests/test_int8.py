@@ -217,11 +217,11 @@ def test_bench_puts_files_beside_one_another(dms, files, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     given = [files[ending] for ending in FORMATS]
     code, out, err = dms(
-        "bench", *given, "--data", "digits", "--arch", "lcnet_050", "--png", "plot.png", "--trust-pickle"
+        "bench", *given, "--data", "digits", "--arch", "test_dmsresnet_plain", "--png", "plot.png", "--trust-pickle"
     )
     assert (code, err) == (0, "")
     rows = [line.split() for line in out.splitlines()[3:7]]
-    assert [row[0] for row in rows] == [*(file.name for file in given), "lcnet_050"]
+    assert [row[0] for row in rows] == [*(file.name for file in given), "test_dmsresnet_plain"]
     assert [row[1] for row in rows] == [*FORMATS, ".onnx"]
     assert {row[3] for row in rows[:3]} == {"0.7"}  # a sixteenth of the 11.1 M at 32 pixels
     assert all(float(row[5]) > 90 for row in rows[:3])
