@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import timm
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from timm.utils import reparameterize_model
 
 from .data.known import known_classes
@@ -20,7 +20,7 @@ from .measure import BATCH, answers, milliseconds
 from .models.card import ModelCard
 from .models.dmsresnet import MEAN, STD
 from .names import check_format
-from .report.plots import LIGHT, apart, figure
+from .report.plots import LIGHT, figure
 
 __all__ = ["Row", "bench", "plot"]
 
@@ -99,32 +99,24 @@ def _untrained(arch: str, like: Exported) -> bytes:
 
 def plot(rows: Sequence[Row], file: Path) -> None:
     """Draw accuracy against the time of one image; an untrained architecture, which has no accuracy, as a line."""
-    drawn = figure(8, 4.8)
+    drawn = figure(9, 4.5)
     axes = drawn.subplots()
-    spots = []
     for index, row in enumerate(rows):
-        ms = float(np.median(row.one))
-        colour = LIGHT.colours[index % len(LIGHT.colours)]
+        ms, colour = float(np.median(row.one)), LIGHT.colours[index % len(LIGHT.colours)]
+        named = f"{row.name}, {row.size / 1e6:.2f} MB"
         if row.accuracy is None:
-            axes.axvline(ms, color=LIGHT.faint, ls="--", lw=0.8)
-            turned = {"rotation": 90, "ha": "right", "transform": axes.get_xaxis_transform()}
-            axes.text(ms, 0.02, f"{row.name} (untrained)", color=LIGHT.faint, **turned)
+            axes.axvline(ms, color=colour, ls="--", lw=1, label=f"{named}, untrained")
         else:
-            axes.plot(ms, 100 * row.accuracy, "o", color=colour, ms=8)
-            spots.append((ms, 100 * row.accuracy, f"{row.name}, {row.size / 1e6:.2f} MB", colour))
-    heights = [y for _, y, *_ in spots]
-    margin = max(0.3 * (max(heights) - min(heights)), 0.5)
-    low, high = min(heights) - margin, max(heights) + margin
-    axes.set_ylim(low, high)
+            axes.plot(ms, 100 * row.accuracy, "o", color=colour, ms=9, label=named)
     axes.set_xscale("log")
-    axes.margins(x=0.3)
-    for side in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-        side(FuncFormatter(lambda x, _: f"{x:g}"))
-    for (x, _, text, colour), place in zip(spots, apart(spots, 0.055 * (high - low)), strict=True):
-        axes.annotate(text, (x, place), xytext=(8, 0), textcoords="offset points", va="center", color=colour)
+    axes.margins(0.2)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("milliseconds for one image, on one thread")
     axes.set_ylabel("accuracy, %")
     axes.grid(True, alpha=0.25)
+    drawn.legend(loc="outside right upper", frameon=False)
     FigureCanvasAgg(drawn)
     with whole(file) as partial:
         drawn.savefig(partial, format="png", dpi=144)
