@@ -23,10 +23,22 @@ from rich.table import Table
 
 from . import __version__
 from .clock import seconds_of
-from .errors import Notice, UserError, either, no_format, no_model, notice, unknown
-from .names import DATA_SETS, DEVICES, TIMM, architectures, check_device, entries, is_architecture, shipped, source_name
+from .errors import Notice, UserError, either, no_model, notice, unknown
+from .names import (
+    DATA_SETS,
+    DEVICES,
+    INT8,
+    TIMM,
+    architectures,
+    check_device,
+    check_format,
+    entries,
+    is_architecture,
+    shipped,
+    source_name,
+)
 from .recipes import ablation_of, added_by, all_keys, flat, load_recipe, parse_setting, recipe_names
-from .run_folder import RunFolder
+from .run_folder import RunFolder, own_data
 from .runs.threads import Load, fitting
 from .runs.wanted import SEVERAL, Wanted
 from .schema import choices_of
@@ -35,6 +47,7 @@ from .terminal import Terminal, any_encoding
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .calibrate import Compared
     from .export import Classified
     from .run_folder import Run
     from .runs.plan import Opened, Stage
@@ -54,7 +67,9 @@ MANY = 500  # images that take long enough for a bar
 WORST = 20  # classes in the table of `evaluate`
 SPLITS = ("test", "val", "train")
 KEYS = "keys"  # in place of a recipe, what `show` takes for a list of all keys
-TRUST = typer.Option("--trust-pickle", help="Load a .pkl, which runs the code in it; only for files that you trust.")
+TRUST = typer.Option(
+    "--trust-pickle", help="Load a .pkl or .pt2, which may run code in it; only for files that you trust."
+)
 
 
 def beginning(words: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
@@ -401,7 +416,9 @@ def lr_find(
 
 @app.command()
 def predict(
-    learner: Annotated[Path, typer.Argument(help="A learner.pkl, a model.safetensors, a run's folder, or dmsresnet.")],
+    learner: Annotated[
+        Path, typer.Argument(help="A learner.pkl, a model.safetensors, a run's folder, dmsresnet, or an exported file.")
+    ],
     images: Annotated[list[str], typer.Argument(help="Images, folders of images, or quoted patterns: 'new/*.png'.")],
     top: Annotated[int, typer.Option(min=1, help="How many classes to print.")] = 3,
     csv: Annotated[Path | None, typer.Option(help="Write a table to this file, or to - for standard output.")] = None,
@@ -480,7 +497,10 @@ def _unread(bad: list[UserError], images: int) -> UserError:
 @app.command()
 def evaluate(
     learner: Annotated[
-        Path, typer.Argument(help="A run's folder, a .safetensors, a learner.pkl, dmsresnet, or timm:NAME.")
+        Path,
+        typer.Argument(
+            help="A run's folder, a .safetensors, a learner.pkl, an exported file, dmsresnet, or timm:NAME."
+        ),
     ],
     data: Annotated[
         str | None,
@@ -507,7 +527,7 @@ def evaluate(
         from .export import open_model
 
         open_model(learner, trust_pickle)  # says what is missing
-    data = _own_data(learner) if data is None else os.path.expanduser(data)
+    data = own_data(learner, "evaluate on") if data is None else os.path.expanduser(data)
     name = source_name(data)
 
     from .evaluate import evaluate_model
@@ -534,34 +554,109 @@ def evaluate(
     console.say(f"{told}, of {found.images:,} images: {name}, {found.split}")
 
 
-def _own_data(source: Path) -> str:
-    """The data set that a run was trained on, if it is one with a name; a UserError if it is not."""
-    folder = RunFolder(source if source.is_dir() else source.parent)
-    name = folder.facts().data if source.exists() and folder.facts_file.is_file() else None
-    if name not in DATA_SETS:
-        why = f"{source} does not say which" if name is None else f"where {name} lies is not known"
-        raise UserError(f"no images to evaluate on: {why}; give --data a data set, a folder or a file")
-    return name
-
-
 @app.command()
 def export(
     learner: Annotated[Path, typer.Argument(help="A learner.pkl, a model.safetensors, a run's folder, or dmsresnet.")],
-    file: Annotated[Path, typer.Argument(help="NAME.onnx or NAME.pt2.")],
+    file: Annotated[Path, typer.Argument(help="NAME.onnx, NAME.int8.onnx or NAME.pt2.")],
+    data: Annotated[
+        str | None,
+        typer.Option(help="For int8: the images, as in run. A run has its own.", autocompletion=data_words),
+    ] = None,
+    calibrate: Annotated[int, typer.Option(min=1, help="For int8: how many training images to calibrate with.")] = 200,
+    tolerance: Annotated[float, typer.Option(min=0, max=100, help="For int8: points of accuracy it may lose.")] = 0.5,
     trust_pickle: Annotated[bool, TRUST] = False,
 ) -> None:
-    """Write a model for other runtimes: pixels go in, probabilities come out."""
+    """Write a model for other runtimes: pixels go in, probabilities come out.
+
+    NAME.int8.onnx is calibrated with training images, compared with the float model on the validation images, and
+    refused if it loses too much.
+    """
     learner, file = _home(learner), _home(file)
-    _check_model(learner)
-    formats = choices_of("export:FORMATS")
-    if file.suffix not in formats:
-        raise no_format(file, formats)
+    there, formats = _check_model(learner), choices_of("formats:FORMATS")
+    int8 = check_format(file, formats).startswith(INT8)
+    if not int8 and data is not None:
+        raise UserError(f"--data is for int8, and {file} is not; call it {file.stem}{INT8}onnx, or leave --data out")
+    if int8 and there:
+        data = own_data(learner, "calibrate with") if data is None else os.path.expanduser(data)
+        source_name(data)  # refuses what is no data set
 
     from .export import export_model
 
     _say_what_is_read(learner, trust_pickle)
-    written = export_model(learner, file, trust_pickle)
+    written = export_model(learner, file, trust_pickle, data, calibrate, tolerance, _show_compared)
     console.say(f"{written}: {written.stat().st_size / 1e6:.1f} MB")
+
+
+def _show_compared(rows: "Sequence[Compared]") -> None:
+    listing = Table("", "accuracy, %", "agreement, %", "NLL", "sums off", "MB", "ms", box=SIMPLE_HEAD)
+    for column in listing.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        shares = (f"{100 * share:.2f}" for share in (row.answers.accuracy, row.agreement))
+        losses = (f"{row.answers.nll:.4f}", f"{row.answers.sum_error:.0e}")
+        listing.add_row(row.name, *shares, *losses, f"{row.size / 1e6:.2f}", f"{row.milliseconds:.3g}")
+    console.print(listing)
+    console.say(
+        f"on {len(rows[0].answers.labels):,} validation images; agreement: the same class as float; sums off: how far "
+        f"the sum of an image's probabilities is from 1, at most; ms: processor time of one image, on one thread"
+    )
+
+
+@app.command()
+def bench(
+    files: Annotated[list[Path], typer.Argument(help="Exported files: .onnx, .int8.onnx, .pt2.")],
+    data: Annotated[
+        str | None, typer.Option(help="As in run: measure the accuracy, too.", autocompletion=data_words)
+    ] = None,
+    arch: Annotated[
+        str | None, typer.Option(help="NAME,NAME: untrained architectures of timm beside.", autocompletion=arch_words)
+    ] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw accuracy against time; needs --data.")] = None,
+    trust_pickle: Annotated[bool, TRUST] = False,
+) -> None:
+    """Compare exported files: size, multiply-accumulates, accuracy and time, each in its own runtime on one thread."""
+    files, formats = [_home(file) for file in files], choices_of("formats:FORMATS")
+    for file in files:
+        check_format(file, formats, "run")
+        if not file.is_file():
+            raise UserError(f"no such file: {file}")
+    archs = [] if arch is None else [name.strip() for name in arch.split(",")]
+    for name in archs:
+        if not is_architecture(name):
+            raise unknown("timm model", name, architectures())
+    png, data = None if png is None else _home(png), None if data is None else os.path.expanduser(data)
+    if png is not None and png.suffix != ".png":
+        raise UserError(f"{png} is no name of a plot; give --png NAME.png")
+    if png is not None and data is None:
+        raise UserError("--png draws accuracy, which needs images; give --data as well")
+    if data is not None:
+        source_name(data)  # refuses what is no data set
+
+    import numpy as np
+
+    from .bench import bench as measured
+    from .bench import plot
+    from .measure import BATCH
+
+    rows = measured(files, archs, data, trust_pickle)
+    listing = Table(
+        "file", "format", "MB", "MACs", "accuracy, %", "ms", "p95", f"ms of {BATCH}", "p95", box=SIMPLE_HEAD
+    )
+    for column in listing.columns[2:]:
+        column.justify = "right"
+    for row in rows:
+        macs = "" if row.macs is None else f"{row.macs / 1e6:,.1f} M"
+        right = "untrained" if not row.trained else "" if row.accuracy is None else f"{100 * row.accuracy:.2f}"
+        times = (f"{np.percentile(taken, share):.3g}" for taken in (row.one, row.many) for share in (50, 95))
+        listing.add_row(row.name, row.format, f"{row.size / 1e6:.2f}", macs, right, *times)
+    console.print(listing)
+    console.say(
+        f"ms: processor time of one image on one thread, alone and in a batch of {BATCH}; the median of several calls, "
+        f"and p95, which one call in twenty exceeds"
+    )
+    if png is not None:
+        plot(rows, png)
+        console.say(f"plot: {png}")
 
 
 @app.command()

@@ -64,6 +64,6 @@ def no_model(source: object) -> UserError:
     )
 
 
-def no_format(file: object, formats: Iterable[str]) -> UserError:
-    """The error for a file to export to whose ending is that of no format."""
-    return UserError(f"{file} cannot be written; the formats are {' and '.join(formats)}")
+def no_format(file: object, formats: Iterable[str], purpose: str = "written") -> UserError:
+    """The error for a file whose ending is that of no format to which networks are exported."""
+    return UserError(f"{file} cannot be {purpose}; the formats are {either(formats)}")

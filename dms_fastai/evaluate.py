@@ -12,21 +12,22 @@ from torch import Tensor, nn
 from .callbacks.bf16 import fast_kernels, has_bf16
 from .data.augment import affine, normalize
 from .data.imageset import ImageSet
+from .data.known import check_square, known_classes
 from .data.sets import VALID_BATCH
 from .data.sources import load_splits
 from .data.white import BYTE
 from .errors import UserError, notice
 from .export import open_model
+from .formats import is_exported
 from .models.card import ModelCard
 from .names import TIMM
 from .run_folder import RunFolder
 from .trained import find_file
 from .trained.pretrained import pretrained_cfg, timm_model
 
-__all__ = ["ClassAccuracy", "Evaluation", "evaluate_model"]
+__all__ = ["ClassAccuracy", "Evaluation", "evaluate_model", "split_images"]
 
 BATCH = VALID_BATCH["cpu"]
-STRANGE = 3  # unknown classes in a message
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,10 @@ def evaluate_model(
     """
     timms = str(source).startswith(TIMM)
     model, card = _timm_model(str(source).removeprefix(TIMM)) if timms else open_model(source, trust)
-    images = _images(data, split, labels, card)
-    device, own = torch.device(device), None if timms else RunFolder(find_file(source, trust).parent)
-    known = _known_classes(images, card).to(device)
+    images = split_images(data, split, labels, card)
+    weights = None if timms or is_exported(source) else find_file(source, trust)
+    device, own = torch.device(device), None if weights is None else RunFolder(weights.parent)
+    known = known_classes(images, card).to(device)
     bf16 = own is not None and own.recipe_file.is_file() and own.recipe().bf16 is not None and has_bf16(device)
     _note_other_images(images, own)
     model = model.to(device, memory_format=torch.channels_last).float().eval()
@@ -128,15 +130,10 @@ def _timm_model(name: str) -> tuple[nn.Module, ModelCard]:
     return model, ModelCard(name, list(names), tuple(cfg.mean), tuple(cfg.std), tuple(cfg.input_size))
 
 
-def _images(data: str | Path, split: str | None, labels: str | Path | None, card: ModelCard) -> ImageSet:
-    """The images of a split, as large as the model's."""
-    channels, height, width = card.shape
-    if channels != 3 or height != width:
-        raise UserError(
-            f"the model takes images of {width}x{height} pixels and {channels} channels, and data sets are read as "
-            f"square images in colour; dms-fastai predict classifies the files"
-        )
-    splits = load_splits(data, height, labels)
+def split_images(data: str | Path, split: str | None, labels: str | Path | None, card: ModelCard) -> ImageSet:
+    """The images of a split, as large as the model's; arguments and errors as in `evaluate_model`."""
+    check_square(card)
+    splits = load_splits(data, card.shape[1], labels)
     found = split or next((name for name in ("test", "val") if name in splits), "test")
     there = [each for each in splits if each != "unlabelled"]
     if found not in there:
@@ -148,25 +145,6 @@ def _images(data: str | Path, split: str | None, labels: str | Path | None, card
     if ours != theirs:
         notice(f"{data}: {ours:g} is white here, and was {theirs:g} in the images that the model was trained on")
     return images
-
-
-def _known_classes(images: ImageSet, card: ModelCard) -> Tensor:
-    """The model's index of each class of the images, int64 of shape (classes,); -1 for those that it does not know.
-
-    Raises:
-        UserError: The images have a class that the model does not know.
-    """
-    place = {name: index for index, name in enumerate(card.vocab)}
-    known = torch.tensor([place.get(str(name), -1) for name in images.vocab])
-    strange = [str(images.vocab[label]) for label in images.labels.unique().tolist() if known[label] < 0]
-    if strange:
-        more = f" and {len(strange) - STRANGE} more" if len(strange) > STRANGE else ""
-        few = ", ".join(map(repr, card.vocab[:STRANGE])) + (", ..." if len(card.vocab) > STRANGE else "")
-        raise UserError(
-            f"the data have the class {', '.join(map(repr, strange[:STRANGE]))}{more}, which the model does not know; "
-            f"its {len(card.vocab)} classes are {few}"
-        )
-    return known
 
 
 def _note_other_images(images: ImageSet, own: RunFolder | None) -> None:

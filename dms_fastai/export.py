@@ -1,11 +1,9 @@
-"""Exports of a run: a .pkl for fastai, safetensors, ONNX and torch.export's .pt2; and classification of image files."""
+"""Exports of a run: a .pkl for fastai, safetensors and the `FORMATS`; and classification of image files."""
 
-import io
 import json
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from importlib.util import find_spec
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,20 +17,32 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
 
+from .calibrate import Calibration, Compared, sets_of
 from .data.augment import affine, normalize
 from .data.images import read_image
 from .data.imageset import ImageSet
 from .data.loader import vocabulary
-from .errors import UserError, no_format, no_model
+from .errors import UserError, damage, no_model
 from .files import whole
+from .formats import FORMATS, Exported, check_packages, is_exported, open_exported
 from .learner import DMSLearner
 from .models.card import ModelCard
 from .models.fold import fold_batch_norms
+from .models.macs import macs
 from .models.weights import all_finite, load_weights, save_weights
+from .names import check_format
 from .run_folder import RunFolder
 from .trained import Inputs, find_file, inputs_of, open_learner
 
-__all__ = ["Classifier", "classify_files", "export_model", "export_run", "open_model", "predict_files"]
+__all__ = [
+    "Classifier",
+    "classify_files",
+    "content_of",
+    "export_model",
+    "export_run",
+    "open_model",
+    "predict_files",
+]
 
 Classified = tuple[Path, Tensor]  # an image file and its probabilities, shape (C,)
 BATCH = 64  # images to predict at once
@@ -60,37 +70,54 @@ class Classifier(nn.Module):
         return self.model(pixels.float() * self.scale + self.shift).softmax(1)
 
 
-def export_model(source: str | Path | Learner, file: str | Path, trust: bool = False) -> Path:
+def export_model(
+    source: str | Path | Learner,
+    file: str | Path,
+    trust: bool = False,
+    data: str | Path | None = None,
+    calibrate: int = 200,
+    tolerance: float = 0.5,
+    compared: Callable[[Sequence[Compared]], None] = lambda rows: None,
+) -> Path:
     """Write a model that runs without this package: pixels 0...255 go in, probabilities of the classes come out.
 
     The input "pixels" is uint8 of shape (batch, channels, height, width), in RGB order. The output "probabilities" is
-    float32 of shape (batch, classes). The file holds the names of the classes as JSON: an .onnx in its metadata
-    "classes", a .pt2 in its extra file "classes.json".
+    float32 of shape (batch, classes). The file holds the names of the classes as JSON, and the multiply-accumulates for
+    one image: an .onnx in its metadata "classes" and "macs", a .pt2 in its extra files "classes.json" and "macs.json".
+
+    Weights and activations of an .int8.onnx are 8-bit integers. It is compared with the float file on the validation
+    images. Its metadata "calibration" says which images it was calibrated with.
 
     Args:
-        source: As in `predict_files`, or a Learner that classifies images.
-        file: NAME.onnx, or NAME.pt2, which `torch.export.load` reads. Written whole or not at all.
+        source: As in `predict_files`, but no exported file; or a Learner that classifies images.
+        file: NAME.onnx, NAME.int8.onnx, or NAME.pt2, which `torch.export.load` reads. Written whole or not at all.
         trust: As in `predict_files`.
+        data: For int8, the data set with the images to calibrate with and to compare on. None: the Learner's own, or
+            that of the run.
+        calibrate: For int8, how many training images to calibrate with.
+        tolerance: For int8, how many points of accuracy it may lose.
+        compared: For int8, gets the figures of the float file and of the int8 file.
 
     Raises:
         UserError: As in `predict_files`; or `file` has another ending, the Learner does not say what images its model
-            takes, weights are NaN or infinite, or ONNX's packages are missing or cannot express the network.
+            takes, weights are NaN or infinite, packages are missing or cannot express the network, or int8 has no
+            images or loses too much.
     """
     file = Path(file)
-    if file.suffix not in FORMATS:
-        raise no_format(file, FORMATS)
-    written = FORMATS[file.suffix]
-    if not all(map(find_spec, written.packages)):
-        raise UserError(f"{file} needs more packages: pip install {' '.join(written.packages)}")
+    ending = check_format(file, FORMATS)
+    written = FORMATS[ending]
+    check_packages(file, written.packages)
+    if not isinstance(source, Learner) and is_exported(source):
+        raise UserError(f"{source} has been exported already; give the run or the weights that it comes from")
     model, card = open_model(source, trust)
-    classifier = Classifier(model, card).cpu().float().eval()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's, of its own deprecations
-        try:
-            content = written.content(_traced(classifier, card.shape), json.dumps(card.vocab))
-        except Exception as error:  # the network may be anybody's
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"{card.arch} cannot be written as {file.suffix}: {reason}") from error
+    metadata, calibration = {}, None
+    if written.quantize is not None:
+        calibration = Calibration(sets_of(source, card, data, trust), calibrate, tolerance, compared)
+        metadata = calibration.metadata()
+    content = content_of(model, card, ending, metadata)
+    if calibration is not None:
+        with damage(f"{card.arch} cannot be written as {ending}"):  # the network may be anybody's
+            content = calibration.quantize(content, written, card, file)
     file.parent.mkdir(parents=True, exist_ok=True)
     with whole(file) as partial:
         partial.write_bytes(content)
@@ -111,7 +138,7 @@ def open_model(source: str | Path | Learner, trust: bool = False) -> tuple[nn.Mo
         source = _find(source, trust)
         source = open_learner(source, trust) if source.suffix == ".pkl" else source
     if not isinstance(source, Learner):
-        return load_weights(source)
+        return _read_model(source, trust)
     card = source.card if isinstance(source, DMSLearner) else _card_of(source)
     if not all_finite(source.model):
         raise UserError("the Learner's weights are NaN or infinite; train it again")
@@ -169,6 +196,30 @@ def _made_of_grey(dls: DataLoaders, size: tuple[int, int]) -> Tensor:
     return image.as_subclass(Tensor)
 
 
+def content_of(model: nn.Module, card: ModelCard, ending: str, metadata: Mapping[str, str] | None = None) -> bytes:
+    """The content of a file with a network as a classifier of pixels, in floating-point numbers.
+
+    Args:
+        model, card: The network, and what it is.
+        ending: One of `FORMATS`.
+        metadata: What the file is to hold besides "classes" and "macs".
+
+    Raises:
+        UserError: The format cannot express the network.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of its own deprecations
+            classifier = Classifier(model, card).cpu().float().eval()
+            told = {"classes": json.dumps(card.vocab), **(metadata or {})}
+            with suppress(Exception):  # what cannot be counted can still be written
+                told["macs"] = str(macs(classifier.model, card.shape))
+            return FORMATS[ending].content(_traced(classifier, card.shape), told)
+    except Exception as error:  # the network may be anybody's
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{card.arch} cannot be written as {ending}: {reason}") from error
+
+
 def _traced(classifier: Classifier, shape: tuple[int, int, int]) -> torch.export.ExportedProgram:
     """The classifier as a graph for batches of any size, without this machine's file paths."""
     example = torch.zeros(2, *shape, dtype=torch.uint8)
@@ -179,47 +230,17 @@ def _traced(classifier: Classifier, shape: tuple[int, int, int]) -> torch.export
     return program
 
 
-def _onnx(program: torch.export.ExportedProgram, classes: str) -> bytes:
-    names = {"input_names": ["pixels"], "output_names": ["probabilities"], "dynamic_shapes": {"pixels": {0: "batch"}}}
-    onnx = torch.onnx.export(program, dynamo=True, verbose=False, **names)
-    onnx.model.metadata_props["classes"] = classes
-    return onnx.model_proto.SerializeToString()
-
-
-def _pt2(program: torch.export.ExportedProgram, classes: str) -> bytes:
-    buffer = io.BytesIO()  # to a full disk, torch's writer would end the process
-    torch.export.save(program, buffer, extra_files={"classes.json": classes})
-    return buffer.getvalue()
-
-
-@dataclass(frozen=True)
-class Format:
-    """A kind of file to export to.
-
-    Attributes:
-        content: The file's content, of the classifier's graph and the names of the classes as JSON.
-        packages: Further packages that this needs.
-    """
-
-    content: Callable[[torch.export.ExportedProgram, str], bytes]
-    packages: tuple[str, ...] = ()
-
-
-ONNX = Format(_onnx, ("onnx", "onnxscript"))
-PT2 = Format(_pt2)
-FORMATS = {".onnx": ONNX, ".pt2": PT2}
-
-
 def predict_files(
     source: str | Path, images: Iterable[Path], trust: bool = False, errors: list[UserError] | None = None
 ) -> tuple[list[str], Tensor]:
     """Classify image files: gives the class names, and the probabilities of each image, shape (N, C).
 
     Args:
-        source: A run's folder, a model.safetensors, a .pkl of `Learner.export`, or the name of an architecture whose
-            weights come with this package.
+        source: A run's folder, a model.safetensors, a .pkl of `Learner.export`, the name of an architecture whose
+            weights come with this package, or a file of `export_model`, which its own runtime runs.
         images: Image files.
-        trust: Load a .pkl, which runs the code in it. Otherwise, for a run's .pkl, the weights beside it are read.
+        trust: Load a .pkl, which runs the code in it, or a .pt2, which may. Otherwise, for a run's .pkl, the weights
+            beside it are read.
         errors: Gets the error of each file that is no image; such files have no row. None: the first error is raised.
 
     Raises:
@@ -251,7 +272,7 @@ def classify_files(
         def classify(files: list[Path]) -> Tensor:
             return learn.get_preds(dl=learn.dls.test_dl(files))[0]
     else:
-        model, card = load_weights(source)
+        model, card = _read_model(source, trust)
         vocab, scaling = card.vocab, affine(card.mean, card.std, 1, torch.device("cpu"))
 
         def read(file: Path) -> Tensor:
@@ -300,8 +321,31 @@ def read_pixels(image: str | Path, shape: tuple[int, int, int], white: float | N
     return pil_to_tensor(fitted if channels == 3 else fitted.convert("L"))
 
 
+class _InRuntime(nn.Module):
+    """An exported file as a network, in its own runtime: log-probabilities of images that are normalised to 0...1."""
+
+    def __init__(self, exported: Exported):
+        super().__init__()
+        self.exported = exported
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = (255 * x).round().to("cpu", torch.uint8).contiguous()
+        return torch.from_numpy(self.exported.classify(pixels.numpy())).log().to(x.device)
+
+
+def _read_model(file: Path, trust: bool) -> tuple[nn.Module, ModelCard]:
+    """The network in a file of weights or in an exported file, and what it is."""
+    if not is_exported(file):
+        return load_weights(file)
+    exported = open_exported(file, trust)
+    mean, std = (0.0,) * exported.shape[0], (1.0,) * exported.shape[0]
+    return _InRuntime(exported), ModelCard(file.name, exported.vocab, mean, std, exported.shape)
+
+
 def _find(source: str | Path, trust: bool) -> Path:
-    """The .safetensors or .pkl file that `source` stands for."""
+    """The .safetensors, .pkl or exported file that `source` stands for."""
+    if is_exported(source):
+        return Path(source)
     file = find_file(source, trust)
     if file is None:
         raise no_model(source)

@@ -8,22 +8,25 @@ import hashlib
 import os
 import re
 import sys
+from collections.abc import Iterable
 from difflib import get_close_matches
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from .errors import UserError, unknown
+from .errors import UserError, no_format, unknown
 
 __all__ = [
     "ARCHIVES",
     "DATA_FILES",
     "DATA_SETS",
     "DEVICES",
+    "INT8",
     "TIMM",
     "Entry",
     "architectures",
     "check_device",
+    "check_format",
     "entries",
     "is_architecture",
     "shipped",
@@ -35,6 +38,7 @@ DATA_SETS = ("digits", "cifar10", "cifar100", "imagenette")
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 DATA_FILES = (".npz", ".parquet", *ARCHIVES)
 TIMM = "timm:"  # before the name of a network of timm with its own weights
+INT8 = ".int8."  # how the endings of files in 8-bit integers begin
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 MODELS = Path(__file__).parent / "models"
@@ -160,3 +164,12 @@ def check_device(name: str) -> None:
     """Raise a UserError if no device has this name."""
     if name not in DEVICES:
         raise UserError(f"device is {name!r}; it must be {', '.join(DEVICES[:-1])} or {DEVICES[-1]}")
+
+
+def check_format(file: Path, formats: Iterable[str], purpose: str = "written") -> str:
+    """The ending of a file's name that chooses its format, the longest that fits; a UserError if none does."""
+    formats = list(formats)
+    fitting = [ending for ending in formats if file.name.endswith(ending)]
+    if not fitting:
+        raise no_format(file, formats, purpose)
+    return max(fitting, key=len)

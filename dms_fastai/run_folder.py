@@ -15,10 +15,11 @@ from typing import Annotated, Any, Literal
 from .errors import UserError
 from .files import partials, whole
 from .legacy import modern_facts
+from .names import DATA_SETS
 from .recipes import Recipe, load_recipe
 from .settings import Rule, Share, convert
 
-__all__ = ["Compute", "Facts", "Figures", "Problem", "Run", "RunFolder", "find_runs"]
+__all__ = ["Compute", "Facts", "Figures", "Problem", "Run", "RunFolder", "find_runs", "own_data"]
 
 Row = dict[str, float]
 
@@ -324,6 +325,24 @@ def find_runs(folders: Iterable[Path]) -> tuple[list[Run], list[Problem]]:
         except UserError as error:
             problems.append(Problem(folder, error.message))
     return sorted(runs, key=lambda run: run.facts.started), problems
+
+
+def own_data(source: Path, purpose: str) -> str:
+    """The data set that a run was trained on, if it is one with a name.
+
+    Args:
+        source: The run's folder, or a file in it.
+        purpose: What the images are for, for the error.
+
+    Raises:
+        UserError: There is no run, or its images have no name by which they are found.
+    """
+    folder = RunFolder(source if source.is_dir() else source.parent)
+    name = folder.facts().data if source.exists() and folder.facts_file.is_file() else None
+    if name not in DATA_SETS:
+        why = f"{source} does not say which" if name is None else f"where {name} lies is not known"
+        raise UserError(f"no images to {purpose}: {why}; give --data a data set, a folder or a file")
+    return name
 
 
 def _numbers(text: str) -> list[Row]:

@@ -14,7 +14,7 @@ from fastai.learner import Learner
 from fastai.losses import MSELossFlat
 from PIL import Image
 
-from dms_fastai import UserError, export, load_data
+from dms_fastai import UserError, export, formats, load_data
 from dms_fastai.export import export_model, export_run, predict_files
 from dms_fastai.run_folder import RunFolder
 from tests.test_runs import dms  # noqa: F401  (a fixture)
@@ -108,13 +108,13 @@ def test_many_images_are_predicted_a_few_at_a_time(folder, examples, monkeypatch
 
 
 def test_what_cannot_be_written_is_said(folder, dls, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"the formats are \.onnx and \.pt2"):
+    with pytest.raises(UserError, match=r"the formats are \.onnx, \.int8\.onnx or \.pt2"):
         export_model(folder, tmp_path / "kd.tflite")
     with pytest.raises(UserError, match="not of one label an image"):
         export_model(Learner(dls, timm.create_model("test_dmsresnet"), MSELossFlat()), tmp_path / "kd.onnx")
     with pytest.raises(UserError, match="no model at"):
         export_model(tmp_path / "nowhere", tmp_path / "kd.onnx")
-    monkeypatch.setattr(export, "find_spec", lambda name: None)
+    monkeypatch.setattr(formats, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install onnx onnxscript"):
         export_model(folder, tmp_path / "kd.onnx")
     assert not list(tmp_path.iterdir())

@@ -3,15 +3,17 @@
 import pytest
 import timm
 import torch
+from functorch.compile import aot_function, nop
 from timm.layers import get_notrace_functions, get_notrace_modules
 from timm.models import group_parameters
 from timm.task import LogitDistillationTask
 from torch import nn
 from torch.fx import symbolic_trace
+from torch.fx.experimental.proxy_tensor import make_fx
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 import dms_fastai  # noqa: F401  (registers the architectures)
-from dms_fastai.models.dropout import dropout
+from dms_fastai.models.dropout import Dropout, dropout
 from dms_fastai.models.fold import fold_batch_norms
 
 COUNTS = {
@@ -98,6 +100,24 @@ def test_dropout_is_drawn_anew_from_torchs_random_state_for_every_element():
     assert abs(both - 0.25) < 0.01
     for lag in (1, 2, 3, 4, 8):  # elements of one draw, and of neighbouring ones, know nothing of each other
         assert abs((gone[lag:] * gone[:-lag]).mean() - 0.25) < 0.01
+
+
+def test_dropouts_draws_are_those_of_recorded_runs():
+    torch.manual_seed(0)
+    kept = (2, 8, 12, 14, 19, 21, 22)
+    assert dropout(torch.ones(24), 0.5, True).nonzero().flatten().tolist() == list(kept)
+    assert torch.rand(1).item() == pytest.approx(0.0223, abs=1e-4)  # so many were drawn, and no more
+
+
+@pytest.mark.parametrize("capture", [make_fx, aot_function], ids=lambda f: f.__name__)
+def test_what_records_operators_meets_torchs_dropout(capture):
+    """On these stand torch's compilers and quantisers. The operator `random_` of our own has no valid Python there."""
+    layer, x = Dropout(0.25).train(), torch.ones(10_000)
+    graph = capture(layer)(x) if capture is make_fx else capture(layer, nop)
+    first, second = graph(x), graph(x)
+    assert first.unique().tolist() == pytest.approx([0, 4 / 3])
+    assert abs((first == 0).float().mean() - 0.25) < 0.03
+    assert not torch.equal(first, second)
 
 
 def test_dropout_at_its_ends():

@@ -18,6 +18,7 @@ NOT_HERE = ("pip install", "pytest", "dms-fastai --install-completion")  # what 
 SHORT = {
     "run": ["--epochs", "1", "--set", "data.size=8"],
     "lr-find": ["--set", "data.size=8"],
+    "export": ["--tolerance", "100"],  # after one epoch
 }
 TINY = ["--arch", "test_dmsresnet"]
 

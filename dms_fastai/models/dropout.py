@@ -4,6 +4,7 @@ import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 __all__ = ["Dropout", "dropout", "on_eager_cpu"]
 
@@ -13,7 +14,8 @@ LEVELS = 2**16  # an element is dropped or kept by 16 random bits
 def on_eager_cpu(x: Tensor) -> bool:
     """Whether a CPU computes with `x` here and now, and no tracer, compiler or exporter looks on."""
     graphed = isinstance(x, torch.fx.Proxy) or torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return not graphed and x.device.type == "cpu"
+    # make_fx, on which AOTAutograd and quantisers stand, sees operators, and writes `random_` as invalid Python.
+    return not graphed and x.device.type == "cpu" and get_proxy_mode() is None
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:

@@ -1,0 +1,122 @@
+"""Exported files beside one another: size, work, accuracy and time, as rows of a table and as a plot."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import timm
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from timm.utils import reparameterize_model
+
+from .data.known import known_classes
+from .evaluate import split_images
+from .export import content_of
+from .files import whole
+from .formats import FORMATS, Exported, open_exported
+from .measure import BATCH, answers, milliseconds
+from .models.card import ModelCard
+from .models.dmsresnet import MEAN, STD
+from .names import check_format
+from .report.plots import LIGHT, figure
+
+__all__ = ["Row", "bench", "plot"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of a file.
+
+    Attributes:
+        name: The file's name, or that of an architecture.
+        format: Its ending.
+        size: Bytes.
+        macs: Multiply-accumulates for one image; None where the file does not say.
+        accuracy: The share of images that are classified right; None without data.
+        one: Milliseconds of each call with one image.
+        many: Milliseconds for an image, of each call with `BATCH` images.
+        trained: Whether it comes from a file; an architecture has weights of chance.
+    """
+
+    name: str
+    format: str
+    size: int
+    macs: int | None
+    accuracy: float | None
+    one: np.ndarray
+    many: np.ndarray
+    trained: bool = True
+
+
+def bench(
+    files: Sequence[Path], archs: Sequence[str] = (), data: str | Path | None = None, trust: bool = False
+) -> list[Row]:
+    """Measure exported files and, beside them, untrained architectures of timm, in turn on one thread.
+
+    Args:
+        files: Files of `export_model`.
+        archs: Names of architectures. They are exported to ONNX for the images and the classes of the first file.
+        data: As in `load_data`, for the accuracy of the files on its test or validation images.
+        trust: As in `open_exported`.
+
+    Raises:
+        UserError: A file cannot be opened, an architecture cannot be exported, or the data do not fit a file.
+    """
+    opened = [open_exported(file, trust) for file in files]
+    found = [None if data is None else _accuracy(file, each, data) for file, each in zip(files, opened, strict=True)]
+    rows = [(f.name, check_format(f, FORMATS), f.stat().st_size, True) for f in files]
+    with TemporaryDirectory() as folder:
+        for arch in archs:
+            file = Path(folder) / f"{len(opened)}.onnx"
+            file.write_bytes(_untrained(arch, opened[0]))
+            opened.append(open_exported(file))
+            found.append(None)
+            rows.append((arch, ".onnx", file.stat().st_size, False))
+    one = milliseconds(opened)
+    many = [times / BATCH for times in milliseconds(opened, BATCH)]
+    return [
+        Row(name, ending, size, int(macs) if macs else None, accuracy, *times, trained)
+        for (name, ending, size, trained), macs, accuracy, *times in zip(
+            rows, (each.metadata.get("macs") for each in opened), found, one, many, strict=True
+        )
+    ]
+
+
+def _accuracy(file: Path, exported: Exported, data: str | Path) -> float:
+    card = ModelCard(file.name, exported.vocab, MEAN, STD, exported.shape)
+    images = split_images(data, None, None, card)
+    return answers(exported, images.images, known_classes(images, card)[images.labels]).accuracy
+
+
+def _untrained(arch: str, like: Exported) -> bytes:
+    """An .onnx of an architecture for the images and the classes of another file."""
+    model = timm.create_model(arch, num_classes=len(like.vocab), in_chans=like.shape[0]).eval()
+    card = ModelCard(arch, like.vocab, MEAN[:1] * like.shape[0], STD[:1] * like.shape[0], like.shape)
+    return content_of(reparameterize_model(model), card, ".onnx")
+
+
+def plot(rows: Sequence[Row], file: Path) -> None:
+    """Draw accuracy against the time of one image; an untrained architecture, which has no accuracy, as a line."""
+    drawn = figure(9, 4.5)
+    axes = drawn.subplots()
+    for index, row in enumerate(rows):
+        ms, colour = float(np.median(row.one)), LIGHT.colours[index % len(LIGHT.colours)]
+        named = f"{row.name}, {row.size / 1e6:.2f} MB"
+        if row.accuracy is None:
+            axes.axvline(ms, color=colour, ls="--", lw=1, label=f"{named}, untrained")
+        else:
+            axes.plot(ms, 100 * row.accuracy, "o", color=colour, ms=9, label=named)
+    axes.set_xscale("log")
+    axes.margins(0.2)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("milliseconds for one image, on one thread")
+    axes.set_ylabel("accuracy, %")
+    axes.grid(True, alpha=0.25)
+    drawn.legend(loc="outside right upper", frameon=False)
+    FigureCanvasAgg(drawn)
+    with whole(file) as partial:
+        drawn.savefig(partial, format="png", dpi=144)

@@ -1,0 +1,248 @@
+"""Files in int8: what is computed in integers, what stays in float, what is refused, and how files are compared."""
+
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper
+from PIL import Image
+from torch import nn
+
+from dms_fastai import UserError, formats, load_data
+from dms_fastai.calibrate import Calibration, sets_of
+from dms_fastai.evaluate import evaluate_model
+from dms_fastai.export import export_model, export_run, open_model, predict_files
+from dms_fastai.formats import FORMATS, Exported, open_exported
+from dms_fastai.int8 import float_nodes
+from dms_fastai.measure import Answers, milliseconds
+from dms_fastai.run_folder import RunFolder
+from tests.test_runs import dms  # noqa: F401  (a fixture)
+
+
+@pytest.fixture(scope="module")
+def files(teacher, tmp_path_factory):
+    """A trained network in every format, by ending, and under "run" its folder."""
+    folder = tmp_path_factory.mktemp("exported")
+    export_run(teacher, RunFolder(folder))
+    return {"run": folder} | {ending: export_model(teacher, folder / f"digits{ending}") for ending in FORMATS}
+
+
+@pytest.fixture(scope="module")
+def valid():
+    """The validation images: uint8, shape (N, 3, 8, 8), and their labels."""
+    images = load_data("digits").valid_ds
+    return images.images.numpy(), images.labels.numpy()
+
+
+def run_onnx(file, images):
+    return onnxruntime.InferenceSession(file).run(["probabilities"], {"pixels": images})[0]
+
+
+@pytest.mark.parametrize(("ending", "off"), [(".onnx", 1e-4), (".pt2", 1e-4), (".int8.onnx", 0.2)])
+def test_every_format_gives_the_answers_of_predict_in_its_own_runtime(files, valid, tmp_path, ending, off):
+    images = valid[0][::40]
+    paths = [tmp_path / f"{index}.png" for index in range(len(images))]
+    for path, image in zip(paths, images, strict=True):
+        Image.fromarray(image.transpose(1, 2, 0)).save(path)
+    vocab, expected = predict_files(files["run"], paths)
+    opened = open_exported(files[ending], trust=True)
+    assert (opened.vocab, opened.shape) == (vocab, (3, 8, 8))
+    np.testing.assert_allclose(opened.classify(images), expected, atol=off)
+
+
+def test_all_convolutions_but_those_of_squeeze_and_excitation_compute_in_integers(teacher, files, tmp_path):
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED  # on any processor
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    onnxruntime.InferenceSession(files[".int8.onnx"], options, providers=["CPUExecutionProvider"])
+    nodes = onnx.load(tmp_path / "optimised.onnx").graph.node
+    in_float = [node for node in nodes if "Conv" in node.op_type and node.op_type != "QLinearConv"]
+    assert sorted(node.input[1] for node in in_float) == ["model.se.fc1.weight", "model.se.fc2.weight"]
+    convolutions = sum(isinstance(module, nn.Conv2d) for module in teacher.model.modules())
+    assert sum(node.op_type == "QLinearConv" for node in nodes) == convolutions - 2
+    assert sum(node.op_type == "Softmax" for node in nodes) == 1
+
+
+def test_int8_agrees_with_float_and_gives_probabilities(files, valid):
+    images, labels = valid
+    before, after = (run_onnx(files[ending], images) for ending in (".onnx", ".int8.onnx"))
+    assert np.abs(after.sum(1) - 1).max() < 1e-3
+    assert (before.argmax(1) == after.argmax(1)).mean() > 0.98
+    assert (after.argmax(1) == labels).mean() > (before.argmax(1) == labels).mean() - 0.005
+    assert files[".int8.onnx"].stat().st_size < 0.5 * files[".onnx"].stat().st_size
+
+
+def test_int8_takes_and_says_what_float_does(files):
+    before, after = (onnxruntime.InferenceSession(files[ending]) for ending in (".onnx", ".int8.onnx"))
+    for side in ("get_inputs", "get_outputs"):
+        [ours], [theirs] = getattr(before, side)(), getattr(after, side)()
+        assert (ours.name, ours.type, ours.shape) == (theirs.name, theirs.type, theirs.shape)
+    ours, theirs = (session.get_modelmeta().custom_metadata_map for session in (before, after))
+    assert json.loads(theirs.pop("calibration")) == {"data": "digits", "images": 200, "seed": 0}
+    assert ours == theirs
+    assert json.loads(ours["classes"]) == [str(digit) for digit in range(10)]
+
+
+def test_the_images_to_calibrate_with_are_drawn_alike_from_all_classes(teacher):
+    sets = sets_of(teacher, open_model(teacher)[1], None, False)
+    before = torch.get_rng_state()
+    chosen = Calibration(sets, 100).chosen
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(1)
+    assert torch.equal(chosen, Calibration(sets, 100).chosen)
+    train = {image.numpy().tobytes(): int(label) for image, label in zip(*sets.train[:], strict=True)}
+    assert {train[image.numpy().tobytes()] for image in chosen} == set(range(10))
+
+
+def node(op, inputs, output):
+    return helper.make_node(op, inputs.split(), [output], name=f"{op}-{output}")
+
+
+def test_what_stays_in_float_is_told_by_its_place():
+    nodes = [
+        node("Cast", "pixels", "a"),
+        node("Mul", "a scale", "b"),  # the normalisation
+        node("Conv", "b w1", "c"),
+        node("Sigmoid", "c", "d"),
+        node("Mul", "c d", "e"),  # an activation, and no gate
+        node("GlobalAveragePool", "e", "f"),
+        node("Conv", "f w2", "g"),
+        node("HardSigmoid", "g", "h"),
+        node("Mul", "h e", "i"),  # squeeze-and-excitation, factors the other way round
+        node("Conv", "i w3", "j"),
+        node("Relu", "j", "k"),
+        node("Add", "k i", "l"),
+        node("GlobalAveragePool", "l", "m"),
+        node("Flatten", "m", "n"),
+        node("Gemm", "n w4", "o"),
+        node("Softmax", "o", "p"),
+    ]
+    pixels = helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["batch", 3, 8, 8])
+    graph = helper.make_graph(nodes, "", [pixels], [helper.make_tensor_value_info("p", TensorProto.FLOAT, None)])
+    assert "".join(name[-1] for name in float_nodes(graph)) == "abfghp"
+
+
+def test_what_loses_too_much_is_refused(dms, files, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(Calibration, "chosen", torch.zeros(4, 3, 8, 8, dtype=torch.uint8))  # which show no range
+    code, out, err = dms("export", files["run"], "digits.int8.onnx", "--data", "digits")
+    assert code == 2
+    assert err.startswith("dms-fastai: digits.int8.onnx is not written: in int8, accuracy falls from 9")
+    assert err.count("\n") == 1
+    assert [line.split()[0] for line in out.splitlines()[3:5]] == ["float", "int8"]  # what it loses is shown
+    assert not list(tmp_path.iterdir())
+    code, out, err = dms("export", files["run"], "digits.int8.onnx", "--data", "digits", "--tolerance", 100)
+    assert (code, err) == (0, "")
+    assert out.endswith(f"digits.int8.onnx: {(tmp_path / 'digits.int8.onnx').stat().st_size / 1e6:.1f} MB\n")
+
+
+@pytest.mark.parametrize("ending", FORMATS)
+def test_predict_and_evaluate_take_an_exported_file(files, valid, tmp_path, ending):
+    Image.fromarray(valid[0][7].transpose(1, 2, 0)).save(tmp_path / "7.png")
+    vocab, [found] = predict_files(files[ending], [tmp_path / "7.png"], trust=True)
+    assert vocab[found.argmax()] == vocab[valid[1][7]]
+    np.testing.assert_allclose(found, open_exported(files[ending], True).classify(valid[0][7:8])[0], atol=1e-6)
+    before, after = (evaluate_model(source, "digits", trust=True) for source in (files["run"], files[ending]))
+    assert after.accuracy == pytest.approx(before.accuracy, abs=0.005)
+    assert after.loss == pytest.approx(before.loss, abs=0.005)
+    with pytest.raises(UserError, match="has been exported already"):
+        export_model(files[ending], tmp_path / "again.onnx")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("dmsresnet x.int8.onnx", "no images to calibrate with: dmsresnet does not say which; give --data"),
+        ("dmsresnet x.int8.onnx --data digit", "unknown data set"),
+        ("dmsresnet x.onnx --data digits", "--data is for int8, and x.onnx is not; call it x.int8.onnx"),
+        ("dmsresnet x.int8.tflite", "the formats are .onnx, .int8.onnx or .pt2"),
+    ],
+)
+def test_what_int8_lacks_is_said_in_a_line(dms, words, said):  # noqa: F811
+    code, _, err = dms("export", *words.split())
+    assert (code, err.count("\n")) == (2, 1)
+    assert said in err
+
+
+def test_a_missing_runtime_is_named_with_the_extra(teacher, files, tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "find_spec", lambda name: None if name == "onnxruntime" else name)
+    for act in (lambda: export_model(teacher, tmp_path / "x.int8.onnx"), lambda: open_exported(files[".onnx"])):
+        with pytest.raises(UserError, match=r"pip install .*onnxruntime, or 'dms-fastai\[edge\]'"):
+            act()
+    assert not list(tmp_path.iterdir())
+
+
+# Files beside one another
+
+
+def foreign(file):
+    pixels, out = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 3, 8, 8]) for name in "xy")
+    onnx.save(helper.make_model(helper.make_graph([node("Relu", "x", "y")], "", [pixels], [out])), file)
+
+
+def cut(file, whole):
+    file.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("nowhere.onnx", "no such file: nowhere.onnx"),
+        ("x.txt", "x.txt cannot be run; the formats are"),
+        ("empty.onnx", "empty.onnx cannot be run"),
+        ("cut.onnx", "cut.onnx cannot be run"),
+        ("cut.int8.onnx", "cut.int8.onnx cannot be run"),
+        ("cut.pt2", "cut.pt2 cannot be run"),
+        ("empty.pt2", "loading empty.pt2 may run code in it"),
+        ("foreign.onnx", "foreign.onnx does not name its classes; it was not written by dms-fastai export"),
+    ],
+)
+def test_what_cannot_be_run_is_said_in_a_line(dms, files, tmp_path, name, said):  # noqa: F811
+    file = tmp_path / name
+    if name.startswith("cut"):
+        cut(file, files[name.removeprefix("cut")])
+    elif name.startswith("foreign"):
+        foreign(file)
+    elif not name.startswith("nowhere"):
+        file.touch()
+    code, _, err = dms("bench", name, *(["--trust-pickle"] if name == "cut.pt2" else []))
+    assert (code, err.count("\n")) == (2, 1), err
+    assert said in err
+
+
+def test_bench_puts_files_beside_one_another(dms, files, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("dms_fastai.measure.SECONDS", 0.0)
+    monkeypatch.setenv("COLUMNS", "200")
+    given = [files[ending] for ending in FORMATS]
+    code, out, err = dms(
+        "bench", *given, "--data", "digits", "--arch", "test_dmsresnet_plain", "--png", "plot.png", "--trust-pickle"
+    )
+    assert (code, err) == (0, "")
+    rows = [line.split() for line in out.splitlines()[3:7]]
+    assert [row[0] for row in rows] == [*(file.name for file in given), "test_dmsresnet_plain"]
+    assert [row[1] for row in rows] == [*FORMATS, ".onnx"]
+    assert {row[3] for row in rows[:3]} == {"0.7"}  # a sixteenth of the 11.1 M at 32 pixels
+    assert all(float(row[5]) > 90 for row in rows[:3])
+    assert rows[3][5] == "untrained"
+    with Image.open(tmp_path / "plot.png") as image:
+        assert image.width > 500
+    code, _, err = dms("bench", *given, "--png", "plot.png")
+    assert (code, err.count("\n")) == (2, 1)
+
+
+def test_contenders_take_turns():
+    called = []
+    a, b = (Exported(lambda x, n=n: called.append((n, len(x))), (3, 4, 4), {}) for n in "ab")
+    times = milliseconds([a, b], 2)
+    assert called == [("a", 2), ("b", 2)] * (len(called) // 2)
+    assert [len(each) for each in times] == [len(called) // 2 - 1] * 2
+
+
+def test_answers_by_hand():
+    found = Answers(np.array([[0.5, 0.25], [0.125, 0.875], [1.0, 0.0]]), np.array([1, 1, 1]))
+    assert found.accuracy == pytest.approx(1 / 3)
+    assert found.nll == pytest.approx((np.log(4) + np.log(8 / 7) - np.log(1e-12)) / 3)
+    assert found.sum_error == 0.25
+    assert found.agreement(Answers(np.array([[0, 1], [0, 1], [1, 0]]), found.labels)) == pytest.approx(2 / 3)
