@@ -61,7 +61,7 @@ def widths_within(network: DMSResNet, share: float, shape: tuple[int, ...]) -> l
     if not fits(len(groups)):
         least = macs(narrowed(network, after(len(groups))), shape) / dense
         raise UserError(
-            f"prune.macs is {share:g}; blocks of {GROUP} filters still have {least:.2g} of the MACs: take more than that"
+            f"prune.macs is {share:g}, and blocks of {GROUP} filters still have {least:.2f} of the MACs; take more"
         )
     low, high = 0, len(groups)  # MACs fall with every group: the fewest that fit
     while low < high:
