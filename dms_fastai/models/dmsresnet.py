@@ -229,6 +229,8 @@ default_cfgs = generate_default_cfgs(
         "dmsresnet_lite.untrained": _cfg(),
         "dmsresnet50.untrained": _cfg(pool_size=(4, 4)),
         "dmsresnet_wide.untrained": _cfg(),
+        "dmsresnet_small.untrained": _cfg(),
+        "dmsresnet_mini.untrained": _cfg(),
         "dmsresnet_tiny.untrained": _cfg(),
         "dmsresnet_tiny_plain.untrained": _cfg(),
         "test_dmsresnet.untrained": _cfg(),
@@ -291,6 +293,30 @@ def dmsresnet_wide(pretrained: bool = False, **kwargs: Any) -> DMSResNet:
     """
     args = dict(depths=(4, 4, 4), widths=(160, 320, 640))
     return _create_dmsresnet("dmsresnet_wide", pretrained, **dict(args, **kwargs))
+
+
+# For devices. A weight of the first stage is used at 1,024 places of an image, one of the second at 256, and one of the
+# third at 64: so the first stage is narrow inside, and depth is added behind it.
+
+
+@register_model
+def dmsresnet_small(pretrained: bool = False, **kwargs: Any) -> DMSResNet:
+    """A member for phones and small computers: 2, 2 and 2 blocks, narrow inside in the first stage.
+
+    506,380 parameters, 75.9 M MACs.
+    """
+    args = dict(depths=(2, 2, 2), widths=(32, 64, 112), mid_widths=(16, 16, 64, 64, 96, 96))
+    return _create_dmsresnet("dmsresnet_small", pretrained, **dict(args, **kwargs))
+
+
+@register_model
+def dmsresnet_mini(pretrained: bool = False, **kwargs: Any) -> DMSResNet:
+    """A member for microcontrollers, within the size and the MACs of MLPerf Tiny's ResNet-8.
+
+    73,691 parameters, 12.0 M MACs.
+    """
+    args = dict(depths=(1, 2, 2), widths=(16, 32, 40), mid_widths=(8, 24, 24, 32, 32))
+    return _create_dmsresnet("dmsresnet_mini", pretrained, **dict(args, **kwargs))
 
 
 TINY = dict(depths=(1, 1, 1), widths=(16, 32, 48))
