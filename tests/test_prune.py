@@ -124,7 +124,7 @@ def test_the_weakest_filters_of_all_layers_go_first_and_no_layer_goes_whole():
                 block.residual[1].weight.fill_(1.0)
         dense.stages[2][0].residual[1].weight[4:20] = 0.01
         dense.stages[0][1].residual[0].weight *= 1e-6  # a layer is measured by its own mean
-    assert widths_within(dense, 0.94, SHAPE) == [16, 16, 24, 16, 32]
+    assert widths_within(dense, 0.97, SHAPE) == [16, 16, 24, 16, 32]
     kept = narrowed(dense, [16, 16, 24, 16, 32]).stages[2][0].residual[1].weight
     assert torch.equal(kept, torch.ones(16))
     with pytest.raises(UserError, match=r"prune.macs is 0.05, and blocks of 8 filters still have 0\.\d\d of the MACs"):
