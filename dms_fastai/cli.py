@@ -168,7 +168,7 @@ def run(
     settings = _settings(set_) | _labelled(labels)
     if from_ is not None:
         from_ = os.path.expanduser(from_)
-        settings = _beginning(from_, recipe, data, settings) | settings
+        settings = {**_beginning(from_, recipe, data, settings), **settings}
     wanted = Wanted(
         recipes=tuple(map(os.path.expanduser, recipe)),
         data=data,
@@ -190,7 +190,8 @@ def run(
 
         folders = [wanted.folder(found[0], seed).path for seed in wanted.seeds]
         refuse_same_folder(from_, folders)
-        console.say(f"--from is short for --set model.weights={from_}; the run goes to {folders[0].parent}")
+        short = f"--from is short for --set model.weights={from_}; " if found[0].prune is None else ""
+        console.say(f"{short}the run goes to {folders[0].parent}")
 
     from .runs.guards import refuse_other_recipe
     from .runs.machine import be_deterministic, choose_device
@@ -228,6 +229,55 @@ def run(
             from .runs.best import describe_best
 
             console.say(f"best: {describe_best(last)}")
+
+
+@app.command()
+def prune(
+    learner: Annotated[str, typer.Argument(help="A run's folder, a .safetensors file of this package, or dmsresnet.")],
+    macs: Annotated[float, typer.Option(help="Multiply-accumulates that are left, as a share.")] = 0.5,
+    data: Annotated[
+        str | None,
+        typer.Option(help="As in run. A run on a data set with a name takes that.", autocompletion=data_words),
+    ] = None,
+    labels: Annotated[Path | None, typer.Option(help="As in run.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="As in run, in place of the network that is pruned.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs, in place of the recipe's.")] = None,
+    from_scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="Train the same network from fresh weights, to compare.")
+    ] = False,
+    seed: Annotated[int | None, typer.Option(help="As in run; by default that of the run that is pruned.")] = None,
+    set_: Settings = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="As in run.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.", autocompletion=device_words)] = "auto",
+    out: Annotated[Path | None, typer.Option(help="As in run.")] = None,
+    time_limit: Annotated[str | None, typer.Option(help="As in run.")] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="As in run.")] = False,
+) -> None:
+    """Make a residual network faster: prune the insides of its blocks, and train what is left with it as the teacher.
+
+    Short for `run prune --from RUN`, or `run prune/scratch`. After a stop, the same command resumes.
+    """
+    source = _home(Path(learner))
+    if not _check_model(source):
+        raise UserError(f"{source} holds no finished run; give the folder of one, or a file of weights")
+    folder = RunFolder(source if source.is_dir() else source.parent)
+    if seed is None:
+        seed = folder.facts().seed if source.exists() and folder.facts_file.is_file() else 0
+    run(
+        ["prune/scratch" if from_scratch else "prune"],
+        data=_own_data(source) if data is None else data,
+        labels=labels,
+        teacher=teacher,
+        epochs=epochs,
+        seed=seed,
+        set_=[f"prune.macs={macs}", *(set_ or [])],
+        from_=str(source),
+        dry_run=dry_run,
+        device=device,
+        out=out,
+        time_limit=time_limit,
+        restart=restart,
+    )
 
 
 def _choose_threads(load: Load) -> int:
@@ -269,7 +319,7 @@ def _train_in_turn(stages: "list[Stage]", opened: "Opened", manner: "Manner") ->
         if reason is not None and (not result.finished or place < len(stages)):
             _stopped(reason, f"{result.facts.title}, {result.state or 'finished'}", manner.restart)
         runs[stage.folder.path] = result
-        if teacher is not None and teacher.path in runs:
+        if teacher is not None and teacher.path in runs and stage.recipe.prune is None:
             for line in teacher_advice(result.facts, runs[teacher.path].facts):
                 notice(line)
     _show(runs.values())
@@ -710,7 +760,7 @@ def _beginning(source: str, recipes: list[str], data: str, settings: dict[str, A
         raise UserError("--from is for one recipe; give the others commands of their own")
     if "model.weights" in settings:
         raise UserError("--from and --set model.weights say the same thing; leave one out")
-    return settings_from(source, load_recipe(os.path.expanduser(recipes[0]), source_name(data)))
+    return settings_from(source, load_recipe(os.path.expanduser(recipes[0]), source_name(data), None, settings))
 
 
 def _labelled(labels: Path | None) -> dict[str, str]:

@@ -15,6 +15,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 import dms_fastai  # noqa: F401  (registers the architectures)
 from dms_fastai.models.dropout import Dropout, dropout
 from dms_fastai.models.fold import fold_batch_norms
+from dms_fastai.models.macs import macs
 
 COUNTS = {
     "dmsresnet": 4_697_742,
@@ -22,9 +23,11 @@ COUNTS = {
     "dmsresnet_seblocks": 4_733_610,
     "dmsresnet50": 23_521_422,
     "dmsresnet_wide": 36_693_460,
+    "dmsresnet_small": 506_380,
+    "dmsresnet_mini": 73_691,
 }
 NAMES = [*COUNTS, "dmsresnet_lite", "test_dmsresnet", "test_dmsresnet_plain"]
-SMALL = ["test_dmsresnet", "test_dmsresnet_plain", "dmsresnet50"]
+SMALL = ["dmsresnet_mini", "test_dmsresnet", "test_dmsresnet_plain", "dmsresnet50"]
 
 
 def parameters(model):
@@ -41,7 +44,7 @@ def test_lite_keeps_the_papers_promise_and_the_test_model_is_small():
     assert 20_000 < parameters(timm.create_model("test_dmsresnet")) < 60_000
 
 
-@pytest.mark.parametrize(("name", "gmac"), [("dmsresnet", 0.799), ("dmsresnet50", 1.298)])
+@pytest.mark.parametrize(("name", "gmac"), [("dmsresnet", 0.799), ("dmsresnet50", 1.298), ("dmsresnet_small", 0.076)])
 def test_forward_cost_at_32_pixels(name, gmac):
     """Multiply-adds of convolutions and the classifier, counted from the shapes that pass through."""
     model, macs = timm.create_model(name).eval(), []
@@ -55,6 +58,13 @@ def test_forward_cost_at_32_pixels(name, gmac):
     with torch.no_grad():
         model(torch.randn(1, 3, 32, 32))
     assert sum(macs) / 1e9 == pytest.approx(gmac, abs=0.001)
+
+
+def test_the_member_for_microcontrollers_is_no_larger_than_mlperf_tinys_resnet():
+    """12.5 M MACs and 78,666 parameters, for images of 32x32 pixels."""
+    model = timm.create_model("dmsresnet_mini")
+    assert parameters(model) <= 78_666
+    assert macs(model, (3, 32, 32)) <= 12.5e6
 
 
 def test_one_squeeze_excitation_acts_after_the_stem_and_none_in_the_plain_network():

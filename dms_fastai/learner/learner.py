@@ -29,7 +29,7 @@ from ..models.groups import body_and_head
 from ..models.staged import StagedNet
 from ..recipes import Recipe, load_recipe
 from ..schema import load
-from ..trained import Inputs, answers, begin_from, check_teacher, expected_by, inputs_of, load_teacher
+from ..trained import Inputs, answers, begin_from, check_teacher, expected_by, inputs_of, load_teacher, pruned
 from ..trained.inputs import shortest
 from ..training.losses import DMSLoss, check_class_weights
 from ..training.optimizers import optimizer, parameters_called
@@ -252,7 +252,7 @@ def dms_learner(
         recipe = load_recipe(recipe, dls.train_ds.name if own else "", name, settings)
     elif name or settings or pretrained:
         raise UserError("arch, settings and pretrained are for recipes by name; change the Recipe itself instead")
-    recipe = with_own(recipe, module, lr, wd)
+    recipe = with_own(recipe if module is not None else pruned(recipe), module, lr, wd)
     refuse_stock_mixers(listed(cbs))
     if module is not None:
         try_network(module, recipe.model.name, dls.c, inputs.shape, "give a network that does")

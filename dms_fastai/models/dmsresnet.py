@@ -7,6 +7,7 @@ basic blocks with 64, 128 and 256 channels and strides 1, 2, 2. The paper's figu
 every block (`dmsresnet_seblocks`); what its authors ran has one, after the stem (`dmsresnet`).
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,11 +59,12 @@ class ResidualBlock(nn.Module):
         se: bool = False,
         drop_rate: float = 0.0,
         drop_path: float = 0.0,
+        mid_chs: int | None = None,
         **dd: Any,
     ):
         super().__init__()
         out_chs = planes * self.expansion
-        residual = self.convolutions(in_chs, planes, stride, **dd)
+        residual = self.convolutions(in_chs, planes if mid_chs is None else mid_chs, out_chs, stride, **dd)
         self.residual = nn.Sequential(*residual, *([squeeze_excite(out_chs, **dd)] if se else []))
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
         self.shortcut = nn.Sequential()
@@ -72,8 +74,8 @@ class ResidualBlock(nn.Module):
         self.drop = Dropout(drop_rate)
 
     @staticmethod
-    def convolutions(in_chs: int, planes: int, stride: int, **dd: Any) -> list[nn.Module]:
-        """Convolutions from `in_chs` to `expansion * planes` channels, with batch norms, and activations between."""
+    def convolutions(in_chs: int, mid_chs: int, out_chs: int, stride: int, **dd: Any) -> list[nn.Module]:
+        """Convolutions with batch norms, and activations between; all but the last give `mid_chs` channels."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -84,11 +86,11 @@ class BasicBlock(ResidualBlock):
     """Two 3x3 convolutions (paper, section 3.2.1)."""
 
     @staticmethod
-    def convolutions(in_chs: int, planes: int, stride: int, **dd: Any) -> list[nn.Module]:
+    def convolutions(in_chs: int, mid_chs: int, out_chs: int, stride: int, **dd: Any) -> list[nn.Module]:
         return [
-            *conv_bn(in_chs, planes, 3, stride, **dd),
+            *conv_bn(in_chs, mid_chs, 3, stride, **dd),
             nn.ReLU(inplace=True),
-            *conv_bn(planes, planes, 3, **dd),
+            *conv_bn(mid_chs, out_chs, 3, **dd),
         ]
 
 
@@ -98,13 +100,13 @@ class Bottleneck(ResidualBlock):
     expansion = 4
 
     @staticmethod
-    def convolutions(in_chs: int, planes: int, stride: int, **dd: Any) -> list[nn.Module]:
+    def convolutions(in_chs: int, mid_chs: int, out_chs: int, stride: int, **dd: Any) -> list[nn.Module]:
         return [
-            *conv_bn(in_chs, planes, 1, **dd),
+            *conv_bn(in_chs, mid_chs, 1, **dd),
             nn.ReLU(inplace=True),
-            *conv_bn(planes, planes, 3, stride, **dd),
+            *conv_bn(mid_chs, mid_chs, 3, stride, **dd),
             nn.ReLU(inplace=True),
-            *conv_bn(planes, planes * Bottleneck.expansion, 1, **dd),
+            *conv_bn(mid_chs, out_chs, 1, **dd),
         ]
 
 
@@ -124,6 +126,7 @@ class DMSResNet(StagedNet):
         global_pool: str = "avg",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        mid_widths: Sequence[int] | None = None,
         device=None,
         dtype=None,
     ):
@@ -139,13 +142,17 @@ class DMSResNet(StagedNet):
             drop_rate: Dropout probability, after every block and before the classifier (paper, section 3.1).
             drop_path_rate: Probability that a training image skips the last block's residual. It rises linearly from 0
                 in the first block (stochastic depth, Huang et al., 2016).
+            mid_widths: For each block, first to last, the channels inside: what its convolutions but the last give.
+                None: the planes of its stage. A pruned network has fewer; its blocks' outputs stay as wide.
 
         Raises:
-            ValueError: `depths` and `widths` differ in length.
+            ValueError: `depths` and `widths` differ in length, or `mid_widths` is not a width for each block.
         """
         super().__init__()
         if len(depths) != len(widths):
             raise ValueError(f"depths {depths} and widths {widths} do not have the same length")
+        if mid_widths is not None and (len(mid_widths) != sum(depths) or not all(map(_is_width, mid_widths))):
+            raise ValueError(f"mid_widths {mid_widths} must be {sum(depths)} whole numbers above 0, one for each block")
         dd = {"device": device, "dtype": dtype}
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -162,9 +169,10 @@ class DMSResNet(StagedNet):
         for index, (depth, planes) in enumerate(zip(depths, widths, strict=True)):
             blocks = []
             for number in range(depth):
-                stride = 2 if index > 0 and number == 0 else 1
-                drop_path = drop_path_rate * (sum(depths[:index]) + number) / last
-                blocks.append(block(channels, planes, stride, se == "blocks", drop_rate, drop_path, **dd))
+                stride, place = 2 if index > 0 and number == 0 else 1, sum(depths[:index]) + number
+                drop_path = drop_path_rate * place / last
+                mid_chs = None if mid_widths is None else mid_widths[place]
+                blocks.append(block(channels, planes, stride, se == "blocks", drop_rate, drop_path, mid_chs, **dd))
                 channels = planes * block.expansion
             stages.append(nn.Sequential(*blocks))
             self.feature_info.append({"num_chs": channels, "reduction": 2**index, "module": f"stages.{index}"})
@@ -177,6 +185,10 @@ class DMSResNet(StagedNet):
 
     def forward_stem(self, x: Tensor) -> Tensor:
         return self.se(self.act1(self.bn1(self.conv1(x))))
+
+
+def _is_width(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _create_dmsresnet(variant: str, pretrained: bool, num_stages: int = 3, **kwargs: Any) -> DMSResNet:
@@ -217,6 +229,8 @@ default_cfgs = generate_default_cfgs(
         "dmsresnet_lite.untrained": _cfg(),
         "dmsresnet50.untrained": _cfg(pool_size=(4, 4)),
         "dmsresnet_wide.untrained": _cfg(),
+        "dmsresnet_small.untrained": _cfg(),
+        "dmsresnet_mini.untrained": _cfg(),
         "dmsresnet_tiny.untrained": _cfg(),
         "dmsresnet_tiny_plain.untrained": _cfg(),
         "test_dmsresnet.untrained": _cfg(),
@@ -279,6 +293,30 @@ def dmsresnet_wide(pretrained: bool = False, **kwargs: Any) -> DMSResNet:
     """
     args = dict(depths=(4, 4, 4), widths=(160, 320, 640))
     return _create_dmsresnet("dmsresnet_wide", pretrained, **dict(args, **kwargs))
+
+
+# For devices. A weight of the first stage is used at 1,024 places of an image, one of the second at 256, and one of the
+# third at 64: so the first stage is narrow inside, and depth is added behind it.
+
+
+@register_model
+def dmsresnet_small(pretrained: bool = False, **kwargs: Any) -> DMSResNet:
+    """A member for phones and small computers: 2, 2 and 2 blocks, narrow inside in the first stage.
+
+    506,380 parameters, 75.9 M MACs.
+    """
+    args = dict(depths=(2, 2, 2), widths=(32, 64, 112), mid_widths=(16, 16, 64, 64, 96, 96))
+    return _create_dmsresnet("dmsresnet_small", pretrained, **dict(args, **kwargs))
+
+
+@register_model
+def dmsresnet_mini(pretrained: bool = False, **kwargs: Any) -> DMSResNet:
+    """A member for microcontrollers, within the size and the MACs of MLPerf Tiny's ResNet-8.
+
+    73,691 parameters, 12.0 M MACs.
+    """
+    args = dict(depths=(1, 2, 2), widths=(16, 32, 40), mid_widths=(8, 24, 24, 32, 32))
+    return _create_dmsresnet("dmsresnet_mini", pretrained, **dict(args, **kwargs))
 
 
 TINY = dict(depths=(1, 1, 1), widths=(16, 32, 48))

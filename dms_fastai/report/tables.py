@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 COLUMNS = (
-    *("stage", "network", "parameters", "epochs", "accuracy, %", "±", "95 % interval"),
+    *("stage", "network", "parameters", "M MACs", "epochs", "accuracy, %", "±", "95 % interval"),
     *("best epoch*, %", "training, %", "PFLOP", "time"),
 )
 WIDE = ("95 % interval", "training, %", "PFLOP")  # columns for which 80 letters have no room
@@ -62,10 +62,16 @@ def points(estimate: Estimate) -> str:
 
 
 def columns(section: Section) -> list[str]:
-    """The columns of the table: a ± only where a row has several seeds, and PFLOP only where they have been counted."""
+    """The columns of the table.
+
+    A ± is there only where a row has several seeds, PFLOP only where they have been counted, and MACs only where a
+    network has been pruned.
+    """
     several = any(row.accuracy and row.accuracy.sd is not None for row in section.rows)
     counted = any(row.first.train_pflop for row in section.rows)
-    left_out = {column for column, there in (("±", several), ("PFLOP", counted)) if not there}
+    pruned = any("prune.macs" in row.recipe for row in section.rows)
+    optional = (("±", several), ("PFLOP", counted), ("M MACs", pruned))
+    left_out = {column for column, there in optional if not there}
     return [column for column in COLUMNS if column not in left_out]
 
 
@@ -79,6 +85,7 @@ def cells(row: Row) -> dict[str, str]:
         "stage": row.label + (f" [{state}]" if state else ""),
         "network": row.model,
         "parameters": f"{row.first.parameters:,}",
+        "M MACs": "-" if row.first.macs is None else f"{row.first.macs / 1e6:,.4g}",
         "epochs": " to ".join(dict.fromkeys(str(done(row, pick)) for pick in (min, max))),
         "accuracy, %": share(accuracy and accuracy.mean),
         "±": share(accuracy and accuracy.sd),

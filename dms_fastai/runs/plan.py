@@ -14,7 +14,7 @@ from ..errors import UserError, notice
 from ..models.build import needs_more_than_one
 from ..recipes import Recipe
 from ..run_folder import RunFolder
-from ..trained import Inputs, Teacher, begin_from, check_pretrained, check_teacher, load_teacher
+from ..trained import Inputs, Teacher, begin_from, check_pretrained, check_teacher, load_teacher, pruned
 from .budget import fitted, with_choices_of
 from .estimate import Estimate
 from .guards import refuse_other_origin, refuse_other_recipe
@@ -146,7 +146,8 @@ def plan(wanted: Wanted, opened: Opened, restart: bool = False, device: torch.de
             network cannot be built for the data.
     """
     stages: dict[Path, Stage] = {}
-    recipes, fits = wanted.resolved(), _Fits(wanted, opened, device or torch.device("cpu"), restart)
+    recipes = [_pruned(recipe, opened) for recipe in wanted.resolved()]
+    fits = _Fits(wanted, opened, device or torch.device("cpu"), restart)
     for seed in wanted.seeds:
         for recipe in recipes:
             for stage in _with_teacher(recipe, recipes, seed, fits):
@@ -157,6 +158,14 @@ def plan(wanted: Wanted, opened: Opened, restart: bool = False, device: torch.de
     _try_networks(stages.values(), opened)
     _check_labels(stages.values(), opened)
     return list(stages.values())
+
+
+def _pruned(recipe: Recipe, opened: Opened) -> Recipe:
+    """As `pruned`; without the weights, the images keep the size that these would have brought along."""
+    found, size = pruned(recipe), size_of_weights(recipe, opened.data)
+    if found.model.weights == recipe.model.weights or size is None:
+        return found
+    return replace(found, data=replace(found.data, size=size))
 
 
 def _with_teacher(recipe: Recipe, recipes: list[Recipe], seed: int, fits: _Fits) -> list[Stage]:

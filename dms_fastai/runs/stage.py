@@ -40,6 +40,7 @@ from .plan import Opened, Stage
 from .predictions import write_predictions
 from .profile import StepProfile
 from .progress import NOTHING, Ahead, RichProgress
+from .prune import after_pruning
 from .stop import StopOnRequest
 from .tensorboard import TensorBoard
 from .work import Work
@@ -130,6 +131,9 @@ def run_stage(stage: Stage, opened: Opened, manner: Manner | None = None, consol
         learn.logger = noop
         if folder.finished:
             return _predict_again(learn, folder)
+        if recipe.prune is not None and not begun:
+            for line in after_pruning(learn):
+                console.print(f"{recipe.title}: {line}", soft_wrap=True, markup=False, highlight=False)
         return _Training(learn, stage, origin, manner, console).run()
 
 

@@ -1,15 +1,17 @@
-"""`dms-fastai run --from RUN`: the settings that it is short for, without torch."""
+"""`dms-fastai run --from RUN`, and `prune RUN`: the settings that they are short for, without torch."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, no_model
 from ..names import shipped
-from ..recipes import Recipe
+from ..recipes import Recipe, flat
 from ..run_folder import RunFolder
 
 __all__ = ["refuse_same_folder", "settings_from"]
+
+AS_BEFORE = ("data", "augment")  # tables that a pruned network shares with the run that it is of
 
 
 def settings_from(source: str, recipe: Recipe) -> dict[str, Any]:
@@ -17,7 +19,7 @@ def settings_from(source: str, recipe: Recipe) -> dict[str, Any]:
 
     Args:
         source: As in `model.weights`: a finished run's folder, a file of weights or "timm".
-        recipe: The recipe, which keeps its schedule.
+        recipe: The recipe, which keeps its schedule. If it prunes, the weights are its teacher, too.
 
     Raises:
         UserError: There are no weights at `source`.
@@ -29,7 +31,24 @@ def settings_from(source: str, recipe: Recipe) -> dict[str, Any]:
         raise no_model(source)
     facts = RunFolder(path if path.is_dir() else path.parent)
     name = facts.facts().recipe if path.exists() and facts.facts_file.is_file() else path.stem
-    return {"model.weights": source, "name": f"{recipe.name}-from", "title": f"{recipe.title}, from {name}"}
+    if recipe.prune is None:
+        return {"model.weights": source, "name": f"{recipe.name}-from", "title": f"{recipe.title}, from {name}"}
+    kept, fresh = f"{100 * recipe.prune.macs:.3g}", recipe.prune.from_scratch
+    what = "Half the MACs" if kept == "50" else f"{kept} % of the MACs"
+    return {
+        **(_shared(facts.recipe()) if path.exists() and facts.recipe_file.is_file() else {}),
+        "model.weights": source,
+        "teacher": source,
+        "name": f"{name}-macs{kept}" + ("-scratch" if fresh else ""),
+        "title": f"{what} of {name}" + (", from scratch" if fresh else ""),
+    }
+
+
+def _shared(recipe: Recipe) -> Mapping[str, Any]:
+    """Images and crops as in the run that is pruned. Where a table of labels lies, the run does not say."""
+    table = recipe.to_table()
+    found = flat({name: table[name] for name in AS_BEFORE})
+    return {key: value for key, value in found.items() if key != "data.labels"}
 
 
 def refuse_same_folder(source: str, folders: Iterable[Path]) -> None:

@@ -132,6 +132,7 @@ class Wanted:
             raise UserError(f"{which} not distil; leave --teacher out, or take kd")
         for recipe in found:
             self._check_teacher(recipe)
+            self._check_pruning(recipe)
         alone = next((key for key in self.settings if key.startswith(FOR_TEACHER)), None)
         if alone is not None and not any(isinstance(self.teacher_of(recipe), Recipe) for recipe in found):
             raise UserError(f"{alone} is for a teacher that is trained, and this command trains none")
@@ -182,6 +183,16 @@ class Wanted:
             "budget.minutes": self.budget,
         }
         return {key: value for key, value in given.items() if value is not None}
+
+    def _check_pruning(self, recipe: Recipe) -> None:
+        """Raise a UserError if a recipe prunes, and there is nothing to prune or the network is to be another one."""
+        if recipe.prune is None or "mid_widths" in (recipe.model.args or {}):
+            return
+        if recipe.model.weights is None:
+            raise UserError(f"recipe {recipe.name!r} prunes a trained network; give it: dms-fastai prune RUN")
+        for option, given in (("--arch", self.arch), ("--budget", recipe.budget)):
+            if given is not None:
+                raise UserError(f"recipe {recipe.name!r} has the network that it prunes; leave {option} out")
 
     def _check_teacher(self, recipe: Recipe) -> None:
         """Raise a UserError if a teacher does not exist."""

@@ -5,6 +5,7 @@ from .inputs import Inputs, images_of, inputs_of
 from .kept import KeptLogits
 from .load import check_pretrained, ensemble, find_file, load_teacher, open_learner, without_code
 from .network import Teacher, check_classes, check_teacher, renormalize
+from .prune import pruned
 from .start import Expected, begin_from, expected_by, origin_of
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "load_teacher",
     "open_learner",
     "origin_of",
+    "pruned",
     "renormalize",
     "without_code",
 ]

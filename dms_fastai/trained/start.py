@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..models.groups import classifiers
+from ..models.prune import as_narrow_as
 from ..models.weights import card_in, load_weights
 from .load import find_file
 from .pretrained import pretrained_cfg, timm_model
@@ -68,7 +69,8 @@ def begin_from(model: nn.Module, source: str, arch: str) -> None:
     begin with weights so large that its logits drown what the body knows.
 
     Args:
-        model: Of the architecture `arch`.
+        model: Of the architecture `arch`. Where its blocks are narrower inside than those of this package's weights, it
+            gets their strongest filters.
         source: "timm" for timm's pretrained weights; a run's folder; or a file: a .safetensors, or a .pth or .pt with
             tensors alone, under the names that timm has or, as far as timm converts them, others have. If the weights
             are of another size of images, a table of positions is resampled.
@@ -77,12 +79,12 @@ def begin_from(model: nn.Module, source: str, arch: str) -> None:
     Raises:
         UserError: There are no such weights, they are damaged or NaN, they need code, or they are another network's.
     """
-    state, ours = _adapted(_state(source, arch), model), model.state_dict()
+    state, ours = _adapted(_state(source, arch, model), model), model.state_dict()
     if other := _differing(state, model):
         theirs, own = _shape(state, other[0]), _shape(ours, other[0])
         raise UserError(
             f"the weights at {source} are of another network than {arch}: {other[0]} is {theirs or 'missing'} there "
-            f"and {own or 'missing'} here; give --arch the network that they are of"
+            f"and {own or 'missing'} here; give {_what_they_are_of(source, arch)}"
         )
     fitting = {name: state[name] for name in ours if _shape(state, name) == _shape(ours, name)}
     model.load_state_dict(fitting, strict=False)
@@ -106,7 +108,16 @@ def _file(source: str) -> Path | None:
     return found if found is not None and found.suffix == ".safetensors" else None
 
 
-def _state(source: str, arch: str) -> State:
+def _what_they_are_of(source: str, arch: str) -> str:
+    """What to give so that the network is the one that weights are of."""
+    file = None if source == "timm" else _file(source)
+    card = card_in(file) if file is not None and file.suffix == ".safetensors" else None
+    if card is None or card.arch != arch or "mid_widths" not in card.args:
+        return "--arch the network that they are of"
+    return f"--set model.args.mid_widths='{card.args['mid_widths']}', for they are of a pruned one"
+
+
+def _state(source: str, arch: str, model: nn.Module) -> State:
     if source == "timm":
         return timm_model(arch, "give it as --set model.weights=FILE").state_dict()
     file = _file(source)
@@ -117,7 +128,7 @@ def _state(source: str, arch: str) -> State:
     if not file.is_file():
         raise UserError(f"no such file: {file}; a run writes its weights when it finishes")
     if file.suffix == ".safetensors" and card_in(file) is not None:
-        return load_weights(file)[0].state_dict()
+        return as_narrow_as(model, load_weights(file)[0]).state_dict()
     return _foreign(file)
 
 

@@ -34,6 +34,7 @@ PARTS = (
     Part("model", "models.build:Model", always=True),
     Part("data", "data.sets:Data", always=True),
     Part("schedule", "training.schedules:SCHEDULES", always=True),
+    Part("prune", "training.prune:Prune"),  # the network is what is left of trained weights
     Part("budget", "training.budget:Budget"),  # what is not set of these three is chosen to fit it
     # The loader makes a batch: crops and flips. Then before_batch: the images and their targets.
     Part("augment", "data.augment:Crops", always=True),
