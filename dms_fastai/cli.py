@@ -265,7 +265,7 @@ def prune(
         seed = folder.facts().seed if source.exists() and folder.facts_file.is_file() else 0
     run(
         ["prune/scratch" if from_scratch else "prune"],
-        data=_own_data(source) if data is None else data,
+        data=own_data(source, "prune with") if data is None else data,
         labels=labels,
         teacher=teacher,
         epochs=epochs,
