@@ -286,7 +286,7 @@ def test_what_cannot_be_pruned_is_refused_in_a_line(dms, run, tmp_path):  # noqa
     (tmp_path / "empty").mkdir()
     for command, words in {
         ("prune", "r.safetensors", "--data", "digits"): "only this package's residual networks can be pruned; ",
-        ("prune", "r.safetensors"): "no images to evaluate on",
+        ("prune", "r.safetensors"): "no images to prune with",
         ("prune", "nowhere"): "no model at nowhere",
         ("prune", "empty"): "empty holds no finished run",
         ("prune", run, "--macs", 1): "prune.macs is 1.0; it must be above 0 and below 1",
