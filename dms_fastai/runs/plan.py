@@ -1,15 +1,15 @@
 """The wanted stages, in order. What they need is opened once, and checked before anything is trained."""
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from ..data import Sets
-from ..data.sources import USUAL_SIZE, has_own_size
-from ..data.splits import UnlabelledError
+from ..data import Data, Sets
+from ..data.sources import USUAL_SIZE, has_own_size, load_splits
+from ..data.splits import Splits, UnlabelledError
 from ..errors import UserError, notice
 from ..models.build import needs_more_than_one
 from ..recipes import Recipe
@@ -35,6 +35,7 @@ class Opened:
         """
         self.data, self.trust = data, trust
         self.teaching: str | Path | None = None  # a teacher that is there: it knows the classes of unlabelled images
+        self._splits: dict[tuple, Splits] = {}
         self._sets: dict[tuple, Sets] = {}
         self._teachers: dict[tuple, Teacher] = {}
 
@@ -44,12 +45,12 @@ class Opened:
         key = (wanted.size, wanted.valid, wanted.labels)
         if key not in self._sets:
             try:
-                self._sets[key] = wanted.open(self.data)
+                self._sets[key] = self._open(wanted)
             except UnlabelledError:
                 classes = None if self.teaching is None else self.teacher(self.teaching).vocab
                 if classes is None:
                     raise
-                self._sets[key] = wanted.open(self.data, classes=classes)
+                self._sets[key] = self._open(wanted, classes)
         plain = self._sets[key] if recipe.distill is None else self._sets[key].for_distillation
         if teacher is None or teacher.largest <= plain.size:
             return plain
@@ -57,6 +58,13 @@ class Opened:
         if key not in self._sets:
             self._sets[key] = wanted.enlarged(plain, self.data, teacher.largest)
         return self._sets[key]
+
+    def _open(self, wanted: Data, classes: Sequence[str] | None = None) -> Sets:
+        """The images of a recipe; those that validate on different splits have the same ones in memory."""
+        key = (wanted.size, wanted.labels, classes and tuple(classes))
+        if key not in self._splits:
+            self._splits[key] = load_splits(self.data, wanted.size, wanted.labels, classes)
+        return wanted.open(self.data, classes=classes, splits=self._splits[key])
 
     def check_room(self, recipe: Recipe, view: int) -> None:
         """Raise a UserError if there is too little memory for the images that a teacher of `view` pixels expects."""
