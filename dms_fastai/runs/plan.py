@@ -19,6 +19,7 @@ from .budget import fitted, with_choices_of
 from .estimate import Estimate
 from .guards import refuse_other_origin, refuse_other_recipe
 from .images import data_of, normalisation_of, size_of_weights
+from .wait import UnfinishedError
 from .wanted import ALONE, FOR_TEACHER, SAME_IMAGES, Wanted
 
 __all__ = ["Opened", "Stage", "plan"]
@@ -152,13 +153,15 @@ def plan(wanted: Wanted, opened: Opened, restart: bool = False, device: torch.de
     Raises:
         UserError: As in `Wanted.resolved`; or a teacher cannot be opened or does not know the data's classes, or a
             network cannot be built for the data.
+        UnfinishedError: Only a student is to be trained, and its teacher has not finished.
     """
     stages: dict[Path, Stage] = {}
     recipes, fits = wanted.resolved(), _Fits(wanted, opened, device or torch.device("cpu"), restart)
     for seed in wanted.seeds:
-        for recipe in recipes:
+        for recipe in wanted.needed(recipes):
             for stage in _with_teacher(recipe, recipes, seed, fits):
-                stages.setdefault(stage.folder.path, stage)
+                if wanted.only in (None, stage.recipe.name):
+                    stages.setdefault(stage.folder.path, stage)
     for stage in stages.values():
         if isinstance(stage.teacher, str) and Path(stage.teacher).resolve() in {f.resolve() for f in stages}:
             raise UserError(f"this command trains {stage.teacher} itself; give its recipe as --teacher")
@@ -173,7 +176,7 @@ def _with_teacher(recipe: Recipe, recipes: list[Recipe], seed: int, fits: _Fits)
     teaching, before = wanted.teacher_of(recipe), []
     if isinstance(teaching, Recipe):
         named = next((other for other in recipes if other.name == teaching.name), None)
-        sized = _at_size_of(recipe, teaching if named is None else named, opened)
+        sized = at_size_of(recipe, teaching if named is None else named, opened)
         if named is None:
             teaching = sized
         elif sized is not named:
@@ -189,12 +192,14 @@ def _with_teacher(recipe: Recipe, recipes: list[Recipe], seed: int, fits: _Fits)
             teaching = fits.teacher(teaching)
         theirs = wanted.given(to_teacher=named is None)  # a teacher that is there may be any network
         first = Stage(teaching, seed, wanted.folder(teaching, seed, "model.name" not in theirs))
+        if wanted.only == recipe.name and not first.folder.finished:
+            raise UnfinishedError(first.folder)
         sets = opened.sets(teaching)
         if named is not None or fits.restart or not first.folder.finished:
             _check_untrained(teaching, recipe, sets, opened)
         if named is not None:
             before.append(first)
-        elif fits.restart or not first.folder.finished:
+        elif fits.restart or not first.folder.finished or wanted.only == teaching.name:
             before.append(first)
             recipe = fits.student(recipe, teaching)
         else:
@@ -238,7 +243,7 @@ def _same_images(wanted: Wanted, sets: Sets) -> str:
     return shlex.join(["--data", str(wanted.data), *(w for k, v in same.items() for w in ("--set", f"{k}={v}"))])
 
 
-def _at_size_of(recipe: Recipe, teaching: Recipe, opened: Opened) -> Recipe:
+def at_size_of(recipe: Recipe, teaching: Recipe, opened: Opened) -> Recipe:
     """A teacher, at the size of its student's images where weights to begin from would have brought another one."""
     begun = teaching.model.weights is not None or recipe.model.weights is not None
     size = _size(recipe, opened)
