@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from errno import ENOSPC
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,7 +24,7 @@ from rich.table import Table
 
 from . import __version__
 from .clock import seconds_of
-from .errors import Notice, UserError, either, no_model, notice, unknown
+from .errors import Notice, TryAgainError, UserError, either, no_model, notice, unknown
 from .names import (
     DATA_SETS,
     DEVICES,
@@ -90,6 +91,41 @@ shown_words = beginning(lambda: [*recipe_names(), KEYS])
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="table.key=value; may be repeated.", autocompletion=key_words)
 ]
+# What `run` trains, and `plan` plans.
+Recipes = Annotated[
+    list[str],
+    typer.Argument(
+        help="baseline, se, mixup, kd, teacher, small, small/kd, ablation, fast, table1, ..., or a .toml",
+        autocompletion=recipe_words,
+    ),
+]
+DataSet = Annotated[
+    str, typer.Option(help="A data set's name, a folder, an .npz file or an archive.", autocompletion=data_words)
+]
+Labels = Annotated[Path | None, typer.Option(help="A .csv table with the labels of the images in the folder --data.")]
+Arch = Annotated[
+    str | None, typer.Option(help="Any timm architecture, in place of the recipe's.", autocompletion=arch_words)
+]
+TeacherOf = Annotated[
+    str | None, typer.Option(help="A recipe, a run's folder, a file, or timm:NAME.", autocompletion=recipe_words)
+]
+FineTuneTeacher = Annotated[
+    bool, typer.Option("--fine-tune-teacher", help="Train the teacher timm:NAME on the data first.")
+]
+Epochs = Annotated[int | None, typer.Option(help="Epochs of every stage, in place of the recipe's.")]
+Schedule = Annotated[
+    str | None, typer.Option(help="cosine, one-cycle, sgdr ..., for every stage.", autocompletion=schedule_words)
+]
+Seed = Annotated[int, typer.Option(help="Seed of the weights, the batches and the augmentation.")]
+Seeds = Annotated[str | None, typer.Option(help="Several seeds, each trained: 0,1,2.")]
+From = Annotated[
+    str | None, typer.Option("--from", help="Begin from weights: a finished run's folder, or a .safetensors or .pth.")
+]
+BudgetOf = Annotated[
+    str | None, typer.Option(help="Choose batch size, epochs and networks that train in 90s, 20m or 2h.")
+]
+Compare = Annotated[bool, typer.Option("--compare", help="Train each student without its teacher, too.")]
+Out = Annotated[Path | None, typer.Option(help="Folder of the runs, instead of artifacts/DATA.")]
 
 
 def _version(asked: bool) -> None:
@@ -109,48 +145,28 @@ def about(
 
 @app.command()
 def run(
-    recipe: Annotated[
-        list[str],
-        typer.Argument(
-            help="baseline, se, mixup, kd, teacher, small, small/kd, ablation, fast, table1, ..., or a .toml",
-            autocompletion=recipe_words,
-        ),
-    ],
-    data: Annotated[
-        str, typer.Option(help="A data set's name, a folder, an .npz file or an archive.", autocompletion=data_words)
-    ] = "digits",
-    labels: Annotated[
-        Path | None, typer.Option(help="A .csv table with the labels of the images in the folder --data.")
-    ] = None,
-    arch: Annotated[
-        str | None, typer.Option(help="Any timm architecture, in place of the recipe's.", autocompletion=arch_words)
-    ] = None,
-    teacher: Annotated[
-        str | None,
-        typer.Option(help="A recipe, a run's folder, a file, or timm:NAME.", autocompletion=recipe_words),
-    ] = None,
-    fine_tune_teacher: Annotated[
-        bool, typer.Option("--fine-tune-teacher", help="Train the teacher timm:NAME on the data first.")
-    ] = False,
-    epochs: Annotated[int | None, typer.Option(help="Epochs of every stage, in place of the recipe's.")] = None,
-    schedule: Annotated[
-        str | None, typer.Option(help="cosine, one-cycle, sgdr ..., for every stage.", autocompletion=schedule_words)
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the weights, the batches and the augmentation.")] = 0,
-    seeds: Annotated[str | None, typer.Option(help="Several seeds, each trained: 0,1,2.")] = None,
+    recipe: Recipes,
+    data: DataSet = "digits",
+    labels: Labels = None,
+    arch: Arch = None,
+    teacher: TeacherOf = None,
+    fine_tune_teacher: FineTuneTeacher = False,
+    epochs: Epochs = None,
+    schedule: Schedule = None,
+    seed: Seed = 0,
+    seeds: Seeds = None,
     set_: Settings = None,
-    from_: Annotated[
-        str | None,
-        typer.Option("--from", help="Begin from weights: a finished run's folder, or a .safetensors or .pth."),
+    from_: From = None,
+    budget: BudgetOf = None,
+    compare: Compare = False,
+    only: Annotated[
+        str | None, typer.Option(help="Of all these stages, train this one alone: a recipe's name.")
     ] = None,
-    budget: Annotated[
-        str | None, typer.Option(help="Choose batch size, epochs and networks that train in 90s, 20m or 2h.")
-    ] = None,
-    compare: Annotated[bool, typer.Option("--compare", help="Train each student without its teacher, too.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be trained, and how long.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.", autocompletion=device_words)] = "auto",
-    out: Annotated[Path | None, typer.Option(help="Folder of the runs, instead of artifacts/DATA.")] = None,
+    out: Out = None,
     time_limit: Annotated[str | None, typer.Option(help="Stop cleanly after 90s, 9m or 2h.")] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for stages that other processes train.")] = False,
     at_once: Annotated[int, typer.Option(min=1, help="How many stages to train side by side.")] = 1,
     restart: Annotated[bool, typer.Option("--restart", help="Begin again, in place of what these runs have.")] = False,
     checkpoint_steps: Annotated[int | None, typer.Option(min=1, help="Also checkpoint every so many steps.")] = None,
@@ -163,13 +179,151 @@ def run(
     """Train recipes and the teachers that they need, and print the results. After a stop, the same command resumes."""
     load = Load()
     deadline = None if time_limit is None else time.monotonic() + seconds_of(time_limit)
+    if wait and restart:
+        raise UserError("--wait is for stages that others train, and --restart trains them again; leave one out")
+    wanted = _wanted(
+        recipe,
+        data,
+        labels,
+        arch,
+        teacher,
+        fine_tune_teacher,
+        epochs,
+        schedule,
+        seed,
+        seeds,
+        set_,
+        from_,
+        budget,
+        compare,
+        out,
+        only,
+    )
+    check_device(device)
+    found = wanted.resolved()  # whatever is mistyped is refused before torch is imported
+    if from_ is not None:
+        weights, folders = wanted.settings["model.weights"], _folders_from(wanted)
+        short = f"--from is short for --set model.weights={weights}; " if found[0].prune is None else ""
+        console.say(f"{short}the run goes to {folders[0].parent}")
+
+    from .runs.guards import refuse_other_recipe
+    from .runs.machine import be_deterministic, choose_device
+    from .runs.plan import Opened
+    from .runs.stage import Manner
+    from .runs.wait import Patience
+
+    gc.freeze()
+    manner = Manner(choose_device(device), deadline, restart, profile, checkpoint_steps, keep_best, tensorboard)
+    if deterministic:
+        be_deterministic()
+    elif manner.device.type == "cpu" and at_once == 1 and "OMP_NUM_THREADS" not in os.environ:
+        manner = replace(manner, threads=_choose_threads(load))
+    if wait:
+        manner = replace(manner, wait=Patience(console.say, deadline))
+    if wanted.teacher is not None:
+        _say_what_is_read(Path(wanted.teacher), trust_pickle)
+    opened = Opened(wanted.data, trust_pickle)
+    stages = _planned(wanted, opened, manner)
+    if not restart:
+        for stage in stages:  # before anything is trained
+            refuse_other_recipe(stage.recipe, stage.folder)
+    if dry_run:
+        _show_plan(stages, opened, manner)
+        return
+    if at_once > 1:
+        flags = {"--restart": restart, "--wait": wait, "--trust-pickle": trust_pickle, "--deterministic": deterministic}
+        flags |= {"--profile": profile, "--keep-best": keep_best, "--tensorboard": tensorboard}
+        options = ["--data", str(wanted.data), "--device", device, *(flag for flag, given in flags.items() if given)]
+        options += [] if checkpoint_steps is None else ["--checkpoint-steps", str(checkpoint_steps)]
+        _train_at_once(stages, wanted.root, at_once, options, manner)
+    else:
+        _train_in_turn(stages, opened, manner)
+    for seed in wanted.seeds:
+        last = [stage for stage in stages if stage.seed == seed][-1].folder
+        console.say(f"learner: {last.learner}")
+        if keep_best:
+            from .runs.best import describe_best
+
+            console.say(f"best: {describe_best(last)}")
+
+
+@app.command(name="plan")
+def plan_commands(
+    recipe: Recipes,
+    data: DataSet = "digits",
+    labels: Labels = None,
+    arch: Arch = None,
+    teacher: TeacherOf = None,
+    fine_tune_teacher: FineTuneTeacher = False,
+    epochs: Epochs = None,
+    schedule: Schedule = None,
+    seed: Seed = 0,
+    seeds: Seeds = None,
+    set_: Settings = None,
+    from_: From = None,
+    budget: BudgetOf = None,
+    compare: Compare = False,
+    out: Out = None,
+    json: Annotated[bool, typer.Option("--json", help="As JSON, with what each command waits for.")] = False,
+) -> None:
+    """Print a command for each stage and seed that `run` would train, for xargs, Slurm, make ... Trains nothing.
+
+    A teacher comes before its student, whose command waits for it. Other options of `run` may be added to each line.
+    """
+    from .runs.commands import commands_of
+
+    wanted = _wanted(
+        recipe,
+        data,
+        labels,
+        arch,
+        teacher,
+        fine_tune_teacher,
+        epochs,
+        schedule,
+        seed,
+        seeds,
+        set_,
+        from_,
+        budget,
+        compare,
+        out,
+    )
+    found = commands_of(wanted)
+    if from_ is not None:
+        _folders_from(wanted)
+    if json:
+        console.say(dumps([command.told() for command in found]))
+        return
+    for command in found:
+        console.say(command.line)
+
+
+def _wanted(
+    recipe: list[str],
+    data: str,
+    labels: Path | None,
+    arch: str | None,
+    teacher: str | None,
+    fine_tune_teacher: bool,
+    epochs: int | None,
+    schedule: str | None,
+    seed: int,
+    seeds: str | None,
+    set_: list[str] | None,
+    from_: str | None,
+    budget: str | None,
+    compare: bool,
+    out: Path | None,
+    only: str | None = None,
+) -> Wanted:
+    """What the options that `run` and `plan` share ask for."""
     data = os.path.expanduser(data)
     teacher = None if teacher is None else ",".join(map(os.path.expanduser, teacher.split(",")))
     settings = _settings(set_) | _labelled(labels)
     if from_ is not None:
-        from_ = os.path.expanduser(from_)
-        settings = {**_beginning(from_, recipe, data, settings), **settings}
-    wanted = Wanted(
+        settings = _beginning(os.path.expanduser(from_), recipe, data, settings) | settings
+    return Wanted(
         recipes=tuple(map(os.path.expanduser, recipe)),
         data=data,
         seeds=(seed,) if seeds is None else parse_seeds(seeds),
@@ -182,53 +336,32 @@ def run(
         settings=settings,
         budget=None if budget is None else seconds_of(budget, "budget") / 60,
         compare=compare,
+        only=only,
     )
-    check_device(device)
-    found = wanted.resolved()  # whatever is mistyped is refused before torch is imported
-    if from_ is not None:
-        from .runs.start_from import refuse_same_folder
 
-        folders = [wanted.folder(found[0], seed).path for seed in wanted.seeds]
-        refuse_same_folder(from_, folders)
-        short = f"--from is short for --set model.weights={from_}; " if found[0].prune is None else ""
-        console.say(f"{short}the run goes to {folders[0].parent}")
 
-    from .runs.guards import refuse_other_recipe
-    from .runs.machine import be_deterministic, choose_device
-    from .runs.plan import Opened, plan
-    from .runs.stage import Manner
+def _folders_from(wanted: Wanted) -> list[Path]:
+    """The folders of runs that begin --from another; a UserError if that would be written over."""
+    from .runs.start_from import refuse_same_folder
 
-    gc.freeze()
-    manner = Manner(choose_device(device), deadline, restart, profile, checkpoint_steps, keep_best, tensorboard)
-    if deterministic:
-        be_deterministic()
-    elif manner.device.type == "cpu" and at_once == 1 and "OMP_NUM_THREADS" not in os.environ:
-        manner = replace(manner, threads=_choose_threads(load))
-    if teacher is not None:
-        _say_what_is_read(Path(teacher), trust_pickle)
-    opened = Opened(data, trust_pickle)
-    stages = plan(wanted, opened, restart, manner.device)
-    if not restart:
-        for stage in stages:  # before anything is trained
-            refuse_other_recipe(stage.recipe, stage.folder)
-    if dry_run:
-        _show_plan(stages, opened, manner)
-        return
-    if at_once > 1:
-        flags = {"--restart": restart, "--trust-pickle": trust_pickle, "--deterministic": deterministic}
-        flags |= {"--profile": profile, "--keep-best": keep_best, "--tensorboard": tensorboard}
-        options = ["--data", data, "--device", device, *(flag for flag, given in flags.items() if given)]
-        options += [] if checkpoint_steps is None else ["--checkpoint-steps", str(checkpoint_steps)]
-        _train_at_once(stages, wanted.root, at_once, options, manner)
-    else:
-        _train_in_turn(stages, opened, manner)
-    for seed in wanted.seeds:
-        last = [stage for stage in stages if stage.seed == seed][-1].folder
-        console.say(f"learner: {last.learner}")
-        if keep_best:
-            from .runs.best import describe_best
+    [recipe, *_] = wanted.resolved()
+    folders = [wanted.folder(recipe, seed).path for seed in wanted.seeds]
+    refuse_same_folder(wanted.settings["model.weights"], folders)
+    return folders
 
-            console.say(f"best: {describe_best(last)}")
+
+def _planned(wanted: Wanted, opened: "Opened", manner: "Manner") -> "list[Stage]":
+    """The stages to train, after a teacher that is awaited has finished."""
+    from .runs.plan import plan
+    from .runs.wait import UnfinishedError, wait_for
+
+    while True:
+        try:
+            return plan(wanted, opened, manner.restart, manner.device)
+        except UnfinishedError as teacher:
+            if manner.wait is None:
+                raise
+            wait_for(teacher.folder, manner.wait)
 
 
 @app.command()
@@ -822,7 +955,7 @@ def main() -> None:
             app()
     except UserError as error:
         errors.say(f"dms-fastai: {error.message}")
-        sys.exit(2)
+        sys.exit(EXIT_CODES["time limit"] if isinstance(error, TryAgainError) else 2)
     except UnicodeEncodeError as error:
         errors.say(f"dms-fastai: the name {error.object} is not UTF-8, and a file has to hold it; rename it")
         sys.exit(2)

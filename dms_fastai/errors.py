@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 
-__all__ = ["Notice", "UserError", "damage", "either", "no_format", "no_model", "notice", "unknown"]
+__all__ = ["Notice", "TryAgainError", "UserError", "damage", "either", "no_format", "no_model", "notice", "unknown"]
 
 MANY = 24  # names in a message
 
@@ -17,6 +17,10 @@ class UserError(ValueError):
         message = " ".join(message.split("\n")) if "\n" in message else message  # other libraries' reasons have several
         super().__init__(message)
         self.message = message  # fastai changes the arguments of an exception that a callback raises
+
+
+class TryAgainError(UserError):
+    """Nothing is wrong, but the time was too short; the same command may get further. Its exit code is 75."""
 
 
 class Notice(UserWarning):

@@ -318,7 +318,7 @@ def test_what_trains_does_not_import_the_report():
 def test_a_plan_opens_each_data_set_and_each_teacher_once(dms, tmp_path, monkeypatch):  # noqa: F811
     assert dms("run", "teacher", "--epochs", 1, "--out", "t", "--arch", "test_dmsresnet")[0] == 0
     opened, calls = [], {"data": sources.load_splits, "teacher": plan.load_teacher}
-    monkeypatch.setattr("dms_fastai.data.sets.load_splits", lambda *a: opened.append("data") or calls["data"](*a))
+    monkeypatch.setattr(plan, "load_splits", lambda *a: opened.append("data") or calls["data"](*a))
     monkeypatch.setattr(plan, "load_teacher", lambda *a: opened.append("teacher") or calls["teacher"](*a))
     args = ("--epochs", 1, "--set", "data.batch_size=256", "--out", "x", "--seeds", "0,1")
     assert dms("run", "ablation", *args, "--teacher", "t/teacher/seed0")[0] == 0

@@ -4,12 +4,13 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from rich.console import Console
 from rich.progress import track
 from safetensors import SafetensorError, safe_open
@@ -84,9 +85,25 @@ def _read(listing: Listing, size: int, white: float | None) -> tuple[Tensor, flo
     cache = cache_dir() / f"{root.parent.name}-{root.name}-{size}-{where}.safetensors"
     found = _load_cache(cache, stamp)
     if found is None:
-        found = _decode(listing, size, white)
-        _save_cache(cache, *found, stamp)
+        with _alone(cache):  # of several processes that begin together, one decodes
+            found = _load_cache(cache, stamp)
+            if found is None:
+                found = _decode(listing, size, white)
+                _save_cache(cache, *found, stamp)
     return found
+
+
+@contextlib.contextmanager
+def _alone(cache: Path) -> Iterator[None]:
+    """Keep other processes from making the same cache. Where nothing can be cached or locked, everybody decodes."""
+    lock = FileLock(cache.with_name(f".{cache.name}.lock"))
+    with contextlib.suppress(OSError, NotImplementedError):
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _stamp(listing: Listing, white: float | None) -> str:

@@ -59,7 +59,7 @@ class ImageSet:
         self.files, self.root, self.white = files, root, white
         self.vocab = CategoryMap(vocab, sort=False)
         self.name, self.split, self.split_idx = name, "", split_idx
-        self._resident: dict[tuple, Any] = {}
+        self._resident: dict[tuple | str, Any] = {}
 
     def __len__(self) -> int:
         return len(self.images)
@@ -141,7 +141,7 @@ class ImageSet:
         """A `Cropper` of the images on `device`, where they stay: made at the first call."""
         return self._keep((crops, device), lambda: Cropper(self.images.to(device), crops))
 
-    def _keep(self, key: tuple, make: Callable[[], Any]) -> Any:
+    def _keep(self, key: tuple | str, make: Callable[[], Any]) -> Any:
         if key not in self._resident:
             self._resident[key] = make()
         return self._resident[key]
@@ -178,7 +178,13 @@ class ImageSet:
         return both
 
     def digest(self) -> str:
-        """A short hash of all images and labels: what tells one data set from another of the same name."""
+        """A short hash of all images and labels: what tells one data set from another of the same name.
+
+        They are read for it at the first call.
+        """
+        return self._keep("digest", self._digest)
+
+    def _digest(self) -> str:
         state = hashlib.blake2b(digest_size=8)
         for tensor in (self.images, self.labels):
             state.update(b"" if tensor is None else tensor.contiguous().numpy())

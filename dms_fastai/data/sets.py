@@ -137,18 +137,25 @@ class Data:
     labels: str | None = None
     balance: bool = False
 
-    def open(self, data: str | Path, seed: int = 0, classes: Sequence[str] | None = None) -> Sets:
+    def open(
+        self,
+        data: str | Path,
+        seed: int = 0,
+        classes: Sequence[str] | None = None,
+        splits: Splits | None = None,
+    ) -> Sets:
         """Read a data set.
 
         Args:
             data: As in `load_data`.
             seed: Chooses the held-out images, and nothing else.
             classes: Names of the classes, in order, to be taken where no training image has a label.
+            splits: What `load_splits` gave for all this; None: the data set is opened here.
 
         Raises:
             UserError: Data that are missing or cannot be trained on.
         """
-        splits = load_splits(data, self.size, self.labels, classes)
+        splits = load_splits(data, self.size, self.labels, classes) if splits is None else splits
         train, valid = self._split(splits, seed, data)
         train.split_idx = 0
         if train.images.max() < DARK:

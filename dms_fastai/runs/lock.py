@@ -3,7 +3,7 @@
 import contextlib
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..errors import UserError
@@ -21,11 +21,15 @@ FAR = 2**20  # the byte that Windows locks: nobody else could read it, so it lie
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, wait: Callable[[str], None] | None = None) -> Iterator[None]:
     """Lock `folder`, made if it is missing, for this process. The system frees the lock when the process ends.
 
+    Args:
+        folder: The folder.
+        wait: Called between tries with what is waited for, while another process has the lock.
+
     Raises:
-        UserError: Another process has the lock; says which, and on which host.
+        UserError: Without `wait`, another process has the lock; says which, and on which host.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / LOCK
@@ -35,7 +39,11 @@ def locked(folder: Path) -> Iterator[None]:
             os.lseek(opened, 0, os.SEEK_SET)
             holder = os.read(opened, 200).decode(errors="replace") or "another process"
             os.close(opened)
-            raise UserError(f"{folder} is in use by {holder}; wait for it, or give --out another folder")
+            said = f"{folder} is in use by {holder}"
+            if wait is None:
+                raise UserError(f"{said}; wait for it, or give --out another folder")
+            wait(said)
+            continue
         if _is_still(opened, file):
             break
         os.close(opened)  # its last holder has just removed it

@@ -1,15 +1,15 @@
 """The wanted stages, in order. What they need is opened once, and checked before anything is trained."""
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from ..data import Sets
-from ..data.sources import USUAL_SIZE, has_own_size
-from ..data.splits import UnlabelledError
+from ..data import Data, Sets
+from ..data.sources import USUAL_SIZE, has_own_size, load_splits
+from ..data.splits import Splits, UnlabelledError
 from ..errors import UserError, notice
 from ..models.build import needs_more_than_one
 from ..recipes import Recipe
@@ -19,6 +19,7 @@ from .budget import fitted, with_choices_of
 from .estimate import Estimate
 from .guards import refuse_other_origin, refuse_other_recipe
 from .images import data_of, normalisation_of, size_of_weights
+from .wait import UnfinishedError
 from .wanted import ALONE, FOR_TEACHER, SAME_IMAGES, Wanted
 
 __all__ = ["Opened", "Stage", "plan"]
@@ -35,6 +36,7 @@ class Opened:
         """
         self.data, self.trust = data, trust
         self.teaching: str | Path | None = None  # a teacher that is there: it knows the classes of unlabelled images
+        self._splits: dict[tuple, Splits] = {}
         self._sets: dict[tuple, Sets] = {}
         self._teachers: dict[tuple, Teacher] = {}
 
@@ -44,12 +46,12 @@ class Opened:
         key = (wanted.size, wanted.valid, wanted.labels)
         if key not in self._sets:
             try:
-                self._sets[key] = wanted.open(self.data)
+                self._sets[key] = self._open(wanted)
             except UnlabelledError:
                 classes = None if self.teaching is None else self.teacher(self.teaching).vocab
                 if classes is None:
                     raise
-                self._sets[key] = wanted.open(self.data, classes=classes)
+                self._sets[key] = self._open(wanted, classes)
         plain = self._sets[key] if recipe.distill is None else self._sets[key].for_distillation
         if teacher is None or teacher.largest <= plain.size:
             return plain
@@ -57,6 +59,13 @@ class Opened:
         if key not in self._sets:
             self._sets[key] = wanted.enlarged(plain, self.data, teacher.largest)
         return self._sets[key]
+
+    def _open(self, wanted: Data, classes: Sequence[str] | None = None) -> Sets:
+        """The images of a recipe; those that validate on different splits have the same ones in memory."""
+        key = (wanted.size, wanted.labels, classes and tuple(classes))
+        if key not in self._splits:
+            self._splits[key] = load_splits(self.data, wanted.size, wanted.labels, classes)
+        return wanted.open(self.data, classes=classes, splits=self._splits[key])
 
     def check_room(self, recipe: Recipe, view: int) -> None:
         """Raise a UserError if there is too little memory for the images that a teacher of `view` pixels expects."""
@@ -144,14 +153,16 @@ def plan(wanted: Wanted, opened: Opened, restart: bool = False, device: torch.de
     Raises:
         UserError: As in `Wanted.resolved`; or a teacher cannot be opened or does not know the data's classes, or a
             network cannot be built for the data.
+        UnfinishedError: Only a student is to be trained, and its teacher has not finished.
     """
     stages: dict[Path, Stage] = {}
     recipes = [_pruned(recipe, opened) for recipe in wanted.resolved()]
     fits = _Fits(wanted, opened, device or torch.device("cpu"), restart)
     for seed in wanted.seeds:
-        for recipe in recipes:
+        for recipe in wanted.needed(recipes):
             for stage in _with_teacher(recipe, recipes, seed, fits):
-                stages.setdefault(stage.folder.path, stage)
+                if wanted.only in (None, stage.recipe.name):
+                    stages.setdefault(stage.folder.path, stage)
     for stage in stages.values():
         if isinstance(stage.teacher, str) and Path(stage.teacher).resolve() in {f.resolve() for f in stages}:
             raise UserError(f"this command trains {stage.teacher} itself; give its recipe as --teacher")
@@ -174,7 +185,7 @@ def _with_teacher(recipe: Recipe, recipes: list[Recipe], seed: int, fits: _Fits)
     teaching, before = wanted.teacher_of(recipe), []
     if isinstance(teaching, Recipe):
         named = next((other for other in recipes if other.name == teaching.name), None)
-        sized = _at_size_of(recipe, teaching if named is None else named, opened)
+        sized = at_size_of(recipe, teaching if named is None else named, opened)
         if named is None:
             teaching = sized
         elif sized is not named:
@@ -190,12 +201,14 @@ def _with_teacher(recipe: Recipe, recipes: list[Recipe], seed: int, fits: _Fits)
             teaching = fits.teacher(teaching)
         theirs = wanted.given(to_teacher=named is None)  # a teacher that is there may be any network
         first = Stage(teaching, seed, wanted.folder(teaching, seed, "model.name" not in theirs))
+        if wanted.only == recipe.name and not first.folder.finished:
+            raise UnfinishedError(first.folder)
         sets = opened.sets(teaching)
         if named is not None or fits.restart or not first.folder.finished:
             _check_untrained(teaching, recipe, sets, opened)
         if named is not None:
             before.append(first)
-        elif fits.restart or not first.folder.finished:
+        elif fits.restart or not first.folder.finished or wanted.only == teaching.name:
             before.append(first)
             recipe = fits.student(recipe, teaching)
         else:
@@ -239,7 +252,7 @@ def _same_images(wanted: Wanted, sets: Sets) -> str:
     return shlex.join(["--data", str(wanted.data), *(w for k, v in same.items() for w in ("--set", f"{k}={v}"))])
 
 
-def _at_size_of(recipe: Recipe, teaching: Recipe, opened: Opened) -> Recipe:
+def at_size_of(recipe: Recipe, teaching: Recipe, opened: Opened) -> Recipe:
     """A teacher, at the size of its student's images where weights to begin from would have brought another one."""
     begun = teaching.model.weights is not None or recipe.model.weights is not None
     size = _size(recipe, opened)

@@ -43,6 +43,7 @@ from .progress import NOTHING, Ahead, RichProgress
 from .prune import after_pruning
 from .stop import StopOnRequest
 from .tensorboard import TensorBoard
+from .wait import Patience
 from .work import Work
 
 __all__ = ["Manner", "run_stage"]
@@ -63,6 +64,7 @@ class Manner:
         keep_best: Also keep the weights of the best epoch; a run that has begun to goes on doing so.
         tensorboard: Also write the epochs for TensorBoard.
         ahead: What the command trains after this stage, for the time left.
+        wait: Waits for a folder that another process uses; None: that is refused.
         threads: Threads to compute with; a resumed run keeps those that it was begun with. None: whatever torch has.
     """
 
@@ -74,6 +76,7 @@ class Manner:
     keep_best: bool = False
     tensorboard: bool = False
     ahead: Ahead = NOTHING
+    wait: Patience | None = None
     threads: int | None = None
 
 
@@ -96,15 +99,15 @@ def run_stage(stage: Stage, opened: Opened, manner: Manner | None = None, consol
     """
     manner, console = manner or Manner(), console or Console()
     recipe, folder = stage.recipe, stage.folder
-    if not manner.restart:
-        refuse_other_recipe(recipe, folder)
     teacher = opened.teacher_of(stage)
     sets = opened.sets(recipe, teacher)
     origin = {"data_digest": sets.digest, "place": source_place(opened.data)}
     if teacher is not None:
         check_classes(teacher, sets.vocab)
         origin |= {"teacher": cut_path(stage.teacher), "teacher_digest": teacher.digest}
-    with locked(folder.path):
+    with locked(folder.path, manner.wait):
+        if not manner.restart:
+            refuse_other_recipe(recipe, folder)
         for left in folder.partial_files():
             left.unlink()  # left by a process that was killed as it wrote
         if manner.restart:

@@ -57,6 +57,7 @@ class Wanted:
             it; if none has it, all of them do.
         budget: Minutes for every stage and its teacher, as in `[budget]`.
         compare: Train each student that has a teacher without one, too.
+        only: Name of the one recipe to train, of these and their teachers; None: all.
     """
 
     recipes: tuple[str, ...]
@@ -71,6 +72,7 @@ class Wanted:
     settings: Mapping[str, Any] = field(default_factory=dict)
     budget: float | None = None
     compare: bool = False
+    only: str | None = None
 
     @cached_property
     def root(self) -> Path:
@@ -140,7 +142,17 @@ class Wanted:
             if all(recipe.distill is None for recipe in found):
                 raise UserError("none of these recipes distils, so there is no teacher to compare without")
             found = [each for recipe in found for each in (recipe, *_without_teacher(recipe))]
+        if self.only is not None and not self.needed(found):
+            teachers = [teacher for recipe in found if isinstance(teacher := self.teacher_of(recipe), Recipe)]
+            raise unknown("stage", self.only, {recipe.name for recipe in (*found, *teachers)})
         return found
+
+    def needed(self, recipes: list[Recipe]) -> list[Recipe]:
+        """Those of the resolved recipes that are to be trained, or whose teacher is."""
+        if self.only is None or (own := [recipe for recipe in recipes if recipe.name == self.only]):
+            return recipes if self.only is None else own
+        taught = ((recipe, self.teacher_of(recipe)) for recipe in recipes)
+        return [recipe for recipe, teacher in taught if isinstance(teacher, Recipe) and teacher.name == self.only]
 
     def teacher_of(self, recipe: Recipe) -> str | Recipe | None:
         """The teacher of a recipe: what `load_teacher` takes, or a recipe to train; None if it does not distil."""
