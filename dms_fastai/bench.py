@@ -14,9 +14,9 @@ from timm.utils import reparameterize_model
 from .data.known import known_classes
 from .evaluate import split_images
 from .export import content_of
+from .export.formats import FORMATS, Exported, open_exported
+from .export.measure import BATCH, answers, milliseconds
 from .files import whole
-from .formats import FORMATS, Exported, open_exported
-from .measure import BATCH, answers, milliseconds
 from .models.card import ModelCard
 from .models.dmsresnet import MEAN, STD
 from .names import check_format

@@ -48,8 +48,8 @@ from .terminal import Terminal, any_encoding
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .calibrate import Compared
     from .export import Classified
+    from .export.calibrate import Compared
     from .run_folder import Run
     from .runs.plan import Opened, Stage
     from .runs.stage import Manner
@@ -755,7 +755,7 @@ def export(
     refused if it loses too much.
     """
     learner, file = _home(learner), _home(file)
-    there, formats = _check_model(learner), choices_of("formats:FORMATS")
+    there, formats = _check_model(learner), choices_of("export.formats:FORMATS")
     int8 = check_format(file, formats).startswith(INT8)
     if not int8 and data is not None:
         raise UserError(f"--data is for int8, and {file} is not; call it {file.stem}{INT8}onnx, or leave --data out")
@@ -798,7 +798,7 @@ def bench(
     trust_pickle: Annotated[bool, TRUST] = False,
 ) -> None:
     """Compare exported files: size, multiply-accumulates, accuracy and time, each in its own runtime on one thread."""
-    files, formats = [_home(file) for file in files], choices_of("formats:FORMATS")
+    files, formats = [_home(file) for file in files], choices_of("export.formats:FORMATS")
     for file in files:
         check_format(file, formats, "run")
         if not file.is_file():
@@ -819,12 +819,13 @@ def bench(
 
     from .bench import bench as measured
     from .bench import plot
-    from .measure import BATCH
+    from .export.measure import BATCH
 
     rows = measured(files, archs, data, trust_pickle)
     listing = Table(
         "file", "format", "MB", "MACs", "accuracy, %", "ms", "p95", f"ms of {BATCH}", "p95", box=SIMPLE_HEAD
     )
+    listing.columns[0].overflow = "fold"
     for column in listing.columns[2:]:
         column.justify = "right"
     for row in rows:

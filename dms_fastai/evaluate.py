@@ -18,7 +18,7 @@ from .data.sources import load_splits
 from .data.white import BYTE
 from .errors import UserError, notice
 from .export import open_model
-from .formats import is_exported
+from .export.formats import is_exported
 from .models.card import ModelCard
 from .names import TIMM
 from .run_folder import RunFolder

@@ -11,13 +11,13 @@ from onnx import TensorProto, helper
 from PIL import Image
 from torch import nn
 
-from dms_fastai import UserError, formats, load_data
-from dms_fastai.calibrate import Calibration, sets_of
+from dms_fastai import UserError, load_data
 from dms_fastai.evaluate import evaluate_model
-from dms_fastai.export import export_model, export_run, open_model, predict_files
-from dms_fastai.formats import FORMATS, Exported, open_exported
-from dms_fastai.int8 import float_nodes
-from dms_fastai.measure import Answers, milliseconds
+from dms_fastai.export import export_model, export_run, formats, open_model, predict_files
+from dms_fastai.export.calibrate import Calibration, sets_of
+from dms_fastai.export.formats import FORMATS, Exported, open_exported
+from dms_fastai.export.int8 import float_nodes
+from dms_fastai.export.measure import Answers, milliseconds
 from dms_fastai.run_folder import RunFolder
 from tests.test_runs import dms  # noqa: F401  (a fixture)
 
@@ -213,7 +213,7 @@ def test_what_cannot_be_run_is_said_in_a_line(dms, files, tmp_path, name, said):
 
 
 def test_bench_puts_files_beside_one_another(dms, files, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("dms_fastai.measure.SECONDS", 0.0)
+    monkeypatch.setattr("dms_fastai.export.measure.SECONDS", 0.0)
     monkeypatch.setenv("COLUMNS", "200")
     given = [files[ending] for ending in FORMATS]
     code, out, err = dms(

@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dms_fastai import UserError, export, load_data
+from dms_fastai import UserError, load_data
 from dms_fastai.errors import notice
-from dms_fastai.export import classify_files, export_run, predict_files
+from dms_fastai.export import classify, classify_files, export_run, predict_files
 from dms_fastai.predict import image_files
 from dms_fastai.run_folder import RunFolder
 from dms_fastai.terminal import Terminal, printable
@@ -295,7 +295,7 @@ def test_python_may_keep_the_errors(folder, examples, tmp_path):
 
 
 def test_no_more_than_a_batch_is_in_memory(folder, examples, monkeypatch):
-    monkeypatch.setattr(export, "BATCH", 4)
+    monkeypatch.setattr(classify, "BATCH", 4)
     taken = []
     _, found = classify_files(folder, (taken.append(file) or file for file in examples[0]))
     assert taken == []

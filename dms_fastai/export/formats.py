@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .errors import UserError, damage
+from ..errors import UserError, damage
+from ..names import check_format
 from .int8 import quantize, quiet
-from .names import check_format
 
 __all__ = ["FORMATS", "Exported", "Format", "check_packages", "is_exported", "open_exported"]
 

@@ -10,14 +10,14 @@ from tempfile import TemporaryDirectory
 import torch
 from fastai.learner import Learner
 
-from .data import Data, ImageSet, Sets
-from .data.known import check_square, known_classes
-from .errors import UserError
+from ..data import Data, ImageSet, Sets
+from ..data.known import check_square, known_classes
+from ..errors import UserError
+from ..models.card import ModelCard
+from ..run_folder import RunFolder, own_data
+from ..trained import find_file
 from .formats import Format
 from .measure import Answers, answers, milliseconds
-from .models.card import ModelCard
-from .run_folder import RunFolder, own_data
-from .trained import find_file
 
 __all__ = ["Calibration", "Compared", "sets_of"]
 

@@ -1,0 +1,127 @@
+"""Opens whatever holds a trained network, an exported file included, and finds what images it expects."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner
+from fastai.torch_core import no_random
+from PIL import Image
+from torch import Tensor, nn
+
+from ..data.imageset import ImageSet
+from ..data.loader import vocabulary
+from ..errors import UserError, no_model
+from ..learner import DMSLearner
+from ..models.card import ModelCard
+from ..models.weights import all_finite, load_weights
+from ..trained import Inputs, find_file, inputs_of, open_learner
+from .formats import Exported, is_exported, open_exported
+
+__all__ = ["find_source", "open_model", "read_model", "vocab_of"]
+
+GREY = 128
+
+
+def open_model(source: str | Path | Learner, trust: bool = False) -> tuple[nn.Module, ModelCard]:
+    """A trained network, and what it is and expects of its images.
+
+    Args:
+        source, trust: As in `export_model`.
+
+    Raises:
+        UserError: There is no model at `source`, it is a .pkl that is not trusted, the Learner does not say what images
+            its model takes, or weights are NaN or infinite.
+    """
+    if not isinstance(source, Learner):
+        source = find_source(source, trust)
+        source = open_learner(source, trust) if source.suffix == ".pkl" else source
+    if not isinstance(source, Learner):
+        return read_model(source, trust)
+    card = source.card if isinstance(source, DMSLearner) else _card_of(source)
+    if not all_finite(source.model):
+        raise UserError("the Learner's weights are NaN or infinite; train it again")
+    return source.model, card
+
+
+def find_source(source: str | Path, trust: bool) -> Path:
+    """The .safetensors, .pkl or exported file that `source` stands for."""
+    if is_exported(source):
+        return Path(source)
+    file = find_file(source, trust)
+    if file is None:
+        raise no_model(source)
+    return file
+
+
+def read_model(file: Path, trust: bool) -> tuple[nn.Module, ModelCard]:
+    """The network in a file of weights or in an exported file, and what it is."""
+    if not is_exported(file):
+        return load_weights(file)
+    exported = open_exported(file, trust)
+    mean, std = (0.0,) * exported.shape[0], (1.0,) * exported.shape[0]
+    return _InRuntime(exported), ModelCard(file.name, exported.vocab, mean, std, exported.shape)
+
+
+class _InRuntime(nn.Module):
+    """An exported file as a network, in its own runtime: log-probabilities of images that are normalised to 0...1."""
+
+    def __init__(self, exported: Exported):
+        super().__init__()
+        self.exported = exported
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = (255 * x).round().to("cpu", torch.uint8).contiguous()
+        return torch.from_numpy(self.exported.classify(pixels.numpy())).log().to(x.device)
+
+
+def vocab_of(learn: Learner) -> list[str]:
+    """Names of a Learner's classes; a UserError if it has none."""
+    vocab = vocabulary(learn.dls)
+    if not vocab:
+        raise UserError("this Learner's DataLoaders have no vocab; give one that classifies images")
+    return vocab
+
+
+def _card_of(learn: Learner) -> ModelCard:
+    """What the model of a stock Learner expects, found by what its DataLoaders make of a grey image.
+
+    Raises:
+        UserError: It does not classify images of one size by one label, or does more to them than resize and normalise.
+    """
+    name, vocab, dls = type(learn.model).__name__, vocab_of(learn), learn.dls
+    activation = getattr(learn.loss_func, "activation", None)
+    logits = torch.eye(len(vocab))
+    if activation is not None and not torch.allclose(activation(logits).as_subclass(Tensor), logits.softmax(1)):
+        raise UserError(
+            f"this Learner's loss, {learn.loss_func}, is not of one label an image; only such can be written"
+        )
+    if isinstance(dls.train_ds, ImageSet):
+        images = inputs_of(dls)
+        return ModelCard(name, vocab, images.mean, images.std, images.shape)
+    small, large = (_made_of_grey(dls, size) for size in ((61, 97), (120, 80)))
+    if any(len(dl.dataset) for dl in dls.loaders):
+        images = inputs_of(dls)
+    elif small.shape == large.shape:
+        images = Inputs.seen(small.shape, dls)
+    else:
+        raise UserError("this Learner's transforms do not give images one size; export it with a Resize among them")
+    middle = small[:, small.shape[1] // 2, small.shape[2] // 2].cpu()
+    mean, std = torch.tensor(images.mean), torch.tensor(images.std)
+    if small.shape[0] != images.shape[0] or not torch.allclose(middle, (GREY / 255 - mean) / std, atol=1e-3):
+        raise UserError("this Learner's transforms do more than resize and normalise; such a model cannot be written")
+    return ModelCard(name, vocab, images.mean, images.std, images.shape)
+
+
+def _made_of_grey(dls: DataLoaders, size: tuple[int, int]) -> Tensor:
+    """What DataLoaders make of the file of a grey image of (width, height) pixels: shape (C, H, W)."""
+    with TemporaryDirectory() as folder, no_random(reproducible=False):
+        file = Path(folder) / "grey.png"
+        Image.new("RGB", size, (GREY,) * 3).save(file)
+        try:
+            [image] = dls.test_dl([file], num_workers=0).one_batch()[0]
+        except Exception as error:  # the transforms are the user's
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"this Learner's DataLoaders do not read the file of an image: {reason}") from None
+    return image.as_subclass(Tensor)
