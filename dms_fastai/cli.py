@@ -13,8 +13,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from errno import ENOSPC
+from importlib.util import find_spec
 from json import dumps
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from .run_folder import Run
     from .runs.plan import Opened, Stage
     from .runs.stage import Manner
+    from .runs.tune import Trial
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -65,6 +68,7 @@ console, errors = Terminal(), Terminal(stderr=True)
 SIGNAL_CODES = {"SIGHUP": 129, "SIGINT": 130, "SIGUSR1": 138, "SIGUSR2": 140, "SIGTERM": 143, "SIGXCPU": 152}
 EXIT_CODES = {**SIGNAL_CODES, "time limit": 75}
 MANY = 500  # images that take long enough for a bar
+BEST = 10  # trials in the table of `tune`
 WORST = 20  # classes in the table of `evaluate`
 SPLITS = ("test", "val", "train")
 KEYS = "keys"  # in place of a recipe, what `show` takes for a list of all keys
@@ -362,6 +366,84 @@ def _planned(wanted: Wanted, opened: "Opened", manner: "Manner") -> "list[Stage]
             if manner.wait is None:
                 raise
             wait_for(teacher.folder, manner.wait)
+
+
+@app.command()
+def tune(
+    recipe: Annotated[str, typer.Argument(help="A recipe or a .toml.", autocompletion=recipe_words)],
+    over: Annotated[
+        list[str],
+        typer.Option(
+            help="table.key=SPACE; may be repeated. SPACE: log(0.01,1), uniform(0,0.5), int(1,8) or [64,128].",
+            autocompletion=key_words,
+        ),
+    ],
+    trials: Annotated[int, typer.Option(min=1, help="How many there are to be, earlier ones among them.")] = 20,
+    data: DataSet = "digits",
+    labels: Labels = None,
+    arch: Arch = None,
+    teacher: TeacherOf = None,
+    epochs: Epochs = None,
+    schedule: Schedule = None,
+    seed: Seed = 0,
+    set_: Settings = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.", autocompletion=device_words)] = "auto",
+    out: Annotated[Path | None, typer.Option(help="Folder of the search, instead of artifacts/DATA/tune.")] = None,
+    time_limit: Annotated[str | None, typer.Option(help="Stop cleanly after 90s, 9m or 2h.")] = None,
+    trust_pickle: Annotated[bool, TRUST] = False,
+) -> None:
+    """Search for the best values of a recipe's keys, judged by training images that are held out: a tenth of them.
+
+    Trials that are behind the others end early. After a stop, the same command goes on. It needs the package optuna.
+    """
+    from .runs.spaces import parse_space, searched
+
+    load = Load()
+    deadline = None if time_limit is None else time.monotonic() + seconds_of(time_limit)
+    spaces = [parse_space(text) for text in over]
+    wanted = _wanted(
+        [recipe], data, labels, arch, teacher, False, epochs, schedule, seed, None, set_, None, None, False, out
+    )
+    check_device(device)
+    wanted = searched(wanted, spaces)
+    if find_spec("optuna") is None:
+        raise UserError("tune needs one more package: pip install optuna, or 'dms-fastai[tune]'")
+
+    from .runs.machine import choose_device
+    from .runs.plan import Opened
+    from .runs.stage import Manner
+    from .runs.tune import tune as search
+
+    gc.freeze()
+    manner = Manner(choose_device(device), deadline)
+    if manner.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        manner = replace(manner, threads=_choose_threads(load))
+    if wanted.teacher is not None:
+        _say_what_is_read(Path(wanted.teacher), trust_pickle)
+    found, reason = search(wanted, spaces, trials, Opened(wanted.data, trust_pickle), manner, console)
+    _show_trials(found)
+    if reason is not None and len(found) < trials:
+        _stopped(reason, f"{len(found)} of {trials} trials", False)
+
+
+def _show_trials(found: "list[Trial]") -> None:
+    """The best trials as a table, and the best one's settings as `run` takes them."""
+    from .show import toml_value
+
+    if not found:
+        return
+    best = found[0]
+    listing = Table("trial", *best.settings, "accuracy, %", "", box=SIMPLE_HEAD)
+    for trial in found[:BEST]:
+        right = "" if trial.accuracy is None else f"{100 * trial.accuracy:.2f}"
+        state = "" if trial.state == "finished" else trial.state
+        listing.add_row(str(trial.number), *map(toml_value, trial.settings.values()), right, state)
+    console.print(listing)
+    if len(found) > BEST:
+        console.say(f"the {BEST} best of {len(found)} trials")
+    if best.state == "finished":
+        settings = " ".join(f"--set {quote(f'{key}={toml_value(value)}')}" for key, value in best.settings.items())
+        console.say(f"best, by {best.images:,} held-out images and one seed: {settings}")
 
 
 @app.command()

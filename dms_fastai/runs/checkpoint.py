@@ -18,10 +18,14 @@ from ..random_states import get_random_states, set_random_states
 from .guards import arithmetic
 from .history import History
 
-__all__ = ["Checkpoint", "Resumed"]
+__all__ = ["Checkpoint", "DivergedError", "Resumed"]
 
 KEPT = 2  # the last one and the one before it, in case the last is damaged
 SHARE = 0.02  # of a run's time that checkpoints after epochs may take
+
+
+class DivergedError(UserError):
+    """The loss or a weight has become NaN or infinite."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +160,7 @@ class Checkpoint(Callback):
         self._save(learn.epoch, learn.iter + 1, inside)
 
     def check_finite(self) -> None:
-        """Raise a UserError if the loss or a weight is NaN or infinite, so that such a state is never kept.
+        """Raise a DivergedError if the loss or a weight is NaN or infinite, so that such a state is never kept.
 
         The loss is of the weights before the last step, so it does not tell what that step has done to them.
         """
@@ -166,11 +170,11 @@ class Checkpoint(Callback):
         if not all_finite(self.network):
             raise self.diverged("weights are NaN or infinite")
 
-    def diverged(self, what: str) -> UserError:
+    def diverged(self, what: str) -> DivergedError:
         """The error that says what is no number any more, and what may help."""
         learn = self.learn
         lr, smaller = learn.opt.hypers[-1]["lr"], learn.recipe.optimizer.lr / 10
-        return UserError(
+        return DivergedError(
             f"{what} in epoch {learn.epoch + 1}, at a learning rate of {lr:.3g}; try "
             f"--set optimizer.lr={smaller:.3g} or --set clip.value=0.1. The last good checkpoint is kept"
         )

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastcore.basics import noop
 from rich.console import Console
@@ -66,6 +67,7 @@ class Manner:
         ahead: What the command trains after this stage, for the time left.
         wait: Waits for a folder that another process uses; None: that is refused.
         threads: Threads to compute with; a resumed run keeps those that it was begun with. None: whatever torch has.
+        cbs: Callbacks that look on, and may end the training.
     """
 
     device: torch.device | str = "cpu"
@@ -78,6 +80,7 @@ class Manner:
     ahead: Ahead = NOTHING
     wait: Patience | None = None
     threads: int | None = None
+    cbs: tuple[Callback, ...] = ()
 
 
 def run_stage(stage: Stage, opened: Opened, manner: Manner | None = None, console: Console | None = None) -> Run:
@@ -204,7 +207,7 @@ class _Training:
                 cbs.append(TensorBoard(self.folder.tensorboard, self.history))
             if self.manner.profile:
                 cbs += stack.enter_context(StepProfile(self.folder.profile, self.console)).edges
-            self.learn.fit_recipe(cbs=cbs, start_epoch=first_epoch)
+            self.learn.fit_recipe(cbs=[*cbs, *self.manner.cbs], start_epoch=first_epoch)
 
     @property
     def stopped_early(self) -> bool:

@@ -1,0 +1,125 @@
+"""A search over a recipe's values: spaces as the command says them, trials that go on after a stop, and who wins."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from dms_fastai import UserError
+from dms_fastai.run_folder import RunFolder
+from dms_fastai.runs.spaces import Space, parse_space
+from tests.test_runs import dms  # noqa: F401  (a fixture)
+
+SMALL = ("--arch", "dmsresnet_tiny", "--device", "cpu", "--set", "compile=never", "--set", "data.batch_size=64")
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "values"),
+    [
+        ("optimizer.lr=log(0.01,1)", "log", (0.01, 1.0)),
+        ("optimizer.lr = log( 1e-3 , 1 )", "log", (0.001, 1.0)),
+        ("loss.label_smoothing=uniform(0, 0.2)", "uniform", (0.0, 0.2)),
+        ("schedule.epochs=int(1,8)", "int", (1, 8)),
+        ("data.batch_size=[64, 128]", "list", (64, 128)),
+        ('augment.border=["black", "mirror"]', "list", ("black", "mirror")),
+    ],
+)
+def test_a_space_is_read(text, kind, values):
+    assert parse_space(text) == Space(text.partition("=")[0].strip(), kind, values)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["optimizer.lr", "optimizer.lr=0.1", "a.b=log(0,1)", "a.b=log(1,0.1)", "a.b=uniform(1)", "a.b=uniform(1,2,3)",
+     "a.b=uniform(x,2)", "a.b=uniform(nan,1)", "a.b=uniform(0,inf)", "a.b=uniform(true,2)", "a.b=int(0.5,2)",
+     "a.b=int(3,3)", "a.b=[]", "a.b=normal(0,1)", "a.b=log()"],
+)  # fmt: skip
+def test_what_is_no_space_is_refused_with_what_to_write(text):
+    with pytest.raises(UserError, match=r"write|take|log\("):
+        parse_space(text)
+
+
+def test_a_number_is_short_and_within_its_range():
+    drawn = Space("optimizer.lr", "log", (0.01, 0.12345))
+    assert drawn.setting(0.0123456) == 0.0123
+    assert drawn.setting(0.12345) <= 0.12345
+    assert Space("a.b", "list", ([1], [2])).setting(1) == [2]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["se", "--over", "optimizer.lr=uniform(-1,1)"], "optimizer.lr"),
+        (["se", "--over", "optimizer.rl=log(0.1,1)"], "did you mean"),
+        (["se", "--over", "optimizer.lr=log(0.1,1)", "--set", "optimizer.lr=1"], "given twice"),
+        (["se", "--over", "optimizer.lr=log(0.1,1)", "--over", "optimizer.lr=[1]"], "given twice"),
+        (["se", "--over", "optimizer.lr=log(0.1,1)", "--set", "data.valid=test"], "test images"),
+        (["se", "--over", "data.valid=[0.1,0.2]"], "test images"),
+        (["kd", "--over", "distill.T=log(1,9)"], "--teacher RUN"),
+        (["ablation", "--over", "optimizer.lr=log(0.1,1)"], "one at a time"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused_before_anything_is_trained(dms, words, said):  # noqa: F811
+    code, _, err = dms("tune", *words)
+    assert code == 2
+    assert said in err
+    assert err.count("\n") == 1
+
+
+def runs_below(folder):
+    """The trained trials' facts."""
+    return [RunFolder(file.parent).facts() for file in sorted(folder.rglob("run.json"))]
+
+
+def test_the_best_of_the_trials_by_images_that_are_held_out(dms, tmp_path):  # noqa: F811
+    words = ["tune", "se", *SMALL, "--epochs", "1", "--over", "optimizer.lr=log(1e-5,0.3)", "--out", tmp_path / "s"]
+    assert dms(*words, "--trials", 2)[0] == 0
+    code, out, _ = dms(*words, "--trials", 4)  # two more
+    assert code == 0
+    assert [line.split(":")[0] for line in out.splitlines() if line.startswith("trial ")] == [
+        "trial 3 of 4",
+        "trial 4 of 4",
+    ]
+    found = runs_below(tmp_path / "s")
+    assert len(found) == 4
+    assert all(facts.valid == "held out" and facts.validation_images == 143 for facts in found)
+    best = max(found, key=lambda facts: facts.last.valid_accuracy)
+    rate = float(re.search(r"--set optimizer.lr=(\S+)", out).group(1))
+    recipes = [RunFolder(file.parent).recipe() for file in (tmp_path / "s").rglob("run.json")]
+    assert rate in [recipe.optimizer.lr for recipe in recipes]
+    assert f"{100 * best.last.valid_accuracy:.2f}" in out.split("trial   ")[1].splitlines()[2]
+    refused = dms(*words[:-2], "--epochs", 2, "--out", tmp_path / "s")
+    assert refused[0] == 2
+    assert "other values or data" in refused[2]
+
+
+def test_a_trial_that_is_stopped_goes_on_in_its_folder(tmp_path):
+    words = [sys.executable, "-m", "dms_fastai", "tune", "se", *SMALL, "--epochs", "60", "--trials", "1",
+             "--over", "optimizer.lr=log(0.01,0.1)", "--out", str(tmp_path)]  # fmt: skip
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        while "epoch 2/60" not in process.stdout.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        said = process.stdout.read()
+    assert process.returncode == 143
+    assert "0 of 1 trials" in said
+    [before] = runs_below(tmp_path)
+    assert before.status == "interrupted"
+    again = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert "going on after epoch" in again
+    [after] = runs_below(tmp_path)
+    assert (after.status, after.started) == ("finished", before.started)
+
+
+def test_a_trial_that_diverges_or_falls_behind_is_not_the_end(dms, tmp_path):  # noqa: F811
+    words = ["tune", "se", *SMALL, "--epochs", "2", "--over", "optimizer.lr=[0.05, 1e18]", "--out", tmp_path / "s"]
+    code, out, _ = dms(*words, "--trials", 10)
+    assert code == 0
+    assert "diverged" in out or "behind" in out
+    assert "--set optimizer.lr=0.05" in out
+    journal = (tmp_path / "s" / "trials.log").read_text().splitlines()
+    assert all(json.loads(line) for line in journal)
+    assert not list((tmp_path / "s").rglob("*.pt"))
