@@ -740,7 +740,7 @@ def evaluate(
 @app.command()
 def export(
     learner: Annotated[Path, typer.Argument(help="A learner.pkl, a model.safetensors, a run's folder, or dmsresnet.")],
-    file: Annotated[Path, typer.Argument(help="NAME.onnx, NAME.int8.onnx or NAME.pt2.")],
+    file: Annotated[Path, typer.Argument(help="NAME.onnx, NAME.int8.onnx, NAME.pt2, NAME.pte or NAME.int8.pte.")],
     data: Annotated[
         str | None,
         typer.Option(help="For int8: the images, as in run. A run has its own.", autocompletion=data_words),
@@ -751,14 +751,15 @@ def export(
 ) -> None:
     """Write a model for other runtimes: pixels go in, probabilities come out.
 
-    NAME.int8.onnx is calibrated with training images, compared with the float model on the validation images, and
-    refused if it loses too much.
+    NAME.int8.onnx and NAME.int8.pte are calibrated with training images, compared with the float model on the
+    validation images, and refused if they lose too much.
     """
     learner, file = _home(learner), _home(file)
     there, formats = _check_model(learner), choices_of("export.formats:FORMATS")
     int8 = check_format(file, formats).startswith(INT8)
     if not int8 and data is not None:
-        raise UserError(f"--data is for int8, and {file} is not; call it {file.stem}{INT8}onnx, or leave --data out")
+        small = next((e for e in formats if e.startswith(INT8) and e.endswith(file.suffix)), f"{INT8}onnx")
+        raise UserError(f"--data is for int8, and {file} is not; call it {file.stem}{small}, or leave --data out")
     if int8 and there:
         data = own_data(learner, "calibrate with") if data is None else os.path.expanduser(data)
         source_name(data)  # refuses what is no data set
@@ -787,7 +788,7 @@ def _show_compared(rows: "Sequence[Compared]") -> None:
 
 @app.command()
 def bench(
-    files: Annotated[list[Path], typer.Argument(help="Exported files: .onnx, .int8.onnx, .pt2.")],
+    files: Annotated[list[Path], typer.Argument(help="Exported files: .onnx, .int8.onnx, .pt2, .pte, .int8.pte.")],
     data: Annotated[
         str | None, typer.Option(help="As in run: measure the accuracy, too.", autocompletion=data_words)
     ] = None,
