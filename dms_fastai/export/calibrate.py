@@ -120,17 +120,19 @@ def _compare(contents: dict[str, bytes], written: Format, images: torch.Tensor, 
     return [Compared(name, len(content), each, each.agreement(found[0]), ms) for name, content, each, ms in rows]
 
 
-def sets_of(source: str | Path | Learner, card: ModelCard, data: str | Path | None, trust: bool) -> Sets:
+def sets_of(source: str | Path | Learner, card: ModelCard, data: str | Path | Sets | None, trust: bool) -> Sets:
     """The images that a network was trained and validated on, at its size.
 
     Args:
         source, trust: As in `export_model`.
         card: What the network is.
-        data: As in `load_data`. None: a Learner's own images, or the data set of the run.
+        data: As in `load_data`; or the images. None: a Learner's own images, or the data set of the run.
 
     Raises:
         UserError: It is not known which images these are, or they cannot be read.
     """
+    if isinstance(data, Sets):
+        return data
     if isinstance(source, Learner):
         own = [dl.dataset for dl in source.dls.loaders[:2]]
         if data is None and len(own) == 2 and all(isinstance(each, ImageSet) and len(each) for each in own):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from fastai.learner import Learner
 
+from ..data import Sets
 from ..errors import UserError
 from ..files import whole
 from ..learner import DMSLearner
@@ -31,7 +32,7 @@ def export_model(
     source: str | Path | Learner,
     file: str | Path,
     trust: bool = False,
-    data: str | Path | None = None,
+    data: str | Path | Sets | None = None,
     calibrate: int = 200,
     tolerance: float = 0.5,
     compared: Callable[[Sequence[Compared]], None] = lambda rows: None,
@@ -51,8 +52,8 @@ def export_model(
         file: NAME.onnx or NAME.int8.onnx; NAME.pt2, which `torch.export.load` reads; NAME.pte or NAME.int8.pte, which
             ExecuTorch runs. Written whole or not at all.
         trust: As in `predict_files`.
-        data: For int8, the data set with the images to calibrate with and to compare on. None: the Learner's own, or
-            that of the run.
+        data: For int8, the data set with the images to calibrate with and to compare on, or the images. None: the
+            Learner's own, or those of the run's data set.
         calibrate: For int8, how many training images to calibrate with.
         tolerance: For int8, how many points of accuracy it may lose.
         compared: For int8, gets the figures of the float file and of the int8 file.
