@@ -114,7 +114,7 @@ def _pt2(program: torch.export.ExportedProgram, metadata: Metadata) -> bytes:
 def _open_pt2(file: Path) -> Exported:
     found = {"classes.json": ""}  # torch adds what else there is
     program = torch.export.load(file, extra_files=found)
-    [images], _ = program.example_inputs
+    [images, *_], _ = program.example_inputs
     network = program.module()
 
     @torch.inference_mode()
