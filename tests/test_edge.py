@@ -1,15 +1,14 @@
 """`run edge`: from a teacher to int8 files of a pruned student, in one command that resumes like any other."""
 
+import io
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from contextlib import redirect_stdout
 
 import onnxruntime
 import pytest
 
 from dms_fastai import load_data
+from dms_fastai.cli import app
 from dms_fastai.models.prune import mid_widths_of
 from dms_fastai.models.weights import load_weights
 from dms_fastai.run_folder import RunFolder
@@ -24,12 +23,12 @@ FILES = [f"{run}{ending}" for run in ("kd", "kd-macs70") for ending in (".onnx",
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The folder of the runs of a command that ran to its end, and what it printed."""
-    folder = tmp_path_factory.mktemp("edge")
-    command = [sys.executable, "-m", "dms_fastai", *map(str, ARGS), "--out", "x"]
-    path = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    done = subprocess.run(command, cwd=folder, env=path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return folder / "x", done.stdout
+    folder, said = tmp_path_factory.mktemp("edge"), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said):
+        patch.chdir(folder)
+        patch.setattr("dms_fastai.export.measure.SECONDS", 0.0)
+        app([*map(str, ARGS), "--out", "x"], standalone_mode=False)
+    return folder / "x", said.getvalue()
 
 
 def table(out):
