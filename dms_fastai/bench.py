@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from timm.utils import reparameterize_model
 
+from .data import ImageSet
 from .data.known import known_classes
 from .evaluate import split_images
 from .export import content_of
@@ -51,14 +52,14 @@ class Row:
 
 
 def bench(
-    files: Sequence[Path], archs: Sequence[str] = (), data: str | Path | None = None, trust: bool = False
+    files: Sequence[Path], archs: Sequence[str] = (), data: str | Path | ImageSet | None = None, trust: bool = False
 ) -> list[Row]:
     """Measure exported files and, beside them, untrained architectures of timm, in turn on one thread.
 
     Args:
         files: Files of `export_model`.
         archs: Names of architectures. They are exported to ONNX for the images and the classes of the first file.
-        data: As in `load_data`, for the accuracy of the files on its test or validation images.
+        data: As in `load_data`, for the accuracy of the files on its test or validation images; or the images.
         trust: As in `open_exported`.
 
     Raises:
@@ -84,9 +85,9 @@ def bench(
     ]
 
 
-def _accuracy(file: Path, exported: Exported, data: str | Path) -> float:
+def _accuracy(file: Path, exported: Exported, data: str | Path | ImageSet) -> float:
     card = ModelCard(file.name, exported.vocab, MEAN, STD, exported.shape)
-    images = split_images(data, None, None, card)
+    images = data if isinstance(data, ImageSet) else split_images(data, None, None, card)
     return answers(exported, images.images, known_classes(images, card)[images.labels]).accuracy
 
 

@@ -43,13 +43,14 @@ from .names import (
 from .recipes import ablation_of, added_by, all_keys, flat, load_recipe, parse_setting, recipe_names
 from .run_folder import RunFolder, own_data
 from .runs.threads import Load, fitting
-from .runs.wanted import SEVERAL, Wanted
+from .runs.wanted import EDGE, SEVERAL, Wanted, recipes_of
 from .schema import choices_of
 from .terminal import Terminal, any_encoding
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .bench import Row
     from .export import Classified
     from .export.calibrate import Compared
     from .run_folder import Run
@@ -231,8 +232,18 @@ def run(
     if not restart:
         for stage in stages:  # before anything is trained
             refuse_other_recipe(stage.recipe, stage.folder)
+    if EDGE in recipe and only is None:
+        from .edge import check_student
+
+        [student] = recipes_of(EDGE)
+        students = [stage for stage in stages if stage.recipe.name == student]
+        check_student(students[0].recipe, opened.sets(students[0].recipe), wanted.prune_recipe().prune.macs)
+    else:
+        students = []
     if dry_run:
         _show_plan(stages, opened, manner)
+        for stage in students:
+            _foresee_pruning(stage, wanted, opened, manner)
         return
     if at_once > 1:
         flags = {"--restart": restart, "--wait": wait, "--trust-pickle": trust_pickle, "--deterministic": deterministic}
@@ -249,6 +260,8 @@ def run(
             from .runs.best import describe_best
 
             console.say(f"best: {describe_best(last)}")
+    if students:
+        _show_steps([row for stage in students for row in _prune_and_export(stage, wanted, opened, manner)])
 
 
 @app.command(name="plan")
@@ -560,6 +573,44 @@ def _train_at_once(stages: "list[Stage]", root: Path, at_once: int, options: lis
         _stopped(reason or asked, unfinished[0], manner.restart)
 
 
+def _prune_and_export(student: "Stage", wanted: Wanted, opened: "Opened", manner: "Manner") -> "list[Row]":
+    """What `run edge` does with a finished student; gives what was measured of its files."""
+    from .edge import files_of
+
+    [pruned] = _planned(wanted.pruning(student.folder, student.seed), opened, manner)
+    _train_in_turn([pruned], opened, manner)
+    rows = files_of([student.folder, pruned.folder], opened.sets(student.recipe), console.say)
+    return [replace(row, name=f"{row.name}, seed {student.seed}") if len(wanted.seeds) > 1 else row for row in rows]
+
+
+def _show_steps(rows: "Sequence[Row]") -> None:
+    import numpy as np
+
+    from .export.measure import BATCH
+
+    listing = Table("run", "format", "MB", "MACs", "accuracy, %", "ms", f"ms of {BATCH}", box=SIMPLE_HEAD)
+    listing.padding, listing.show_edge, listing.columns[0].overflow = 0, False, "fold"
+    for column in listing.columns[2:]:
+        column.justify = "right"
+    for row in rows:
+        times = (f"{np.median(taken):.3g}" for taken in (row.one, row.many))
+        macs = f"{row.macs / 1e6:,.1f} M"
+        listing.add_row(row.name, row.format, f"{row.size / 1e6:.2f}", macs, f"{100 * row.accuracy:.2f}", *times)
+    console.print(listing)
+    console.say(f"ms: processor time of an image on one thread, alone and in a batch of {BATCH}; the median of several")
+
+
+def _foresee_pruning(student: "Stage", wanted: Wanted, opened: "Opened", manner: "Manner") -> None:
+    if student.folder.finished and not manner.restart:
+        _show_plan(_planned(wanted.pruning(student.folder, student.seed), opened, manner), opened, manner)
+        return
+    recipe = wanted.prune_recipe()
+    console.say(
+        f"then {wanted.pruned_folder(student.recipe, student.seed).path}: pruned to {100 * recipe.prune.macs:.3g} % of "
+        f"the MACs, {recipe.schedule.epochs} epochs; and both as files, in float and in int8"
+    )
+
+
 def _show_plan(stages: "list[Stage]", opened: "Opened", manner: "Manner") -> None:
     from .runs.foresee import foreseen
 
@@ -822,7 +873,7 @@ def evaluate(
 @app.command()
 def export(
     learner: Annotated[Path, typer.Argument(help="A learner.pkl, a model.safetensors, a run's folder, or dmsresnet.")],
-    file: Annotated[Path, typer.Argument(help="NAME.onnx, NAME.int8.onnx or NAME.pt2.")],
+    file: Annotated[Path, typer.Argument(help="NAME.onnx, NAME.int8.onnx, NAME.pt2, NAME.pte or NAME.int8.pte.")],
     data: Annotated[
         str | None,
         typer.Option(help="For int8: the images, as in run. A run has its own.", autocompletion=data_words),
@@ -833,14 +884,15 @@ def export(
 ) -> None:
     """Write a model for other runtimes: pixels go in, probabilities come out.
 
-    NAME.int8.onnx is calibrated with training images, compared with the float model on the validation images, and
-    refused if it loses too much.
+    NAME.int8.onnx and NAME.int8.pte are calibrated with training images, compared with the float model on the
+    validation images, and refused if they lose too much.
     """
     learner, file = _home(learner), _home(file)
     there, formats = _check_model(learner), choices_of("export.formats:FORMATS")
     int8 = check_format(file, formats).startswith(INT8)
     if not int8 and data is not None:
-        raise UserError(f"--data is for int8, and {file} is not; call it {file.stem}{INT8}onnx, or leave --data out")
+        small = next((e for e in formats if e.startswith(INT8) and e.endswith(file.suffix)), f"{INT8}onnx")
+        raise UserError(f"--data is for int8, and {file} is not; call it {file.stem}{small}, or leave --data out")
     if int8 and there:
         data = own_data(learner, "calibrate with") if data is None else os.path.expanduser(data)
         source_name(data)  # refuses what is no data set
@@ -869,7 +921,7 @@ def _show_compared(rows: "Sequence[Compared]") -> None:
 
 @app.command()
 def bench(
-    files: Annotated[list[Path], typer.Argument(help="Exported files: .onnx, .int8.onnx, .pt2.")],
+    files: Annotated[list[Path], typer.Argument(help="Exported files: .onnx, .int8.onnx, .pt2, .pte, .int8.pte.")],
     data: Annotated[
         str | None, typer.Option(help="As in run: measure the accuracy, too.", autocompletion=data_words)
     ] = None,

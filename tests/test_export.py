@@ -109,7 +109,7 @@ def test_many_images_are_predicted_a_few_at_a_time(folder, examples, monkeypatch
 
 
 def test_what_cannot_be_written_is_said(folder, dls, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"the formats are \.onnx, \.int8\.onnx or \.pt2"):
+    with pytest.raises(UserError, match=r"the formats are \.onnx, \.int8\.onnx, \.pt2, \.pte or \.int8\.pte"):
         export_model(folder, tmp_path / "kd.tflite")
     with pytest.raises(UserError, match="not of one label an image"):
         export_model(Learner(dls, timm.create_model("test_dmsresnet"), MSELossFlat()), tmp_path / "kd.onnx")

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -70,12 +70,19 @@ class Calibration:
         told = {"data": self.sets.train.name, "images": len(self.chosen), "seed": SEED}
         return {"calibration": json.dumps(told)}
 
-    def quantize(self, content: bytes, written: Format, card: ModelCard, file: Path) -> bytes:
-        """The content of a float file in int8, once it is known what that loses.
+    def quantize(
+        self,
+        program: torch.export.ExportedProgram,
+        texts: Mapping[str, str],
+        written: Format,
+        card: ModelCard,
+        file: Path,
+    ) -> bytes:
+        """The content of a file in int8, once it is known what that loses.
 
         Args:
-            content: The float file's content.
-            written: The format of both.
+            program, texts: Of `traced`.
+            written: The format.
             card: What the network is.
             file: Where it will be written; for the error.
 
@@ -86,8 +93,8 @@ class Calibration:
         if self.sets.agreement:
             raise UserError(f"{valid.name} has no validation images with labels, on which int8 could be checked")
         labels = known_classes(valid, card)[valid.labels]
-        small = written.quantize(content, self.chosen.numpy())
-        found = _compare({"float": content, "int8": small}, written, valid.images, labels)
+        large, small = written.quantize(program, {**texts, **self.metadata()}, self.chosen.numpy())
+        found = _compare({"float": large, "int8": small}, written, valid.images, labels)
         self.compared(found)
         before, after = (100 * each.answers.accuracy for each in found)
         lost = before - after
@@ -113,17 +120,19 @@ def _compare(contents: dict[str, bytes], written: Format, images: torch.Tensor, 
     return [Compared(name, len(content), each, each.agreement(found[0]), ms) for name, content, each, ms in rows]
 
 
-def sets_of(source: str | Path | Learner, card: ModelCard, data: str | Path | None, trust: bool) -> Sets:
+def sets_of(source: str | Path | Learner, card: ModelCard, data: str | Path | Sets | None, trust: bool) -> Sets:
     """The images that a network was trained and validated on, at its size.
 
     Args:
         source, trust: As in `export_model`.
         card: What the network is.
-        data: As in `load_data`. None: a Learner's own images, or the data set of the run.
+        data: As in `load_data`; or the images. None: a Learner's own images, or the data set of the run.
 
     Raises:
         UserError: It is not known which images these are, or they cannot be read.
     """
+    if isinstance(data, Sets):
+        return data
     if isinstance(source, Learner):
         own = [dl.dataset for dl in source.dls.loaders[:2]]
         if data is None and len(own) == 2 and all(isinstance(each, ImageSet) and len(each) for each in own):

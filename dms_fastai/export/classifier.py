@@ -2,8 +2,8 @@
 
 import json
 import warnings
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from ..models.fold import fold_batch_norms
 from ..models.macs import macs
 from .formats import FORMATS
 
-__all__ = ["Classifier", "content_of"]
+__all__ = ["Classifier", "content_of", "expressible", "traced"]
 
 
 class Classifier(nn.Module):
@@ -31,35 +31,50 @@ class Classifier(nn.Module):
         return self.model(pixels.float() * self.scale + self.shift).softmax(1)
 
 
-def content_of(model: nn.Module, card: ModelCard, ending: str, metadata: Mapping[str, str] | None = None) -> bytes:
+def content_of(model: nn.Module, card: ModelCard, ending: str) -> bytes:
     """The content of a file with a network as a classifier of pixels, in floating-point numbers.
 
     Args:
         model, card: The network, and what it is.
         ending: One of `FORMATS`.
-        metadata: What the file is to hold besides "classes" and "macs".
 
     Raises:
         UserError: The format cannot express the network.
     """
+    with expressible(card, ending):
+        return FORMATS[ending].content(*traced(model, card, FORMATS[ending].batch))
+
+
+def traced(
+    model: nn.Module, card: ModelCard, batch: int | None = None
+) -> tuple[torch.export.ExportedProgram, dict[str, str]]:
+    """A network as the graph of a classifier of pixels, and the texts that go with it: "classes" and "macs".
+
+    Args:
+        model, card: The network, and what it is.
+        batch: How many images the graph takes at once; None: any number.
+    """
+    classifier = Classifier(model, card).cpu().float().to(memory_format=torch.contiguous_format).eval()
+    texts = {"classes": json.dumps(card.vocab)}
+    with suppress(Exception):  # what cannot be counted can still be written
+        texts["macs"] = str(macs(classifier.model, card.shape))
+    example = torch.zeros(batch or 2, *card.shape, dtype=torch.uint8)
+    free = {"pixels": {0: torch.export.Dim("batch")}} if batch is None else None
+    program = torch.export.export(classifier, (example,), dynamic_shapes=free)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # this machine's file paths
+    return program, texts
+
+
+@contextmanager
+def expressible(card: ModelCard, ending: str) -> Iterator[None]:
+    """Turn what exporters raise of a network, which may be anybody's, into a UserError; no warnings of theirs."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, of its own deprecations
-            classifier = Classifier(model, card).cpu().float().eval()
-            told = {"classes": json.dumps(card.vocab), **(metadata or {})}
-            with suppress(Exception):  # what cannot be counted can still be written
-                told["macs"] = str(macs(classifier.model, card.shape))
-            return FORMATS[ending].content(_traced(classifier, card.shape), told)
-    except Exception as error:  # the network may be anybody's
+            yield
+    except UserError:
+        raise
+    except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{card.arch} cannot be written as {ending}: {reason}") from error
-
-
-def _traced(classifier: Classifier, shape: tuple[int, int, int]) -> torch.export.ExportedProgram:
-    """The classifier as a graph for batches of any size, without this machine's file paths."""
-    example = torch.zeros(2, *shape, dtype=torch.uint8)
-    batch = {"pixels": {0: torch.export.Dim("batch")}}
-    program = torch.export.export(classifier, (example,), dynamic_shapes=batch)
-    for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)
-    return program

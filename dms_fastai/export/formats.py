@@ -3,7 +3,7 @@
 import io
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 
 from ..errors import UserError, damage
 from ..names import check_format
+from .executorch import lowered, open_program, quantized
 from .int8 import quantize, quiet
 
 __all__ = ["FORMATS", "Exported", "Format", "check_packages", "is_exported", "open_exported"]
@@ -21,7 +22,7 @@ Metadata = Mapping[str, str]  # texts that a file holds beside the network
 
 @dataclass(frozen=True)
 class Exported:
-    """A file of `export_model`, in its own runtime; onnxruntime computes on one thread.
+    """A file of `export_model`, in its own runtime; onnxruntime and ExecuTorch compute on one thread.
 
     Attributes:
         classify: Gives the probabilities, float32 of shape (B, classes), of uint8 images, shape (B, C, H, W).
@@ -51,7 +52,7 @@ def open_exported(file: Path, trust: bool = False) -> Exported:
             is missing.
     """
     written = FORMATS[check_format(file, FORMATS, "run")]
-    check_packages(file, written.runtime)
+    check_packages(file, written.runtime, written.extra)
     if not file.is_file():
         raise UserError(f"no such file: {file}")
     if written.pickled and not trust:
@@ -62,6 +63,8 @@ def open_exported(file: Path, trust: bool = False) -> Exported:
         found = written.open(file)
         if "classes" not in found.metadata:
             raise UserError(f"{file} does not name its classes; it was not written by dms-fastai export")
+        if len(found.shape) != 3 or not all(isinstance(length, int) for length in found.shape):
+            raise UserError(f"{file} does not take images of one size; it was not written by dms-fastai export")
         blank = np.zeros((1, *found.shape), np.uint8)
         if found.classify(blank).shape != (1, len(found.vocab)):
             raise UserError(f"{file} does not give a probability for each of its {len(found.vocab)} classes")
@@ -73,10 +76,10 @@ def is_exported(source: str | Path) -> bool:
     return str(source).endswith(tuple(FORMATS))
 
 
-def check_packages(file: Path, packages: tuple[str, ...]) -> None:
-    """Raise a UserError if one of the packages that a file needs is missing."""
+def check_packages(file: Path, packages: tuple[str, ...], extra: str) -> None:
+    """Raise a UserError if one of the packages that a file needs is missing; the extra has them all."""
     if not all(map(find_spec, packages)):
-        raise UserError(f"{file} needs more packages: pip install {' '.join(packages)}, or 'dms-fastai[edge]'")
+        raise UserError(f"{file} needs more packages: pip install {' '.join(packages)}, or 'dms-fastai[{extra}]'")
 
 
 def _onnx(program: torch.export.ExportedProgram, metadata: Metadata) -> bytes:
@@ -84,6 +87,11 @@ def _onnx(program: torch.export.ExportedProgram, metadata: Metadata) -> bytes:
     onnx = torch.onnx.export(program, dynamo=True, verbose=False, **names)
     onnx.model.metadata_props.update(metadata)
     return onnx.model_proto.SerializeToString()
+
+
+def _int8_onnx(program: torch.export.ExportedProgram, metadata: Metadata, pixels: np.ndarray) -> tuple[bytes, bytes]:
+    content = _onnx(program, metadata)
+    return content, quantize(content, pixels)
 
 
 def _open_onnx(file: Path) -> Exported:
@@ -106,7 +114,7 @@ def _pt2(program: torch.export.ExportedProgram, metadata: Metadata) -> bytes:
 def _open_pt2(file: Path) -> Exported:
     found = {"classes.json": ""}  # torch adds what else there is
     program = torch.export.load(file, extra_files=found)
-    [images], _ = program.example_inputs
+    [images, *_], _ = program.example_inputs
     network = program.module()
 
     @torch.inference_mode()
@@ -115,6 +123,14 @@ def _open_pt2(file: Path) -> Exported:
 
     metadata = {name.removesuffix(".json"): text for name, text in found.items() if text}
     return Exported(classify, tuple(images.shape[1:]), metadata)
+
+
+def _open_pte(file: Path) -> Exported:
+    return Exported(*open_program(file))
+
+
+def _int8_pte(program: torch.export.ExportedProgram, metadata: Metadata, pixels: np.ndarray) -> tuple[bytes, bytes]:
+    return lowered(program, metadata), lowered(quantized(program, pixels), metadata)
 
 
 @dataclass(frozen=True)
@@ -126,19 +142,26 @@ class Format:
         open: Opens such a file in its runtime.
         packages: Further packages that writing it needs.
         runtime: Those that running it needs.
+        extra: The extra of this package that has all of them.
         pickled: Whether opening such a file may run code in it.
-        quantize: Makes int8 of the content, given uint8 images that show the range of the activations.
+        batch: How many images the graph takes at once; None: any number.
+        quantize: Gives the content in float and in int8, from what `content` takes, and uint8 images that show the
+            range of the activations.
     """
 
     content: Callable[[torch.export.ExportedProgram, Metadata], bytes]
     open: Callable[[Path], Exported]
     packages: tuple[str, ...] = ()
     runtime: tuple[str, ...] = ()
+    extra: str = "edge"
     pickled: bool = False
-    quantize: Callable[[bytes, np.ndarray], bytes] | None = None
+    batch: int | None = None
+    quantize: Callable[[torch.export.ExportedProgram, Metadata, np.ndarray], tuple[bytes, bytes]] | None = None
 
 
 ONNX = Format(_onnx, _open_onnx, ("onnx", "onnxscript"), ("onnxruntime",))
-INT8 = Format(_onnx, _open_onnx, ("onnx", "onnxscript", "onnxruntime"), ("onnxruntime",), quantize=quantize)
+INT8_ONNX = replace(ONNX, packages=(*ONNX.packages, *ONNX.runtime), quantize=_int8_onnx)
 PT2 = Format(_pt2, _open_pt2, pickled=True)  # torch.load, where its safe reader fails, takes the other one
-FORMATS = {".onnx": ONNX, ".int8.onnx": INT8, ".pt2": PT2}
+PTE = Format(lowered, _open_pte, ("executorch",), ("executorch",), "executorch", batch=1)
+INT8_PTE = replace(PTE, quantize=_int8_pte)
+FORMATS = {".onnx": ONNX, ".int8.onnx": INT8_ONNX, ".pt2": PT2, ".pte": PTE, ".int8.pte": INT8_PTE}

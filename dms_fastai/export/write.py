@@ -5,14 +5,15 @@ from pathlib import Path
 
 from fastai.learner import Learner
 
-from ..errors import UserError, damage
+from ..data import Sets
+from ..errors import UserError
 from ..files import whole
 from ..learner import DMSLearner
 from ..models.weights import save_weights
 from ..names import check_format
 from ..run_folder import RunFolder
 from .calibrate import Calibration, Compared, sets_of
-from .classifier import content_of
+from .classifier import content_of, expressible, traced
 from .formats import FORMATS, check_packages, is_exported
 from .source import open_model
 
@@ -31,7 +32,7 @@ def export_model(
     source: str | Path | Learner,
     file: str | Path,
     trust: bool = False,
-    data: str | Path | None = None,
+    data: str | Path | Sets | None = None,
     calibrate: int = 200,
     tolerance: float = 0.5,
     compared: Callable[[Sequence[Compared]], None] = lambda rows: None,
@@ -39,18 +40,20 @@ def export_model(
     """Write a model that runs without this package: pixels 0...255 go in, probabilities of the classes come out.
 
     The input "pixels" is uint8 of shape (batch, channels, height, width), in RGB order. The output "probabilities" is
-    float32 of shape (batch, classes). The file holds the names of the classes as JSON, and the multiply-accumulates for
-    one image: an .onnx in its metadata "classes" and "macs", a .pt2 in its extra files "classes.json" and "macs.json".
+    float32 of shape (batch, classes). A .pte takes a batch of one image. The file holds the names of the classes as
+    JSON, and the multiply-accumulates for one image: an .onnx in its metadata "classes" and "macs", a .pt2 in its extra
+    files "classes.json" and "macs.json", a .pte in methods of these names, which return them.
 
-    Weights and activations of an .int8.onnx are 8-bit integers. It is compared with the float file on the validation
-    images. Its metadata "calibration" says which images it was calibrated with.
+    Weights and activations of an .int8.onnx or .int8.pte are 8-bit integers. It is compared with the float file on the
+    validation images, and says in "calibration" which images it was calibrated with.
 
     Args:
         source: As in `predict_files`, but no exported file; or a Learner that classifies images.
-        file: NAME.onnx, NAME.int8.onnx, or NAME.pt2, which `torch.export.load` reads. Written whole or not at all.
+        file: NAME.onnx or NAME.int8.onnx; NAME.pt2, which `torch.export.load` reads; NAME.pte or NAME.int8.pte, which
+            ExecuTorch runs. Written whole or not at all.
         trust: As in `predict_files`.
-        data: For int8, the data set with the images to calibrate with and to compare on. None: the Learner's own, or
-            that of the run.
+        data: For int8, the data set with the images to calibrate with and to compare on, or the images. None: the
+            Learner's own, or those of the run's data set.
         calibrate: For int8, how many training images to calibrate with.
         tolerance: For int8, how many points of accuracy it may lose.
         compared: For int8, gets the figures of the float file and of the int8 file.
@@ -63,18 +66,16 @@ def export_model(
     file = Path(file)
     ending = check_format(file, FORMATS)
     written = FORMATS[ending]
-    check_packages(file, written.packages)
+    check_packages(file, written.packages, written.extra)
     if not isinstance(source, Learner) and is_exported(source):
         raise UserError(f"{source} has been exported already; give the run or the weights that it comes from")
     model, card = open_model(source, trust)
-    metadata, calibration = {}, None
-    if written.quantize is not None:
+    if written.quantize is None:
+        content = content_of(model, card, ending)
+    else:
         calibration = Calibration(sets_of(source, card, data, trust), calibrate, tolerance, compared)
-        metadata = calibration.metadata()
-    content = content_of(model, card, ending, metadata)
-    if calibration is not None:
-        with damage(f"{card.arch} cannot be written as {ending}"):  # the network may be anybody's
-            content = calibration.quantize(content, written, card, file)
+        with expressible(card, ending):
+            content = calibration.quantize(*traced(model, card, written.batch), written, card, file)
     file.parent.mkdir(parents=True, exist_ok=True)
     with whole(file) as partial:
         partial.write_bytes(content)

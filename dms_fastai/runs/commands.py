@@ -9,7 +9,7 @@ from ..errors import UserError
 from ..recipes import Recipe, parse_setting
 from ..run_folder import RunFolder
 from ..show import toml_value
-from .wanted import Wanted
+from .wanted import EDGE, Wanted, recipes_of
 
 __all__ = ["Command", "commands_of"]
 
@@ -65,7 +65,11 @@ def commands_of(wanted: Wanted) -> list[Command]:
                 teaching = next((other for other in recipes if other.name == teaching.name), teaching)
                 _refuse_budget(teaching)
                 after = (_add(found, wanted, _sized(recipe, teaching, wanted), seed),)
-            _add(found, wanted, recipe, seed, after)
+            number = _add(found, wanted, recipe, seed, after)
+            if EDGE in wanted.recipes and [recipe.name] == recipes_of(EDGE):
+                words = (*_words(wanted), "--seed", str(seed), "--wait")  # what is left: pruning, files and a table
+                folder = wanted.pruned_folder(recipe, seed)
+                found[folder.path] = Command(len(found) + 1, words, (number,), folder)
     trained = {path.resolve() for path in found}
     for recipe in recipes:
         teacher = wanted.teacher_of(recipe)

@@ -9,7 +9,7 @@ from ..names import shipped
 from ..recipes import Recipe, flat
 from ..run_folder import RunFolder
 
-__all__ = ["refuse_same_folder", "settings_from"]
+__all__ = ["called", "refuse_same_folder", "settings_from"]
 
 AS_BEFORE = ("data", "augment")  # tables that a pruned network shares with the run that it is of
 
@@ -33,12 +33,19 @@ def settings_from(source: str, recipe: Recipe) -> dict[str, Any]:
     name = facts.facts().recipe if path.exists() and facts.facts_file.is_file() else path.stem
     if recipe.prune is None:
         return {"model.weights": source, "name": f"{recipe.name}-from", "title": f"{recipe.title}, from {name}"}
-    kept, fresh = f"{100 * recipe.prune.macs:.3g}", recipe.prune.from_scratch
-    what = "Half the MACs" if kept == "50" else f"{kept} % of the MACs"
     return {
         **(_shared(facts.recipe()) if path.exists() and facts.recipe_file.is_file() else {}),
         "model.weights": source,
         "teacher": source,
+        **called(name, recipe),
+    }
+
+
+def called(name: str, recipe: Recipe) -> dict[str, str]:
+    """Name and title of a pruned run: `name` is that of the run that is pruned, and `recipe` prunes it."""
+    kept, fresh = f"{100 * recipe.prune.macs:.3g}", recipe.prune.from_scratch
+    what = "Half the MACs" if kept == "50" else f"{kept} % of the MACs"
+    return {
         "name": f"{name}-macs{kept}" + ("-scratch" if fresh else ""),
         "title": f"{what} of {name}" + (", from scratch" if fresh else ""),
     }

@@ -17,24 +17,30 @@ from ..names import DATA_SETS, architectures, is_architecture, shipped, source_n
 from ..recipes import SCALARS, Recipe, ablation_of, load_recipe, recipe_names
 from ..run_folder import Run, RunFolder
 from ..training.parts import PARTS
+from .start_from import called, settings_from
 
-__all__ = ["ALONE", "FOR_TEACHER", "SAME_IMAGES", "SEVERAL", "Wanted", "recipes_of"]
+__all__ = ["ALONE", "EDGE", "FOR_TEACHER", "SAME_IMAGES", "SEVERAL", "Wanted", "recipes_of"]
 
-SEVERAL = ("ablation", "table1")  # words that stand for several recipes
+EDGE = "edge"  # the word for a student that is then pruned and exported
+SEVERAL = ("ablation", "table1", EDGE)  # words that stand for several recipes
 SAME_IMAGES = ("data.size", "data.valid", "data.labels")  # what teacher and student must have in common
 SHARED = ("data", "augment", "bf16", "compile")  # tables whose settings a teacher that is trained gets, too
 ALONE = "-alone"  # ends the name of a student's recipe without its teacher
 PRETRAINED = "teacher/pretrained"  # the recipe that trains a teacher from timm's weights
 FOR_TEACHER = "teacher."  # before the keys of settings that a teacher alone gets
+FOR_PRUNING = "prune."  # before the keys of settings that the pruning of `EDGE` alone gets
 
 
 def recipes_of(word: str) -> list[str]:
     """The recipes that a word of a command stands for.
 
     "ablation" is every recipe that `kd` extends, and `kd`; "table1" adds the other systems of the paper's Table 1.
+    "edge" is `kd`, what `Wanted.pruning` makes of its run, and files of both.
     """
     if word not in SEVERAL:
         return [word]
+    if word == EDGE:
+        return ["kd"]
     others = [name for name in recipe_names() if name.startswith("table1/")]
     return [*ablation_of("kd"), *(others if word == "table1" else [])]
 
@@ -121,13 +127,17 @@ class Wanted:
         bare = [load_recipe(file, name, self.arch) for file in dict.fromkeys(files)]
         found = []
         for file, recipe in zip(dict.fromkeys(files), bare, strict=True):
-            given = {k: v for k, v in self.settings.items() if not k.startswith(FOR_TEACHER)}
+            given = {k: v for k, v in self.settings.items() if not k.startswith(self._apart)}
             own = {k: v for k, v in given.items() if len(bare) == 1 or _is_for(k, recipe, bare)}
             found.append(load_recipe(file, name, self.arch, {**self._everywhere(), **own}))
         names = [recipe.name for recipe in found]
         for name in names:
             if names.count(name) > 1:
                 raise UserError(f"two of the recipes are called {name!r}, and so are their folders; rename one")
+        if EDGE in self.recipes:
+            if self.budget is not None:
+                raise UserError("edge has no budget, for it trains with the network that it prunes; leave --budget out")
+            self.prune_recipe()
         teaching = self.teacher is not None or self.settings.get("teacher") or self.fine_tune_teacher
         if teaching and all(r.distill is None for r in found):
             which = f"recipe {names[0]!r} does" if len(names) == 1 else "these recipes do"
@@ -177,9 +187,32 @@ class Wanted:
             raise UserError(f"recipe {teaching.name!r} needs a teacher itself; train it, and give its run's folder")
         return teaching
 
+    def pruning(self, student: RunFolder, seed: int) -> "Wanted":
+        """What `EDGE` trains next: a finished student, pruned, with itself as the teacher."""
+        settings = settings_from(str(student.path), self.prune_recipe()) | self._to_pruning()
+        more = {"epochs": self.epochs, "schedule": self.schedule, "settings": settings}
+        return Wanted(("prune",), self.data, (seed,), self.root, **more)
+
+    def pruned_folder(self, student: Recipe, seed: int) -> RunFolder:
+        """Where the run of `pruning` goes."""
+        recipe = replace(self.prune_recipe(), model=student.model, data=student.data)
+        return self.folder(replace(recipe, **called(student.name, recipe)), seed)
+
+    def prune_recipe(self) -> Recipe:
+        """The recipe that `pruning` begins with. Like a teacher, it gets settings of `SHARED`, and those of its own."""
+        return load_recipe("prune", source_name(self.data), None, self._everywhere() | self._to_pruning())
+
+    def _to_pruning(self) -> dict[str, Any]:
+        return {k: v for k, v in self.settings.items() if k.split(".")[0] in SHARED or k.startswith(FOR_PRUNING)}
+
+    @property
+    def _apart(self) -> tuple[str, ...]:
+        """How the keys of settings begin that the recipes themselves do not get."""
+        return (FOR_TEACHER, FOR_PRUNING) if EDGE in self.recipes else (FOR_TEACHER,)
+
     def given(self, to_teacher: bool) -> set[str]:
         """The keys that the command sets for recipes, or for the teachers that it trains."""
-        keys = {key for key in self.settings if not key.startswith(FOR_TEACHER)}
+        keys = {key for key in self.settings if not key.startswith(self._apart)}
         if to_teacher:
             keys = {key for key in keys if key.split(".")[0] in SHARED}
             keys |= {key.removeprefix(FOR_TEACHER) for key in self.settings if key.startswith(FOR_TEACHER)}

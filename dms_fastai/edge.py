@@ -1,0 +1,67 @@
+"""A student and its pruned self as files, in float and in int8, beside one another: the end of `run edge`."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+
+from .bench import Row, bench
+from .data import Sets
+from .errors import UserError
+from .export import export_model
+from .export.formats import FORMATS, check_packages
+from .files import whole
+from .models.dmsresnet import DMSResNet
+from .models.prune import widths_within
+from .recipes import Recipe
+from .run_folder import RunFolder
+
+__all__ = ["check_student", "files_of"]
+
+ENDINGS = (".onnx", ".int8.onnx")
+FIGURES = "edge.json"  # in the folder of the last run
+ANY = 100.0  # points of accuracy that int8 may lose: the table tells
+
+
+def check_student(recipe: Recipe, sets: Sets, share: float) -> None:
+    """Raise a UserError, before anything is trained, if a student could not be pruned to this share, or exported."""
+    for ending in ENDINGS:
+        check_packages(Path(f"{recipe.name}{ending}"), FORMATS[ending].packages, FORMATS[ending].extra)
+    if sets.agreement:
+        raise UserError(f"{sets.valid.name} has no validation images with labels, on which int8 could be checked")
+    shape = 3, sets.size, sets.size
+    network = recipe.model.build().create(len(sets.vocab), shape)
+    if not isinstance(network, DMSResNet):
+        raise UserError(
+            f"edge prunes its student, and only this package's residual networks can be pruned, not "
+            f"{recipe.model.name}; give another --arch: dms-fastai models lists them"
+        )
+    widths_within(network, share, shape)
+
+
+def files_of(folders: Sequence[RunFolder], sets: Sets, say: Callable[[str], None]) -> list[Row]:
+    """Export runs in float and in int8, into their folders, and measure the files. What is there is not made again.
+
+    Args:
+        folders: Finished runs. The last one also gets the figures.
+        sets: The images to calibrate with, and those to validate on.
+        say: Gets the name of each file that is written.
+    """
+    figures, files = folders[-1].path / FIGURES, []
+    for folder in folders:
+        for ending in ENDINGS:
+            file = folder.path / f"{folder.path.parent.name}{ending}"
+            if not file.is_file():
+                export_model(folder.path, file, data=sets, tolerance=ANY)
+                say(f"{file}: {file.stat().st_size / 1e6:.2f} MB")
+            files.append(file)
+    if figures.is_file():
+        found = json.loads(figures.read_text(encoding="utf-8"))
+        return [Row(**row | {name: np.array(row[name]) for name in ("one", "many")}) for row in found]
+    rows = [replace(row, name=row.name.removesuffix(row.format)) for row in bench(files, data=sets.valid)]
+    told = [asdict(row) | {"one": row.one.tolist(), "many": row.many.tolist()} for row in rows]
+    with whole(figures) as partial:
+        partial.write_text(json.dumps(told), encoding="utf-8")
+    return rows
