@@ -125,7 +125,7 @@ class TeacherDistill(Callback):
             return None
         facts = {
             "teacher": [self.teacher.digest, self.teacher.sizes],
-            "images": [loader.dataset.digest(), list(loader.dataset.images.shape)],
+            "images": [loader.dataset.digest(), [len(loader.dataset), *loader.dataset.stored.shape]],
             "statistics": [loader.mean, loader.std],
             "batches": {table: found for table, found in recipe.to_table().items() if table in OF_A_BATCH},
             "callbacks": sorted(type(cb).__qualname__ for cb in learn.cbs if hasattr(type(cb), "before_batch")),

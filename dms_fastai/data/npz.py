@@ -1,6 +1,5 @@
 """Arrays of images and labels: .npz files in MedMNIST's convention, or in Keras' (mnist.npz)."""
 
-import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,9 +9,10 @@ import numpy as np
 
 from ..errors import UserError, damage
 from .arrays import ImagesAndLabels, array_splits
+from .memory import machine_memory
 from .splits import NEEDS_TEACHER, Splits, UnlabelledError
 
-__all__ = ["machine_memory", "read_npz"]
+__all__ = ["read_npz"]
 
 NO_NPZ = "{} cannot be read as an .npz file of plain arrays"
 KERAS = {"x_train": "train_images", "y_train": "train_labels", "x_test": "test_images", "y_test": "test_labels"}
@@ -100,11 +100,3 @@ def _header(opened: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
     if dtype.hasobject:
         raise ValueError("it holds Python objects")
     return shape, dtype
-
-
-def machine_memory() -> float:
-    """Bytes of memory that the machine has; infinity where the system does not say."""
-    try:
-        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (AttributeError, ValueError, OSError):
-        return float("inf")
