@@ -6,7 +6,7 @@ import stat
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from ..errors import UserError
@@ -25,6 +25,7 @@ __all__ = ["MIDDLE", "grey_white", "open_image", "read_image", "read_whole", "re
 LARGE = 2**24  # pixels; of images larger than this, one is decoded at a time
 MIDDLE = 0.875  # of the shorter side is seen where crops are cut from larger images in training, as in timm
 LONGEST = 2  # times its shorter side has an image that is kept whole
+SCALES = 8  # is the largest by which a JPEG's sides are divided
 GAP = 2  # times larger than needed is a JPEG decoded at least: then it is half a level of 255 off, on average
 EXTENT = "dms_fastai_extent"  # in an image's `info`: its width and height at the scale at which it was decoded
 one_large = threading.Lock()
@@ -73,7 +74,8 @@ def read_whole(image: Image.Image, size: int, white: float | None = None, middle
     side = min(extent)
     shorter = _shorter(side, size, middle)
     width, height = (min(length, LONGEST * side) for length in extent)
-    return _tensor(_resized(image, (width, height), (round(shorter * width / side), round(shorter * height / side))))
+    kept = tuple(shorter if length == side else int(shorter * length / side) for length in (width, height))
+    return _tensor(_resized(image, (width, height), kept))
 
 
 @contextmanager
@@ -97,11 +99,12 @@ def open_image(file: str | Path | bytes, side: int | None = None) -> Iterator[Im
             pixels, most = image.width * image.height, Image.MAX_IMAGE_PIXELS or math.inf
             if pixels > most:
                 raise ValueError(f"it has {image.width} x {image.height} pixels, and {most:,} are the most")
-            extent = image.draft(None, (GAP * side, GAP * side)) if side else None
+            reduced = image.draft(None, (GAP * side, GAP * side)) if side and _may_be_reduced(image) else None
             if image.width * image.height > LARGE:
                 held.enter_context(one_large)
             image.load()
-            image.info[EXTENT] = image.size if extent is None else extent[1][2:]
+            if reduced is not None:
+                image.info[EXTENT] = reduced[1][2:]
         except FileNotFoundError:
             raise UserError(f"no such image: {name}") from None
         except IsADirectoryError:
@@ -182,6 +185,15 @@ def _tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
+def _may_be_reduced(image: Image.Image) -> bool:
+    """Whether a JPEG has no last pixels that would stand for less than others at a smaller scale, or keeps them last."""
+    if not any(side % SCALES for side in image.size):
+        return True
+    with suppress(Exception):  # EXIF data that cannot be read turn nothing
+        return image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+    return True
+
+
 def _open_regular(file: str | Path) -> Any:
     """The file, open for reading; a pipe or a device, on which opening or reading could wait for ever, is refused."""
     if not stat.S_ISREG(os.stat(file).st_mode) and not os.path.isdir(file):
@@ -210,9 +222,6 @@ def _rgb(image: Image.Image, white: float | None) -> Image.Image:
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
-        turned = ImageOps.exif_transpose(image)
+        return ImageOps.exif_transpose(image)
     except Exception:  # EXIF data that cannot be read say nothing of the pixels, which can
         return image
-    if turned.size != image.size and EXTENT in turned.info:
-        turned.info[EXTENT] = turned.info[EXTENT][::-1]
-    return turned
