@@ -225,7 +225,7 @@ def test_a_run_keeps_how_much_it_has_seen_of_an_image(photos, dms, tmp_path):  #
     more = [word for key in ("size=16", "batch_size=8", "where=disk") for word in ("--set", f"data.{key}")]
     assert dms(*asked, *more, "--set", "augment.min_area=0.4")[0] == 0
     run = Run.read(tmp_path / "x" / "se" / "seed0")
-    assert read_model(run.folder.path, trust=False)[1].middle == 0.875
+    assert read_model(run.folder.weights, trust=False)[1].middle == 0.875
     found = evaluate_model(run.folder.path, photos)
     assert found.accuracy == run.facts.last.valid_accuracy
     files = load_splits(photos, SIZE)["test"].items
@@ -233,9 +233,8 @@ def test_a_run_keeps_how_much_it_has_seen_of_an_image(photos, dms, tmp_path):  #
     _, probabilities = predict_files(run.folder.path, files)
     assert np.abs(probabilities.numpy() - np.exp(predicted.log_probabilities.astype(np.float32))).max() < 0.01
     # where images are is no part of what has been trained
-    code, out, err = dms(*asked, *more[:-2], "--set", "augment.min_area=0.4")
-    assert code == 0
-    assert "finished" in out + err
+    assert dms(*asked, *more[:-2], "--set", "augment.min_area=0.4")[0] == 0
+    assert Run.read(run.folder.path).facts == run.facts
 
 
 # The raw file
@@ -371,14 +370,15 @@ def test_a_disk_that_fills_up_as_images_are_decoded(photos, cache, monkeypatch):
 
 
 @pytest.mark.parametrize("turned", [None, 6, 3])
-@pytest.mark.parametrize("size", [(500, 375), (333, 501), (640, 640)])
+@pytest.mark.parametrize("size", [(500, 375), (333, 501), (640, 480)])
 def test_a_jpeg_decoded_at_a_smaller_scale_is_what_it_was(size, turned, tmp_path):
     exif = Image.Exif()
     if turned is not None:
         exif[0x0112] = turned
     photo(*size).save(tmp_path / "a.jpg", quality=95, exif=exif)
     with decoded.open_image(tmp_path / "a.jpg", 40) as image:
-        assert 80 <= min(image.size) < min(size) / 2 + 1
+        smaller = turned is None or not any(side % 8 for side in size)
+        assert 80 <= min(image.size) <= (min(size) / 2 + 1 if smaller else min(size))
     with Image.open(tmp_path / "a.jpg") as image:
         upright = ImageOps.exif_transpose(image).convert("RGB")
         exact = np.asarray(ImageOps.fit(upright, (40, 40), Image.Resampling.BILINEAR)).astype(int)

@@ -74,17 +74,19 @@ class BatchCropper:
         Where the images are whole, a part of each is cut out and resized, of random area and shape, and cropped then.
 
         Args:
-            images: The batch, in memory on the device.
+            images: The batch, in memory on the device, which nobody else needs.
             index: Which images of all they are, shape (B,), on the device.
             epoch: Counts passes, for `Crops.alternate`.
         """
         cut = isinstance(images, Wholes) and self.crops.min_area < 1
         x = self.cut(images) if cut else images.middles()
         top, left, flipped = self.drawn(index, epoch)
-        pixels = x.permute(0, 2, 3, 1)
         if flipped is not None:
-            pixels = torch.where(flipped[:, None, None, None], pixels.flip(2), pixels)
-        x = self.windows(self.rows(self.padded(pixels)), torch.arange(len(index), device=index.device), top, left)
+            x = mirrored(x, flipped)
+        if self.padding:
+            rows = self.rows(self.padded(x.permute(0, 2, 3, 1)))
+            x = self.windows(rows, torch.arange(len(index), device=index.device), top, left)
+        x = x.contiguous(memory_format=torch.channels_last)
         return x if cut or self.crops.min_area == 1 else self.enlarged(x)
 
     def drawn(self, index: Tensor, epoch: int) -> tuple[Tensor | int, Tensor | int, Tensor | None]:
@@ -183,6 +185,15 @@ class Cropper(BatchCropper):
         return x if self.crops.min_area == 1 else self.enlarged(x)
 
 
+def mirrored(x: Tensor, flipped: Tensor) -> Tensor:
+    """Images (B, C, H, W), some of them flipped left to right; on a CPU, they are changed."""
+    if x.device.type != "cpu":
+        return torch.where(flipped[:, None, None, None], x.flip(3), x)
+    for image in flipped.nonzero().flatten().tolist():  # one after another, they stay in the processor's cache
+        x[image] = x[image].flip(2)
+    return x
+
+
 def mirror(size: int, padding: int, device: torch.device) -> Tensor:
     """Indices of a side of `size` pixels with mirrored borders of `padding` pixels: 2 1 0 1 2 3 2 1 for 4 and 2."""
     place = torch.arange(-padding, size + padding, device=device).abs()
@@ -208,4 +219,5 @@ def at_size(x: Tensor, sides: tuple[int, int]) -> Tensor:
 
 def normalize(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """uint8 images (B, C, H, W) as float32, x * scale + shift, laid out channels last."""
-    return torch.addcmul(shift, x.to(torch.float32, memory_format=torch.channels_last), scale)
+    x = x.to(torch.float32, memory_format=torch.channels_last)
+    return torch.addcmul(shift, x, scale, out=x)  # for memory that is new takes as long as the arithmetic

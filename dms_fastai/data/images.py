@@ -103,7 +103,7 @@ def open_image(file: str | Path | bytes, side: int | None = None) -> Iterator[Im
             if image.width * image.height > LARGE:
                 held.enter_context(one_large)
             image.load()
-            if reduced is not None:
+            if reduced is not None and reduced[1][2:] != image.size:
                 image.info[EXTENT] = reduced[1][2:]
         except FileNotFoundError:
             raise UserError(f"no such image: {name}") from None
@@ -186,7 +186,7 @@ def _tensor(image: Image.Image) -> Tensor:
 
 
 def _may_be_reduced(image: Image.Image) -> bool:
-    """Whether a JPEG has no last pixels that would stand for less than others at a smaller scale, or keeps them last."""
+    """Whether a JPEG has no last pixels that stand for less than others at a smaller scale, or will not be turned."""
     if not any(side % SCALES for side in image.size):
         return True
     with suppress(Exception):  # EXIF data that cannot be read turn nothing
