@@ -484,17 +484,34 @@ def test_a_limit_of_the_shell_counts(monkeypatch, limit):
     monkeypatch.setattr(memory, "_system", lambda: 2.0**40)
     monkeypatch.setattr(memory, "machine_memory", lambda: 2.0**40)
     monkeypatch.setattr(resource, "getrlimit", lambda which: of.get(which, unlimited))
-    monkeypatch.setattr(memory, "CGROUP", Path("nowhere"))
+    monkeypatch.setattr(memory, "GROUPS", Path("nowhere"))
     assert most - 2**35 < memory.free_memory(CPU) < most - 2**26
     of.clear()
     assert memory.free_memory(CPU) == 2**40
 
 
-def test_a_container_s_limit_counts(tmp_path, monkeypatch):
-    (tmp_path / "memory.max").write_text("2000000\n")
-    (tmp_path / "memory.current").write_text("1500000\n")
-    (tmp_path / "memory.stat").write_text("anon 900000\nactive_file 200000\ninactive_file 100000\n")
-    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+@pytest.mark.parametrize(
+    ("group", "inside", "names"),
+    [
+        ("0::/\n", "", ("memory.max", "memory.current", "")),  # a container's
+        ("0::/jobs/7/step\n", "jobs/7", ("memory.max", "memory.current", "")),  # that of a cluster's job
+        (
+            "2:cpu:/x\n3:hugetlb,memory:/jobs/7\n",
+            "memory/jobs/7",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+        ),
+    ],
+)
+def test_a_control_group_s_limit_counts(tmp_path, monkeypatch, group, inside, names):
+    limit, used, prefix = names
+    folder = tmp_path / "cgroup" / inside
+    folder.mkdir(parents=True)
+    (folder / limit).write_text("2000000\n")
+    (folder / used).write_text("1500000\n")
+    (folder / "memory.stat").write_text(f"anon 900000\n{prefix}active_file 200000\n{prefix}inactive_file 100000\n")
+    (tmp_path / "groups").write_text(group)
+    monkeypatch.setattr(memory, "CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(memory, "GROUPS", tmp_path / "groups")
     assert memory.free_memory(CPU) == 800_000
-    (tmp_path / "memory.max").write_text("max\n")
+    (folder / limit).write_text("max\n")
     assert memory.free_memory(CPU) > 1e6

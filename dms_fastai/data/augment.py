@@ -219,5 +219,6 @@ def at_size(x: Tensor, sides: tuple[int, int]) -> Tensor:
 
 def normalize(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """uint8 images (B, C, H, W) as float32, x * scale + shift, laid out channels last."""
-    x = x.to(torch.float32, memory_format=torch.channels_last)
-    return torch.addcmul(shift, x, scale, out=x)  # for memory that is new takes as long as the arithmetic
+    pixels = x.to(torch.float32, memory_format=torch.channels_last)
+    own = None if pixels is x else pixels  # to get new memory takes as long as the arithmetic
+    return torch.addcmul(shift, pixels, scale, out=own)

@@ -153,7 +153,7 @@ def _decode(
 
     def decode_into(rows: Rows) -> None:
         _each(range(len(rows), len(listing.files)), decode, listing, lambda _, found: rows.append(*found))
-        whites = {index: own for index, (*_, own) in enumerate(rows.rows) if not math.isnan(own)}
+        whites = {index: own for index, own in enumerate(rows.rows["white"].tolist()) if not math.isnan(own)}
         if whites:
             common = max(whites.values())
             others = [index for index, own in whites.items() if own != common]

@@ -14,7 +14,7 @@ except ImportError:  # Windows
 
 __all__ = ["free_memory", "gigabytes", "machine_memory"]
 
-CGROUP = Path("/sys/fs/cgroup")
+CGROUP, GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def machine_memory() -> float:
@@ -53,10 +53,7 @@ def _system() -> float:
 
 def _limits() -> Iterator[float]:
     """What is left of each limit on this process; memory that shows a file can be read again, and so counts as free."""
-    for folder, limit, used, kept in (
-        (CGROUP, "memory.max", "memory.current", ""),
-        (CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
-    ):
+    for folder, limit, used, kept in _groups():
         with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
             most, now = (int((folder / name).read_text()) for name in (limit, used))
             stat = _table(folder / "memory.stat")
@@ -68,3 +65,18 @@ def _limits() -> Iterator[float]:
             if most != resource.RLIM_INFINITY:
                 yield most - 1024 * own.get(used, 0)
     yield float("inf")
+
+
+def _groups() -> Iterator[tuple[Path, str, str, str]]:
+    """The control groups of this process, and those that they are in; with the names of their files and numbers."""
+    with contextlib.suppress(OSError):
+        for line in GROUPS.read_text().splitlines():
+            _, names, path = line.split(":", 2)
+            if not names:
+                root, files = CGROUP, ("memory.max", "memory.current", "")
+            elif "memory" in names.split(","):
+                root, files = CGROUP / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+            else:
+                continue
+            own = root / path.lstrip("/")
+            yield from ((folder, *files) for folder in (own, *own.parents) if folder.is_relative_to(root))

@@ -18,7 +18,7 @@ __all__ = ["ArrayInFile", "read_npz"]
 
 NO_NPZ = "{} cannot be read as an .npz file of plain arrays"
 KERAS = {"x_train": "train_images", "y_train": "train_labels", "x_test": "test_images", "y_test": "test_labels"}
-LARGE, PART = 2**30, 2**25  # bytes of images that are not read as a whole, and of the parts that they are read in
+LARGE, PART = 2**30, 2**23  # bytes of images that are not read as a whole, and of the parts that they are read in
 OTHER_NAMES = KERAS | {"unlabeled_images": "unlabelled_images"}
 
 
@@ -119,6 +119,9 @@ class _Archive(Mapping[str, np.ndarray]):
         if in_order and nbytes > LARGE:
             return ArrayInFile(self.file, self._members[name], shape, dtype)
         return self[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._members  # a Mapping would read it
 
     def __getitem__(self, name: str) -> np.ndarray:
         member = self._members[name]

@@ -8,6 +8,7 @@ import contextlib
 import os
 import time
 import warnings
+from array import array
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
@@ -26,16 +27,12 @@ CHANNELS = 3
 
 
 class Rows:
-    """Images that are being written.
-
-    Attributes:
-        rows: Height, width and white of each image that is there; white is NaN where there is none.
-    """
+    """Images that are being written."""
 
     def __init__(self, pixels: BinaryIO, table: BinaryIO, stamp: str, rows: np.ndarray):
-        self.rows, self._pixels, self._table, self._stamp = rows.tolist(), pixels, table, stamp.encode()
-        self._ends = [0, *_ends(rows).tolist()]
-        self._safe, self._synced = len(rows), time.monotonic()
+        self._pixels, self._table, self._stamp = pixels, table, stamp.encode()
+        self._rows, self._ends = bytearray(rows.tobytes()), array("q", [0, *_ends(rows)])
+        self._safe, self._synced = len(self._rows), time.monotonic()
 
     @classmethod
     @contextlib.contextmanager
@@ -54,6 +51,7 @@ class Rows:
             found = cls(opened, told, stamp, rows)
             opened.truncate(found._ends[-1])
             opened.seek(found._ends[-1])
+            told.truncate(STAMP + rows.nbytes if len(rows) else 0)
             try:
                 yield found
             finally:
@@ -65,13 +63,18 @@ class Rows:
         return cls(BytesIO(), BytesIO(), "", np.empty(0, ROW))
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self._ends) - 1
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Height, width and white of each image that is there; white is NaN where there is none."""
+        return np.frombuffer(bytes(self._rows), ROW)
 
     def append(self, image: np.ndarray, white: float | None = None) -> None:
         """Write the next image, uint8 of shape (H, W, 3), and the white that its own values suggest, if any."""
         self._pixels.write(np.ascontiguousarray(image).data)
         self._ends.append(self._ends[-1] + image.nbytes)
-        self.rows.append(_row(image, white))
+        self._rows += _row(image, white)
         if time.monotonic() - self._synced > SECONDS:
             self.sync()
 
@@ -80,22 +83,23 @@ class Rows:
         self._pixels.seek(self._ends[index])
         self._pixels.write(np.ascontiguousarray(image).data)
         self._pixels.seek(self._ends[-1])
-        self.rows[index] = _row(image, white)
-        self._safe = min(self._safe, index)
+        first = index * ROW.itemsize
+        self._rows[first : first + ROW.itemsize] = _row(image, white)
+        self._safe = min(self._safe, first)
 
     def sync(self) -> None:
         """Have the disk keep all images so far, and only then say that they are there."""
         _flush(self._pixels)
         self._table.seek(0)
         self._table.write(self._stamp)
-        self._table.seek(self._safe * ROW.itemsize, os.SEEK_CUR)
-        self._table.write(np.array(self.rows[self._safe :], ROW).tobytes())
+        self._table.seek(self._safe, os.SEEK_CUR)
+        self._table.write(self._rows[self._safe :])
         _flush(self._table)
-        self._safe, self._synced = len(self.rows), time.monotonic()
+        self._safe, self._synced = len(self._rows), time.monotonic()
 
     def content(self) -> tuple[Tensor, np.ndarray]:
         """As `read_rows`, for images in memory."""
-        return torch.frombuffer(self._pixels.getbuffer(), dtype=torch.uint8), np.array(self.rows, ROW)
+        return torch.frombuffer(self._pixels.getbuffer(), dtype=torch.uint8), self.rows
 
 
 def read_rows(file: Path, stamp: str, count: int) -> tuple[Tensor, np.ndarray] | None:
@@ -137,8 +141,8 @@ def _readable(file: Path, stamp: str) -> np.ndarray:
     return np.empty(0, ROW)
 
 
-def _row(image: np.ndarray, white: float | None) -> tuple[int, int, float]:
-    return (*image.shape[:2], np.nan if white is None else white)
+def _row(image: np.ndarray, white: float | None) -> bytes:
+    return np.array((*image.shape[:2], np.nan if white is None else white), ROW).tobytes()
 
 
 def _ends(rows: np.ndarray) -> np.ndarray:
