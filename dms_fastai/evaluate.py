@@ -108,7 +108,7 @@ def evaluate_model(
     batches = torch.arange(len(images)).split(VALID_BATCH.get(device.type, BATCH))
     with torch.inference_mode(), fast_kernels(device):
         for index in track(batches):
-            x, y = normalize(images.images[index].to(device), *scaling), images.labels[index].to(device)
+            x, y = normalize(images.gathered(index).to(device), *scaling), images.labels[index].to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 seen = [model(view) for view in ((x, x.flip(-1)) if tta else (x,))]
             logits, wanted = torch.stack(seen).float(), known[y]
@@ -133,7 +133,7 @@ def _timm_model(name: str) -> tuple[nn.Module, ModelCard]:
 def split_images(data: str | Path, split: str | None, labels: str | Path | None, card: ModelCard) -> ImageSet:
     """The images of a split, as large as the model's; arguments and errors as in `evaluate_model`."""
     check_square(card)
-    splits = load_splits(data, card.shape[1], labels)
+    splits = load_splits(data, card.shape[1], labels, middle=card.middle)
     found = split or next((name for name in ("test", "val") if name in splits), "test")
     there = [each for each in splits if each != "unlabelled"]
     if found not in there:

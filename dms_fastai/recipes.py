@@ -93,8 +93,11 @@ class Recipe(Tables):
         return tomli_w.dumps(self.to_table())
 
     def without_folders(self) -> "Recipe":
-        """The recipe for other machines: of absolute paths, only the ends are left."""
-        cut = {"data": {"labels": cut_path(self.data.labels)}, "model": {"weights": cut_path(self.model.weights)}}
+        """The recipe for other machines: of absolute paths, only the ends are left, and images are where they fit."""
+        cut = {
+            "data": {"labels": cut_path(self.data.labels), "where": "auto"},
+            "model": {"weights": cut_path(self.model.weights)},
+        }
         tables = {name: dataclasses.replace(getattr(self, name), **ends) for name, ends in cut.items()}
         return dataclasses.replace(self, teacher=cut_path(self.teacher), **tables)
 

@@ -123,11 +123,13 @@ class TeacherDistill(Callback):
         recipe, loader = getattr(learn, "recipe", None), learn.dls.train
         if recipe is None or not isinstance(loader, BatchLoader):
             return None
+        tables = recipe.to_table()
+        del tables["data"]["where"]  # batches are the same
         facts = {
             "teacher": [self.teacher.digest, self.teacher.sizes],
-            "images": [loader.dataset.digest(), list(loader.dataset.images.shape)],
+            "images": [loader.dataset.digest(), [len(loader.dataset), *loader.dataset.stored.shape]],
             "statistics": [loader.mean, loader.std],
-            "batches": {table: found for table, found in recipe.to_table().items() if table in OF_A_BATCH},
+            "batches": {table: found for table, found in tables.items() if table in OF_A_BATCH},
             "callbacks": sorted(type(cb).__qualname__ for cb in learn.cbs if hasattr(type(cb), "before_batch")),
         }
         answers = KeptLogits.of(facts, (learn.fixed_views.count, len(loader), loader.bs, learn.dls.c))

@@ -33,6 +33,7 @@ def load_data(
     balance: bool = False,
     view: int | None = None,
     classes: Sequence[str] | None = None,
+    where: str = "auto",
     **crops: Any,
 ) -> DataLoaders:
     """fastai `DataLoaders` over a data set, with crops and flips in training.
@@ -51,18 +52,19 @@ def load_data(
         view: Height and width of the images that a teacher expects. Where they come larger than `size`, training
             batches are as large as that, and `dms_learner` makes the student's images from them.
         classes: Names of the classes, in order, for a teacher's student, where no training image has a label.
+        where: As in `Data`.
         crops: As in `Crops`; digits are not flipped unless `flip` is given.
 
     Raises:
         UserError: Data that are missing or cannot be trained on, or a setting out of range.
     """
-    chosen = Data(bs, size, valid, None if labels is None else str(labels), balance)
+    chosen = Data(bs, size, valid, None if labels is None else str(labels), balance, where)
     if crops.get("flip") is None:
         crops.pop("flip", None)
     if source_name(data) in NO_FLIP:
         crops.setdefault("flip", 0.0)
     cropped = Crops(**crops)
-    sets = chosen.open(data, seed, classes).for_distillation
+    sets = chosen.open(data, seed, classes, crops=cropped).for_distillation
     if view is not None:
         sets = chosen.enlarged(sets, data, convert(view, Pixels, "view"), seed)
-    return sets.loaders(bs, cropped, mean, std, device, balance)
+    return sets.loaders(bs, cropped, mean, std, device, balance, where)

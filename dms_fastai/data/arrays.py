@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,8 +15,12 @@ from ..training.losses import UNLABELLED
 from .folder import class_name
 from .images import resize, to_rgb
 from .imageset import ImageSet
+from .in_parts import extremes, squares_of
 from .splits import Splits
 from .white import as_bytes, describe, white_of
+
+if TYPE_CHECKING:
+    from .npz import ArrayInFile
 
 __all__ = ["ImagesAndLabels", "array_splits", "label_indices", "vocab_of"]
 
@@ -26,10 +31,11 @@ LARGEST = 2**31  # a larger number stands for "no class" in somebody's arrays
 class ImagesAndLabels:
     """The arrays of a split: images, shape (N, H, W), (N, H, W, C) or (N, C, H, W), and labels, shape (N,) or (N, 1).
 
-    Pixels may be bytes, other whole numbers, or decimal numbers; labels whole numbers or text; None: there are none.
+    Images may also be a large array in a file, which is read in parts. Pixels may be bytes, other whole numbers, or
+    decimal numbers; labels whole numbers or text; None: there are none.
     """
 
-    images: np.ndarray
+    images: "np.ndarray | ArrayInFile"
     labels: np.ndarray | None
 
 
@@ -57,15 +63,18 @@ def array_splits(
         labels = np.full(len(arrays.images), UNLABELLED) if without else _one_each(arrays.labels, f"{where}_labels")
         vocab = vocab_of(labels, names, source) if train is None else list(train.vocab)
         indices = labels if without else label_indices(labels, vocab, f"{where}_labels", named=names is not None)
+        whole = isinstance(arrays.images, np.ndarray)
         try:
-            white = None
-            if arrays.images.dtype != np.uint8:
-                white = white_of(arrays.images) if train is None or train.white is None else train.white
-            pixels = to_rgb(as_bytes(arrays.images, white))
+            white = None if train is None or arrays.images.dtype == np.uint8 else train.white
+            if white is None and arrays.images.dtype != np.uint8:
+                white = white_of(arrays.images if whole else extremes(arrays.images))
+            pixels = (
+                to_rgb(as_bytes(arrays.images, white)) if whole else to_rgb(torch.empty(0, *arrays.images.shape[1:]))
+            )
         except UserError as error:
             raise UserError(f"{where}_images: {error.message}") from None
-        if len(pixels) != len(indices) or not len(indices):
-            counts = f"{len(pixels)} images and {len(indices)} labels"
+        if len(arrays.images) != len(indices) or not len(indices):
+            counts = f"{len(arrays.images)} images and {len(indices)} labels"
             raise UserError(f"{where} has {counts}; give equally many, at least 1")
         side = size or (min(pixels.shape[-2:]) if train is None else train.size)
         if train is None:
@@ -76,7 +85,8 @@ def array_splits(
         elif size is None and min(pixels.shape[-2:]) != side:
             found = "x".join(map(str, pixels.shape[-2:]))
             notice(f"{where}_images are {found} pixels; they are resized to {side}x{side}, as the training images are")
-        found = ImageSet(resize(pixels, side), torch.from_numpy(indices), vocab, white=white)
+        stored = resize(pixels, side) if whole else squares_of(arrays.images, side, white)
+        found = ImageSet(stored, torch.from_numpy(indices), vocab, white=white)
         found.own_size = min(pixels.shape[-2:])
         return found
 

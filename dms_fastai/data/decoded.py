@@ -1,35 +1,41 @@
-"""Image files, decoded once, then cached beside the user's other caches."""
+"""Image files, decoded once into a raw file beside the user's other caches, which is then memory-mapped."""
 
 import contextlib
 import hashlib
 import json
+import math
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from filelock import FileLock
 from rich.console import Console
 from rich.progress import track
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import UserError, notice
-from ..files import sweep, whole
+from ..files import sweep
 from ..training.losses import UNLABELLED
-from .images import grey_white, open_image, read_image
+from .images import grey_white, open_image, read_image, read_whole
 from .imageset import ImageSet
+from .memory import free_memory, gigabytes
+from .rows import Rows, bytes_of, read_rows
+from .stored import CHANNELS, Squares, Stored, Wholes
 from .white import BYTE, describe
 
-__all__ = ["Listing", "cache_dir", "decoded_image_set"]
+__all__ = ["Listing", "alone", "cache_dir", "decoded_image_set", "write_rows"]
 
 SHOW_PROGRESS_FROM = 2000
 LISTED = 10  # unreadable files in one message
 AHEAD = 64  # files that are given to the threads before the first is asked for
-READING = b"3"  # to be counted up when images are read in another way, so that older caches are not used
+READING = b"4"  # to be counted up when images are read in another way, so that older caches are not used
 
 
 @dataclass(frozen=True)
@@ -57,51 +63,62 @@ def cache_dir() -> Path:
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "dms_fastai"
 
 
-def decoded_image_set(listing: Listing, size: int, like: ImageSet | None = None) -> ImageSet:
-    """The listed images, square.
+def decoded_image_set(listing: Listing, size: int, like: ImageSet | None = None, middle: float = 1.0) -> ImageSet:
+    """The listed images, memory-mapped from the cache.
 
-    They are cached; any file added, removed, moved, resized or touched makes the cache stale.
+    Any file added, removed, moved, resized or touched makes the cache stale. A process that was killed as it decoded
+    leaves the images that it had done, and the next one goes on.
 
     Args:
         listing: The files.
-        size: Height and width that every image is cropped and resized to.
+        size: Height and width of what is given out of each image.
         like: The training images, if these are others: grey of more than 8 bits is scaled as theirs is.
+        middle: Below 1, images are kept whole, as `read_whole` makes them, and not as their middle squares.
 
     Raises:
-        UserError: Files that cannot be read as images; names them.
+        UserError: Files that cannot be read as images; names them. Or the images fit neither on the disk nor into
+            memory.
     """
-    images, white = _read(listing, size, None if like is None else like.white)
+    images, white = _read(listing, size, None if like is None else like.white, middle)
     if like is None and white not in (None, BYTE):
         notice(f"{listing.root}: grey {describe(white)}")
     labels = torch.tensor(listing.labels, dtype=torch.long)
     return ImageSet(images, labels, listing.vocab, files=listing.files, root=listing.root, white=white)
 
 
-def _read(listing: Listing, size: int, white: float | None) -> tuple[Tensor, float | None]:
+def _read(listing: Listing, size: int, white: float | None, middle: float) -> tuple[Stored, float | None]:
     """The images, and the white that they were scaled with if there is grey of more than 8 bits."""
-    root = listing.root.resolve()
+    root, count = listing.root.resolve(), len(listing.files)
     where = hashlib.sha256(f"{root}{listing.name}".encode(errors="surrogateescape")).hexdigest()[:16]
     stamp = _stamp(listing, white)
-    cache = cache_dir() / f"{root.parent.name}-{root.name}-{size}-{where}.safetensors"
-    found = _load_cache(cache, stamp)
+    kept = "" if middle == 1 else f"of{round(size / middle)}"
+    cache = cache_dir() / f"{root.parent.name}-{root.name}-{size}{kept}-{where}"
+    found = read_rows(cache, stamp, count)
     if found is None:
-        with _alone(cache):  # of several processes that begin together, one decodes
-            found = _load_cache(cache, stamp)
+        with alone(cache) as locked:  # of several processes that begin together, one decodes
+            found = read_rows(cache, stamp, count)
             if found is None:
-                found = _decode(listing, size, white)
-                _save_cache(cache, *found, stamp)
-    return found
+                found = _decode(listing, size, white, middle, cache if locked else None, stamp)
+    pixels, rows = found
+    sides = torch.from_numpy(np.stack([rows["height"], rows["width"]], 1).astype(np.int64))
+    whites = rows["white"][~np.isnan(rows["white"])]
+    white = white if not len(whites) else float(whites[0])
+    if (sides == size).all():
+        return Squares([pixels.view(count, size, size, CHANNELS).permute(0, 3, 1, 2)]), white
+    return Wholes.in_a_row(pixels, sides, size), white
 
 
 @contextlib.contextmanager
-def _alone(cache: Path) -> Iterator[None]:
-    """Keep other processes from making the same cache. Where nothing can be cached or locked, everybody decodes."""
-    lock = FileLock(cache.with_name(f".{cache.name}.lock"))
+def alone(cache: Path) -> Iterator[bool]:
+    """Keep other processes from making the same cache; gives whether that was possible, and so whether to write it."""
+    lock, locked = FileLock(cache.with_name(f".{cache.name}.lock")), False
     with contextlib.suppress(OSError, NotImplementedError):
         cache.parent.mkdir(parents=True, exist_ok=True)
+        sweep(cache.parent, "*")
         lock.acquire()
+        locked = True
     try:
-        yield
+        yield locked
     finally:
         lock.release()
 
@@ -123,52 +140,99 @@ def _stamp(listing: Listing, white: float | None) -> str:
     return digest.hexdigest()
 
 
-def _decode(listing: Listing, size: int, white: float | None) -> tuple[Tensor, float | None]:
-    images = torch.empty(len(listing.files), 3, size, size, dtype=torch.uint8)
-    whites: dict[int, float] = {}
+def _decode(
+    listing: Listing, size: int, white: float | None, middle: float, cache: Path | None, stamp: str
+) -> tuple[Tensor, np.ndarray]:
+    """Decode what the cache does not have yet; into memory, where there is no cache or it cannot be written."""
 
-    def decode(index: int, scale: float | None) -> None:
-        with open_image(listing.root / listing.files[index]) as image:
+    def decode(index: int, scale: float | None = white) -> tuple[np.ndarray, float | None]:
+        with open_image(listing.root / listing.files[index], round(size / middle)) as image:
             own = grey_white(image) if scale is None else None
-            images[index] = read_image(image, size, scale)
-        if own is not None:
-            whites[index] = own
+            kept = read_image(image, size, scale) if middle == 1 else read_whole(image, size, scale, middle)
+        return kept.permute(1, 2, 0).numpy(), own
 
-    _each(range(len(images)), lambda index: decode(index, white), listing)
-    if whites:
-        white = max(whites.values())
-        _each([index for index, own in whites.items() if own != white], lambda index: decode(index, white), listing)
-    return images, white
+    def decode_into(rows: Rows) -> None:
+        _each(range(len(rows), len(listing.files)), decode, listing, lambda _, found: rows.append(*found))
+        whites = {index: own for index, own in enumerate(rows.rows["white"].tolist()) if not math.isnan(own)}
+        if whites:
+            common = max(whites.values())
+            others = [index for index, own in whites.items() if own != common]
+            scaled = partial(decode, scale=common)
+            _each(others, scaled, listing, lambda index, found: rows.replace(index, found[0], common))
+
+    needed = len(listing.files) * CHANNELS * round(size / middle) ** 2
+    return write_rows(decode_into, cache, stamp, needed, listing.root)
 
 
-def _each(indices: Sequence[int], decode: Callable[[int], None], listing: Listing) -> None:
-    """Call `decode` for every index, several at a time; an interruption ends it after the images at hand.
+def write_rows(
+    write: Callable[[Rows], None], cache: Path | None, stamp: str, needed: int, source: object
+) -> tuple[Tensor, np.ndarray]:
+    """Have images written to the cache or, where it cannot be written, into memory; gives them as `read_rows` does.
+
+    Args:
+        write: Appends all images that are not there yet.
+        cache: As in `read_rows`; None: there is none.
+        stamp: As in `read_rows`.
+        needed: Bytes that the images take at least.
+        source: What they are read from, for messages.
+
+    Raises:
+        UserError: They fit neither on the disk nor into memory.
+    """
+    free, reason = 0, "no cache can be written"
+    with contextlib.suppress(OSError):
+        free = shutil.disk_usage(cache_dir()).free
+    if cache is not None and needed <= free + bytes_of(cache):
+        try:
+            with Rows.on_disk(cache, stamp) as rows:
+                write(rows)
+            found = read_rows(cache, stamp, len(rows))
+            if found is not None:
+                return found
+        except OSError as error:
+            reason = error.strerror or str(error)
+    if needed > (memory := free_memory(torch.device("cpu"))):
+        raise UserError(
+            f"{source}: the images take {gigabytes(needed)}; {cache_dir()} has {gigabytes(free)} free ({reason}), and "
+            f"memory {gigabytes(memory)}; set DMS_FASTAI_CACHE to a folder on another disk, or give a smaller --set "
+            f"data.size"
+        )
+    rows = Rows.in_memory()
+    write(rows)
+    return rows.content()
+
+
+def _each(
+    indices: Sequence[int], decode: Callable[[int], Any], listing: Listing, use: Callable[[int, Any], None]
+) -> None:
+    """Call `decode` for every index, several at a time, and `use` with what it gives, in order, up to the first error.
+
+    An interruption ends it after the images at hand.
 
     Raises:
         UserError: The first error; names the other files that have one, too.
     """
 
-    def error_of(index: int) -> UserError | None:
+    def try_to(index: int) -> Any:
         try:
-            decode(index)
+            return decode(index)
         except UserError as error:
             return error
-        return None
 
     errors: dict[str, UserError] = {}
     pool = ThreadPoolExecutor()
     try:
         found = (
-            error
-            for first in range(0, len(indices), AHEAD)
-            for error in pool.map(error_of, indices[first : first + AHEAD])
+            each for first in range(0, len(indices), AHEAD) for each in pool.map(try_to, indices[first : first + AHEAD])
         )
         if len(indices) >= SHOW_PROGRESS_FROM:
             console = Console(stderr=True)
             found = track(found, f"reading {listing.root}", len(indices), console=console, transient=True)
-        for index, error in zip(indices, found, strict=True):
-            if error is not None:
-                errors[listing.files[index]] = error
+        for index, each in zip(indices, found, strict=True):
+            if isinstance(each, UserError):
+                errors[listing.files[index]] = each
+            elif not errors:
+                use(index, each)
     finally:
         pool.shutdown(cancel_futures=True)
     if errors:
@@ -176,23 +240,3 @@ def _each(indices: Sequence[int], decode: Callable[[int], None], listing: Listin
         named = ", ".join(more[:LISTED]) + (", ..." if len(more) > LISTED else "")
         first = next(iter(errors.values())).message
         raise UserError(first + (f"; so it is with {len(more)} more in {listing.root}: {named}" if more else ""))
-
-
-def _load_cache(cache: Path, stamp: str) -> tuple[Tensor, float | None] | None:
-    try:
-        with safe_open(cache, "pt") as file:
-            facts = file.metadata() or {}
-            if facts.get("stamp") == stamp:
-                return file.get_tensor("images"), json.loads(facts["white"])
-    except (OSError, SafetensorError, KeyError, ValueError):
-        pass
-    return None
-
-
-def _save_cache(cache: Path, images: Tensor, white: float | None, stamp: str) -> None:
-    """Cache decoded images. A cache that cannot be written is no error."""
-    with contextlib.suppress(OSError, SafetensorError):
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        sweep(cache.parent, "*")
-        with whole(cache) as partial:
-            save_file({"images": images}, partial, {"stamp": stamp, "white": json.dumps(white)})

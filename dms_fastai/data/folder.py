@@ -33,15 +33,16 @@ PASSED_OVER = {"__MACOSX"}  # beside hidden files and folders
 ENDINGS = 5  # in one message
 
 
-def read_folder(folder: Path, size: int, classes: Sequence[str] | None = None) -> Splits:
+def read_folder(folder: Path, size: int, classes: Sequence[str] | None = None, middle: float = 1.0) -> Splits:
     """The splits of an image folder.
 
     Args:
         folder: A folder with train/CLASS/ and, optionally, test/CLASS/ and valid/, val/ or validation/CLASS/; or one
             with CLASS/ alone, all of whose images are for training. An unlabelled/ beside these has images at any
             depth, without labels.
-        size: Height and width that every image is cropped and resized to.
+        size: Height and width of what is given out of each image.
         classes: Names of the classes, in order, to be taken where the training images are in no class folders.
+        middle: As in `decoded_image_set`.
 
     Raises, some of it when a split is read:
         UserError: There are no classes, a class is empty or the only one, a split has a class that train has not, it
@@ -64,14 +65,14 @@ def read_folder(folder: Path, size: int, classes: Sequence[str] | None = None) -
             raise UserError(f"{folder} has both {first.name!r} and {second.name!r}; remove or rename one")
         [root] = found[split]
         if split == "unlabelled":
-            return decoded_image_set(unlabelled(root, find_images(root), vocab), size, train)
+            return decoded_image_set(unlabelled(root, find_images(root), vocab), size, train, middle)
         try:
             files = _classes(_walk(root, besides=found.get("unlabelled", ())), root, split)
         except UnlabelledError:
             if classes is None or (train is not None and train.labelled):
                 raise
             vocab[:] = classes
-            return decoded_image_set(unlabelled(root, find_images(root), vocab), size, train)
+            return decoded_image_set(unlabelled(root, find_images(root), vocab), size, train, middle)
         if split == "train":
             vocab[:] = _vocab_of(files, root)
         elif not set(files) <= set(vocab):
@@ -84,7 +85,7 @@ def read_folder(folder: Path, size: int, classes: Sequence[str] | None = None) -
             [label for label, name in enumerate(vocab) for _ in files.get(name, [])],
             vocab,
         )
-        return decoded_image_set(listing, size, train)
+        return decoded_image_set(listing, size, train, middle)
 
     for split in found:
         splits.add(split, partial(read, split))

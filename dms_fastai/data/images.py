@@ -1,4 +1,4 @@
-"""Images in, uint8 tensors out: any file, mode and size that Pillow reads, always RGB and square."""
+"""Images in, uint8 tensors out: any file, mode and size that Pillow reads, always RGB."""
 
 import math
 import os
@@ -6,7 +6,7 @@ import stat
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -14,21 +14,26 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from ..errors import UserError
 from .white import as_bytes, white_of
 
-__all__ = ["grey_white", "open_image", "read_image", "resize", "to_rgb"]
+__all__ = ["MIDDLE", "grey_white", "open_image", "read_image", "read_whole", "resize", "to_rgb"]
 
 LARGE = 2**24  # pixels; of images larger than this, one is decoded at a time
+MIDDLE = 0.875  # of the shorter side is seen where crops are cut from larger images in training, as in timm
+LONGEST = 2  # times its shorter side has an image that is kept whole
+SCALES = 8  # is the largest by which a JPEG's sides are divided
+GAP = 2  # times larger than needed is a JPEG decoded at least: then it is half a level of 255 off, on average
+EXTENT = "dms_fastai_extent"  # in an image's `info`: its width and height at the scale at which it was decoded
 one_large = threading.Lock()
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # such images are refused here
 
 
-def read_image(item: Any, size: int | None = None, white: float | None = None) -> Tensor:
+def read_image(item: Any, size: int | None = None, white: float | None = None, middle: float = 1.0) -> Tensor:
     """One image as a uint8 tensor, shape (3, size, size).
 
     Args:
@@ -36,6 +41,7 @@ def read_image(item: Any, size: int | None = None, white: float | None = None) -
             with 1 or 3 channels.
         size: Height and width that the middle square is resized to. None keeps the image as it is.
         white: The value that becomes 255, for pixels that are not bytes; None: what the image's own values suggest.
+        middle: Share of the shorter side that is seen; more, where an image would have to be enlarged for it.
 
     Raises:
         UserError: The file is missing or is no image, or the array has another shape or type.
@@ -44,19 +50,42 @@ def read_image(item: Any, size: int | None = None, white: float | None = None) -
         if isinstance(item, Tensor):
             item = (item.float() if item.dtype == torch.bfloat16 else item).numpy(force=True)
         pixels = to_rgb(as_bytes(item[None], white))
-        return (resize(pixels, size) if size else pixels)[0]
+        return (resize(pixels, size, middle) if size else pixels)[0]
     if not isinstance(item, Image.Image):
-        with open_image(item) as opened:
-            return read_image(opened, size, white)
+        with open_image(item, size and round(size / middle)) as opened:
+            return read_image(opened, size, white, middle)
+    if size and middle < 1:
+        return _middle(read_whole(item, size, white, middle), size).contiguous()
     image = _rgb(item, white)
-    if size and image.size != (size, size):
-        image = ImageOps.fit(image, (size, size), method=Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    if size:
+        side = min(_extent(image))
+        image = _resized(image, (side, side), (size, size))
+    return _tensor(image)
+
+
+def read_whole(image: Image.Image, size: int, white: float | None = None, middle: float = MIDDLE) -> Tensor:
+    """All of an image, but for the ends of one that is more than twice as long as wide: uint8, (3, height, width).
+
+    Its shorter side has `size / middle` pixels, or fewer if it came with fewer; but `size` at least. Arguments and
+    errors as in `read_image`.
+    """
+    image = _rgb(image, white)
+    extent = _extent(image)
+    side = min(extent)
+    shorter = _shorter(side, size, middle)
+    width, height = (min(length, LONGEST * side) for length in extent)
+    kept = tuple(shorter if length == side else int(shorter * length / side) for length in (width, height))
+    return _tensor(_resized(image, (width, height), kept))
 
 
 @contextmanager
-def open_image(file: str | Path | bytes) -> Iterator[Image.Image]:
+def open_image(file: str | Path | bytes, side: int | None = None) -> Iterator[Image.Image]:
     """The decoded image in a file, or in its bytes. Of large images, one at a time is held in memory.
+
+    Args:
+        file: The file, or its bytes.
+        side: How many pixels its shorter side is needed with: a larger JPEG is decoded at a smaller scale, if it then
+            still has twice as many. None: it is decoded as it is.
 
     Raises:
         UserError: The file is missing, is no image, or has too many pixels; or what is done with the image raises one,
@@ -70,9 +99,12 @@ def open_image(file: str | Path | bytes) -> Iterator[Image.Image]:
             pixels, most = image.width * image.height, Image.MAX_IMAGE_PIXELS or math.inf
             if pixels > most:
                 raise ValueError(f"it has {image.width} x {image.height} pixels, and {most:,} are the most")
-            if pixels > LARGE:
+            reduced = image.draft(None, (GAP * side, GAP * side)) if side and _may_be_reduced(image) else None
+            if image.width * image.height > LARGE:
                 held.enter_context(one_large)
             image.load()
+            if reduced is not None and reduced[1][2:] != image.size:
+                image.info[EXTENT] = reduced[1][2:]
         except FileNotFoundError:
             raise UserError(f"no such image: {name}") from None
         except IsADirectoryError:
@@ -108,16 +140,58 @@ def to_rgb(pixels: Tensor) -> Tensor:
     return pixels.expand(-1, 3, -1, -1).contiguous()
 
 
-def resize(pixels: Tensor, size: int) -> Tensor:
-    """The middle squares of uint8 images (N, C, H, W), resized to (N, C, size, size) with antialiasing."""
-    height, width = pixels.shape[-2:]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    pixels = pixels[..., top : top + side, left : left + side]
+def resize(pixels: Tensor, size: int, middle: float = 1.0) -> Tensor:
+    """The middle squares of uint8 images (N, C, H, W), resized to (N, C, size, size) with antialiasing.
+
+    `middle` as in `read_image`.
+    """
+    if middle < 1:
+        larger = resize(pixels, _shorter(min(pixels.shape[-2:]), size, middle))
+        return _middle(larger, size).contiguous()
+    side = min(pixels.shape[-2:])
+    pixels = _middle(pixels, side)
     if side == size:
         return pixels.contiguous()
     chunks = pixels.split(4096)  # a whole data set at once would need several times its size
     return torch.cat([F.interpolate(c, size=(size, size), mode="bilinear", antialias=True) for c in chunks])
+
+
+def _middle(pixels: Tensor, size: int) -> Tensor:
+    """The middle squares of `size` pixels."""
+    top, left = ((side - size) // 2 for side in pixels.shape[-2:])
+    return pixels[..., top : top + size, left : left + size]
+
+
+def _shorter(side: float, size: int, middle: float) -> int:
+    """The shorter side that an image is kept with, if it came with `side`, and `size` pixels are its middle."""
+    return max(size, min(round(side), round(size / middle)))
+
+
+def _extent(image: Image.Image) -> tuple[float, float]:
+    """Width and height; of a JPEG that was decoded at a smaller scale, its last pixels may stand for less than one."""
+    return image.info.get(EXTENT, image.size)
+
+
+def _resized(image: Image.Image, cut: tuple[float, float], size: tuple[int, int]) -> Image.Image:
+    """The middle of an image, of `cut` width and height, resized to `size`."""
+    extent = _extent(image)
+    left, top = ((whole - part) / 2 for whole, part in zip(extent, cut, strict=True))
+    if image.size == size == cut:
+        return image
+    return image.resize(size, Image.Resampling.BILINEAR, box=(left, top, left + cut[0], top + cut[1]))
+
+
+def _tensor(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def _may_be_reduced(image: Image.Image) -> bool:
+    """Whether a JPEG has no last pixels that stand for less than others at a smaller scale, or will not be turned."""
+    if not any(side % SCALES for side in image.size):
+        return True
+    with suppress(Exception):  # EXIF data that cannot be read turn nothing
+        return image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+    return True
 
 
 def _open_regular(file: str | Path) -> Any:

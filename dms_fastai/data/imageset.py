@@ -1,4 +1,4 @@
-"""A whole split of a data set in memory: the dataset behind `BatchLoader`."""
+"""A whole split of a data set, in memory or memory-mapped: the dataset behind `BatchLoader`."""
 
 import copy
 import hashlib
@@ -14,8 +14,10 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..training.losses import UNLABELLED
-from .augment import NO_CROPS, Cropper, Crops
-from .images import read_image
+from .augment import NO_CROPS, Crops
+from .images import MIDDLE, read_image
+from .placed import Placed, Where, place_for
+from .stored import Squares, Stored, Wholes
 
 __all__ = ["ImageSet"]
 
@@ -24,7 +26,7 @@ class ImageSet:
     """Images, labels and class names, with what fastai's DataLoaders expect of a dataset.
 
     Attributes:
-        images: uint8, shape (N, 3, H, W), square.
+        stored: The images, wherever their bytes are.
         labels: int64, shape (N,), `UNLABELLED` where an image has none; or None for images that nobody trains on.
         vocab: Class names, as fastai keeps them; a label is an index into it.
         name: The data set's name, "" if it has none; recipes may have settings for this name.
@@ -35,6 +37,7 @@ class ImageSet:
         seen: Height and width of the images that a network is trained on, where `images` are larger, for its teacher;
             None where they are not.
         own_size: The shorter side of the images as they came, in pixels; None where nobody has noted it.
+        middle: Share of a file's shorter side that is seen without crops; more of a file that is hardly larger.
         split_idx: 0 for images that are augmented (training), 1 for those that are not.
         by_teacher: Whether the labels are a teacher's answers.
     """
@@ -43,10 +46,11 @@ class ImageSet:
     seen: int | None = None
     own_size: int | None = None
     by_teacher = False
+    middle = 1.0
 
     def __init__(
         self,
-        images: Tensor,
+        images: Tensor | Stored,
         labels: Tensor | None,
         vocab: Sequence[str],
         name: str = "",
@@ -55,19 +59,20 @@ class ImageSet:
         root: Path | None = None,
         white: float | None = None,
     ):
-        self.images, self.labels = images, labels
+        self.stored, self.labels = images if isinstance(images, Stored) else Squares([images]), labels
+        if isinstance(images, Wholes):
+            self.middle = MIDDLE
         self.files, self.root, self.white = files, root, white
         self.vocab = CategoryMap(vocab, sort=False)
         self.name, self.split, self.split_idx = name, "", split_idx
-        self._resident: dict[tuple | str, Any] = {}
+        self._resident: dict[tuple, Any] = {}
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.stored)
 
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-        if self.labels is None:
-            return (self.images[index],)
-        return self.images[index], self.labels[index]
+        image = self.gathered(torch.tensor([index]))[0]
+        return (image,) if self.labels is None else (image, self.labels[index])
 
     def __iter__(self):
         return (self[index] for index in range(len(self)))
@@ -78,15 +83,50 @@ class ImageSet:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_resident": {}}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "images" in state:  # as earlier versions wrote it
+            state = {**state, "stored": Squares([state["images"]])}
+            del state["images"]
+        self.__dict__.update(state)
+
+    @property
+    def images(self) -> Tensor:
+        """All images as they are without crops: uint8, shape (N, 3, H, W), square.
+
+        Where they are no tensor yet, they become one, in memory, at the first call; `gathered` gives some of them.
+        """
+        if isinstance(self.stored, Squares) and self.stored.rows is None and len(self.stored.parts) == 1:
+            return self.stored.parts[0]
+        return self._keep(("images",), self.stored.middles)
+
+    def gathered(self, index: Tensor) -> Tensor:
+        """Some of the images, at `index` of shape (B,), as they are without crops: uint8, shape (B, 3, H, W)."""
+        return self.stored.middles(index)
+
+    def brightest(self, enough: int) -> int:
+        """The largest value of any pixel, or one that is at least `enough`."""
+        found = 0
+        for block in self.stored.blocks():
+            if block.dtype == torch.uint8:
+                found = max(found, int(block.max()))
+            if found >= enough:
+                break
+        return found
+
+    @property
+    def held_size(self) -> int:
+        """Height and width of the images without crops."""
+        return self.stored.shape[-1]
+
     @property
     def size(self) -> int:
         """Height and width of what a network is trained on."""
-        return self.seen or self.images.shape[-1]
+        return self.seen or self.held_size
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """The same with the channels, (C, H, W)."""
-        return self.images.shape[1], self.size, self.size
+        return self.stored.shape[0], self.size, self.size
 
     @property
     def c(self) -> int:
@@ -137,11 +177,24 @@ class ImageSet:
         """The labels on `device`, where they stay: copied at the first call."""
         return None if self.labels is None else self._keep(("labels", device), lambda: self.labels.to(device))
 
-    def cropper_on(self, device: torch.device, crops: Crops = NO_CROPS) -> Cropper:
-        """A `Cropper` of the images on `device`, where they stay: made at the first call."""
-        return self._keep((crops, device), lambda: Cropper(self.images.to(device), crops))
+    def placed_on(self, device: torch.device, crops: Crops = NO_CROPS, where: Where = "copies") -> Placed:
+        """The images where batches are made of them on `device`; they stay there."""
+        return self._keep((crops, device, where), lambda: Placed(self.stored, crops, device, where))
 
-    def _keep(self, key: tuple | str, make: Callable[[], Any]) -> Any:
+    def place(self, others: Sequence["ImageSet"], crops: Crops, device: torch.device, wanted: str) -> Where:
+        """Choose where batches are made of these images, and of others; arguments and errors as in `place_for`.
+
+        Those that are on a device for other crops leave it.
+        """
+        kept = (crops, NO_CROPS, "labels", "digest")
+        for images in (self, *others):
+            images._resident = {key: value for key, value in images._resident.items() if key[0] in kept}
+        there = [key[2] for key in self._resident if key[:2] == (crops, device)]
+        if wanted != "disk" and there:
+            return there[0]
+        return place_for(self.stored, [each.stored for each in others], crops, device, wanted)
+
+    def _keep(self, key: tuple, make: Callable[[], Any]) -> Any:
         if key not in self._resident:
             self._resident[key] = make()
         return self._resident[key]
@@ -149,14 +202,19 @@ class ImageSet:
     def new_empty(self) -> "ImageSet":
         """A set with the same size and classes but no images, for an exported Learner."""
         labels = None if self.labels is None else self.labels.new_empty(0)
-        images = self.images.new_empty(0, *self.shape)
-        return ImageSet(images, labels, self.vocab, self.name, self.split_idx, white=self.white)
+        images = torch.empty(0, *self.shape, dtype=torch.uint8)
+        return self._like(ImageSet(images, labels, self.vocab, self.name, self.split_idx, white=self.white))
+
+    def _like(self, other: "ImageSet") -> "ImageSet":
+        """The other set, which is to see as much of an image as this one."""
+        other.middle = self.middle
+        return other
 
     def subset(self, index: Tensor) -> "ImageSet":
         files = None if self.files is None else [self.files[i] for i in index.tolist()]
         labels = None if self.labels is None else self.labels[index]
         kept = {"files": files, "root": self.root, "white": self.white}
-        found = ImageSet(self.images[index], labels, self.vocab, self.name, self.split_idx, **kept)
+        found = ImageSet(self.stored.subset(index), labels, self.vocab, self.name, self.split_idx, **kept)
         found.seen, found.own_size = self.seen, self.own_size
         return found
 
@@ -168,7 +226,7 @@ class ImageSet:
 
     def joined(self, other: "ImageSet") -> "ImageSet":
         """This set and, after it, the images and labels of another with the same size and classes."""
-        images, labels = (torch.cat(pair) for pair in ((self.images, other.images), (self.labels, other.labels)))
+        images, labels = self.stored.joined(other.stored), torch.cat([self.labels, other.labels])
         files = None
         if self.files is not None and other.files is not None:
             files = [str(path) for path in (*self.items, *other.items)]  # absolute, for they have no root in common
@@ -182,12 +240,13 @@ class ImageSet:
 
         They are read for it at the first call.
         """
-        return self._keep("digest", self._digest)
+        return self._keep(("digest",), self._digest)
 
     def _digest(self) -> str:
         state = hashlib.blake2b(digest_size=8)
-        for tensor in (self.images, self.labels):
-            state.update(b"" if tensor is None else tensor.contiguous().numpy())
+        for block in self.stored.blocks():
+            state.update(block.numpy())
+        state.update(b"" if self.labels is None else self.labels.contiguous().numpy())
         return state.hexdigest()
 
     def class_of(self, label: int) -> str:
@@ -208,9 +267,10 @@ class ImageSet:
         images, labels = [], []
         for item in items:
             image, *label = item if isinstance(item, tuple) else (item,)
-            images.append(read_image(image, self.size, self.white))
+            images.append(read_image(image, self.size, self.white, self.middle))
             labels += [self._label(value) for value in label]
         if labels and len(labels) < len(images):
             raise UserError(f"{len(images)} images come with {len(labels)} labels; give each a label, or none")
-        stacked = torch.stack(images) if images else self.images.new_empty(0, *self.shape)
-        return ImageSet(stacked, torch.tensor(labels) if labels else None, self.vocab, self.name, white=self.white)
+        stacked = torch.stack(images) if images else torch.empty(0, *self.shape, dtype=torch.uint8)
+        labels = torch.tensor(labels) if labels else None
+        return self._like(ImageSet(stacked, labels, self.vocab, self.name, white=self.white))

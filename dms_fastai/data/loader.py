@@ -1,4 +1,4 @@
-"""One loader for every source: images stay on the device as uint8, and a batch is made there in one go."""
+"""One loader for every source: images are uint8, on the device or on the disk, and a batch is made in one go."""
 
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -16,8 +16,10 @@ from torch import Tensor
 
 from ..models.dmsresnet import MEAN, STD
 from ..training.losses import UNLABELLED
-from .augment import Crops, affine, normalize
+from .augment import NO_CROPS, Crops, affine, normalize
 from .imageset import ImageSet
+from .placed import Placed, Where
+from .stored import Stored
 
 __all__ = ["BatchLoader", "ImageLoaders", "balanced", "statistics", "unlabelled_images", "vocabulary"]
 
@@ -25,7 +27,7 @@ __all__ = ["BatchLoader", "ImageLoaders", "balanced", "statistics", "unlabelled_
 class BatchLoader(TfmdDL):
     """A fastai loader over an `ImageSet` whose batches `(x, y)` are plain tensors, already on the device.
 
-    `x` is float32, normalised, of the shape of the set's `images`, channels last; `y` is int64, shape (B,), with
+    `x` is float32, normalised, of the set's `held_size`, channels last; `y` is int64, shape (B,), with
     `UNLABELLED` for an image without a label, and is left out where the set is not labelled at all. Sets with
     `split_idx` 0 are cropped and flipped at random.
     """
@@ -40,6 +42,7 @@ class BatchLoader(TfmdDL):
         crops: Crops | None = None,
         mean: tuple[float, ...] = MEAN,
         std: tuple[float, ...] = STD,
+        where: Where = "copies",
         **kwargs: Any,
     ):
         """
@@ -51,11 +54,13 @@ class BatchLoader(TfmdDL):
             balance: In every pass, draw equally many images of each class, and those without a label once.
             crops: How training images are cropped and flipped; None: as the paper does.
             mean, std: What pixels (0...1) are normalised with, a value for each channel.
+            where: Where the images are of which batches are made, as in `Placed`.
         """
         kwargs["num_workers"] = 0  # nothing is left to do for workers
         super().__init__(dataset, bs=bs, shuffle=shuffle, drop_last=drop_last, **kwargs)
         self.balance = balance
         self.crops, self.mean, self.std = crops or Crops(), tuple(mean), tuple(std)
+        self.where = where
         self.passes = 0
         self._affine_on: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self.first_batch, self._then = 0, None
@@ -68,7 +73,7 @@ class BatchLoader(TfmdDL):
         """This loader over another set, or over images that `ImageSet.from_items` can read."""
         if dataset is not None and not isinstance(dataset, ImageSet):
             dataset = self.dataset.from_items(dataset)
-        own = {key: getattr(self, key) for key in ("balance", "crops", "mean", "std")}
+        own = {key: getattr(self, key) for key in ("balance", "crops", "mean", "std", "where")}
         # TfmdDL.new would draw a batch here to learn its types; they are known.
         return DataLoader.new(self, dataset, cls, **{"do_setup": False, **own, **kwargs})
 
@@ -85,22 +90,23 @@ class BatchLoader(TfmdDL):
 
     def create_batches(self, samps: Tensor | Iterator[int]) -> Iterator[tuple[Tensor, ...]]:
         order = samps if isinstance(samps, Tensor) else torch.tensor(list(islice(samps, self.n)), dtype=torch.long)
-        index = order.to(self._where())
         if self.drop_last:
-            index = index[: len(index) // self.bs * self.bs]
-        batches = index.split(self.bs)[self.first_batch :] if len(index) else ()
+            order = order[: len(order) // self.bs * self.bs]
+        there = order.to(self._where())
+        chosen, batches = (all_.split(self.bs)[self.first_batch :] if len(all_) else () for all_ in (order, there))
         if self._then is not None:
             self._then()
         self.first_batch, self._then = 0, None
         self.passes += 1
-        yield from map(self.load_batch, batches)
+        yield from map(self.load_batch, batches, self._placed().batches(chosen))
 
-    def load_batch(self, index: Tensor) -> tuple[Tensor, ...]:
-        """The images at `index`, shape (B,), augmented where this set is, normalised, with their labels."""
-        device, images = self._where(), self.dataset
-        labels = images.labels_on(device)
-        cropper = images.cropper_on(device, self.crops) if images.split_idx == 0 else images.cropper_on(device)
-        x = cropper.take(index, self.passes)
+    def load_batch(self, index: Tensor, gathered: Stored | None = None) -> tuple[Tensor, ...]:
+        """The images at `index`, shape (B,), augmented where this set is, normalised, with their labels.
+
+        `gathered` are the same images, if they have been gathered ahead.
+        """
+        device, labels = self._where(), self.dataset.labels_on(self._where())
+        x = self._placed().take(index, self.passes, gathered)
         x = normalize(x, *self._affine(device))
         return (x,) if labels is None else (x, labels[index])
 
@@ -115,10 +121,15 @@ class BatchLoader(TfmdDL):
         names = [[Category(self.dataset.class_of(int(i))) for i in t[:max_n]] for t in y]
         return L(zip(x[:max_n], *names, strict=True))
 
+    def _placed(self) -> Placed:
+        """The images, cropped if they are to be."""
+        crops = self.crops if self.dataset.split_idx == 0 else NO_CROPS
+        return self.dataset.placed_on(self._where(), crops, self.where)
+
     def _affine(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """What `normalize` needs, on `device`, where it stays: a copy for every batch would wait for it."""
         if device not in self._affine_on:
-            self._affine_on[device] = affine(self.mean, self.std, self.dataset.images.shape[-1], device)
+            self._affine_on[device] = affine(self.mean, self.std, self.dataset.held_size, device)
         return self._affine_on[device]
 
     def _where(self) -> torch.device:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import median_low
+from typing import Literal
 
 import torch
 from fastai.data.core import DataLoaders
@@ -14,14 +15,15 @@ from PIL import Image
 from ..errors import UserError, notice
 from ..models.dmsresnet import MEAN, STD
 from ..settings import Count, Pixels, ValidSplit, checked
-from .augment import Crops
+from .augment import NO_CROPS, Cropper, Crops
+from .images import MIDDLE
 from .imageset import ImageSet
 from .loader import BatchLoader, ImageLoaders
-from .npz import machine_memory
+from .memory import machine_memory
 from .sources import load_splits, split_by_class
 from .splits import Splits, UnlabelledError
 
-__all__ = ["Data", "Sets"]
+__all__ = ["Data", "Sets", "middle_for"]
 
 FEW = 1000  # files whose headers tell how large the images of a folder are
 DARK = 16  # a brighter pixel than this is in any image that can be seen
@@ -30,7 +32,7 @@ VALID_BATCH = {"cpu": 128, "cuda": 512}  # a CPU is slower with tensors that out
 
 @dataclass(frozen=True)
 class Sets:
-    """The images to train on and those to validate on, in memory.
+    """The images to train on and those to validate on.
 
     Attributes:
         train: Images to train on; they may be larger than `size`, for a teacher that sees more of them.
@@ -55,13 +57,11 @@ class Sets:
     @property
     def held_size(self) -> int:
         """Height and width of the training images in memory."""
-        return self.train.images.shape[-1]
+        return self.train.held_size
 
     def held_bytes(self, crops: Crops) -> int:
-        """Bytes of the training images in memory, and of their copy with borders and mirror images on the device."""
-        side = self.held_size + 2 * round(crops.pad * self.held_size)
-        copies = 2 if crops.flip else 1
-        return self.train.images.nbytes + copies * len(self.train) * self.train.images.shape[1] * side**2
+        """Bytes of the training images, and of their copy with borders and mirror images on the device."""
+        return self.train.stored.nbytes + Cropper.nbytes(self.train.stored, crops)
 
     @property
     def vocab(self) -> list[str]:
@@ -103,11 +103,18 @@ class Sets:
         std: tuple[float, ...] = STD,
         device: str | torch.device | None = None,
         balance: bool = False,
+        where: str = "auto",
     ) -> DataLoaders:
-        """fastai DataLoaders with batches of `bs` training images. Arguments as in `load_data`."""
+        """fastai DataLoaders with batches of `bs` training images. Arguments as in `load_data`.
+
+        Raises:
+            UserError: The images are to be on the device, and do not fit.
+        """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        wanted, bs = bs, min(bs, len(self.train))
-        own = {"crops": crops, "mean": mean, "std": std, "device": device}
+        wanted, bs, crops = bs, min(bs, len(self.train)), crops or Crops()
+        others = [self.valid] if self.unlabelled is None else [self.valid, self.unlabelled]
+        place = self.train.place(others, crops, device, where)
+        own = {"crops": crops, "mean": mean, "std": std, "device": device, "where": place}
         train = BatchLoader(self.train, bs, shuffle=True, drop_last=True, balance=balance, **own)
         valid = BatchLoader(self.valid, max(bs, VALID_BATCH.get(device.type, bs)), **own)
         loaders = ImageLoaders(train, valid, device=device)
@@ -129,6 +136,8 @@ class Data:
         labels: A .csv table with the labels of the images in a folder; None: the images lie in folders of classes.
         balance: Whether an epoch has equally many images of each class: those of rare classes come several times, and
             of frequent ones some are left out.
+        where: Where the images are from which batches are made: "device", in its memory; "disk", where they are stored,
+            from where a thread gathers batches ahead; or "auto", on the device if they fit. The batches are the same.
     """
 
     batch_size: Count = 128
@@ -136,6 +145,7 @@ class Data:
     valid: ValidSplit = "test"
     labels: str | None = None
     balance: bool = False
+    where: Literal["auto", "device", "disk"] = "auto"
 
     def open(
         self,
@@ -143,6 +153,7 @@ class Data:
         seed: int = 0,
         classes: Sequence[str] | None = None,
         splits: Splits | None = None,
+        crops: Crops = NO_CROPS,
     ) -> Sets:
         """Read a data set.
 
@@ -151,15 +162,18 @@ class Data:
             seed: Chooses the held-out images, and nothing else.
             classes: Names of the classes, in order, to be taken where no training image has a label.
             splits: What `load_splits` gave for all this; None: the data set is opened here.
+            crops: How training images will be cropped: where parts of them are cut out, files are kept whole.
 
         Raises:
             UserError: Data that are missing or cannot be trained on.
         """
-        splits = load_splits(data, self.size, self.labels, classes) if splits is None else splits
+        if splits is None:
+            splits = load_splits(data, self.size, self.labels, classes, middle_for(crops))
         train, valid = self._split(splits, seed, data)
         train.split_idx = 0
-        if train.images.max() < DARK:
-            notice(f"{data}: the brightest pixel of all training images is {int(train.images.max())} of 255")
+        brightest = train.brightest(enough=DARK)
+        if brightest < DARK:
+            notice(f"{data}: the brightest pixel of all training images is {brightest} of 255")
         found = Sets(train, valid, source=splits)
         if absent := found.not_validated:
             notice(f"{data}: no images to validate on of {', '.join(absent)}; the accuracy says nothing about that")
@@ -183,7 +197,8 @@ class Data:
         held = self.held_size(sets, data, size)
         if held <= sets.size:
             return sets
-        splits = load_splits(data, held, self.labels, None if sets.train.labelled else sets.vocab)
+        classes = None if sets.train.labelled else sets.vocab
+        splits = load_splits(data, held, self.labels, classes, sets.train.middle)
         train, unlabelled = splits["train"], None if sets.unlabelled is None else splits["unlabelled"]
         if not isinstance(self.valid, str):
             train = train.subset(split_by_class(train.labels, self.valid, seed)[1])
@@ -201,7 +216,7 @@ class Data:
             return sets.size
         held = max(min(size, _own_size(sets.train)), sets.size)
         images = [each for each in (sets.train, sets.unlabelled) if each is not None]
-        needed, there = sum(each.images.nbytes for each in images) * (held / sets.size) ** 2, machine_memory()
+        needed, there = sum(each.stored.nbytes for each in images) * (held / sets.size) ** 2, machine_memory()
         if needed > there:
             count = sum(map(len, images))
             raise UserError(
@@ -222,6 +237,11 @@ class Data:
         train, found = train.subset(rest), train.subset(held_out)
         found.split = "held out"
         return train, found
+
+
+def middle_for(crops: Crops) -> float:
+    """Share of image files that is seen without crops, as timm has it where training sees parts of them; else all."""
+    return MIDDLE if crops.min_area < 1 else 1.0
 
 
 def _own_size(images: ImageSet) -> int:

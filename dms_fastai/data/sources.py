@@ -1,4 +1,4 @@
-"""Where images come from: digits, named data sets, folders, arrays, tables and archives, each as splits in memory."""
+"""Where images come from: digits, named data sets, folders, arrays, tables and archives, each as splits."""
 
 import contextlib
 import os
@@ -38,6 +38,7 @@ def load_splits(
     size: int | None = None,
     labels: str | Path | None = None,
     classes: Sequence[str] | None = None,
+    middle: float = 1.0,
 ) -> Splits:
     """Open a data set, each of its splits read when it is asked for.
 
@@ -48,6 +49,8 @@ def load_splits(
         size: Height and width in pixels. None: the data set's own size if it has one, else 32.
         labels: A table of the images' labels, if `data` is a folder without them.
         classes: Names of the classes, in order, to be taken where no training image has a label.
+        middle: Share of the shorter side of image files that is seen without crops. Below 1, they are kept whole;
+            arrays are read as squares of `size` all the same.
 
     Raises:
         UserError: Data that are missing or cannot be trained on; says which and why.
@@ -56,9 +59,10 @@ def load_splits(
     if str(data) in NAMED:
         if labels is not None:
             raise UserError(f"labels is {labels}, and {data} has labels of its own")
-        splits = NAMED[name](name, size or DEFAULT_SIZE.get(name, USUAL_SIZE))
+        splits = NAMED[name](name, size or DEFAULT_SIZE.get(name, USUAL_SIZE), middle)
     else:
-        splits = _read(Path(data).expanduser(), size, None if labels is None else Path(labels).expanduser(), classes)
+        table = None if labels is None else Path(labels).expanduser()
+        splits = _read(Path(data).expanduser(), size, table, classes, middle)
     splits.name = name
     return splits
 
@@ -73,22 +77,22 @@ def has_own_size(data: str | Path) -> bool:
     return path.suffix.lower() == ".npz" or is_cifar(path)
 
 
-def _read(path: Path, size: int | None, labels: Path | None, classes: Sequence[str] | None) -> Splits:
+def _read(path: Path, size: int | None, labels: Path | None, classes: Sequence[str] | None, middle: float) -> Splits:
     if path.is_file() and is_archive(path):
         path = only_folder(unpacked(path))
     if labels is not None:
         if not path.is_dir():
             raise UserError(f"labels is {labels}, and {path} is no folder of images")
-        return read_table(path, labels, size or USUAL_SIZE)
+        return read_table(path, labels, size or USUAL_SIZE, middle)
     if path.suffix.lower() == ".npz" and path.is_file():
         return read_npz(path, size, classes)
     if files := parquet_files(path):
         images = unpacked(path, unpack_parquet, [file for _, file in files])
-        return read_table(images, images / LABELS, size or USUAL_SIZE)
-    return read_cifar(path, size) if is_cifar(path) else read_folder(path, size or USUAL_SIZE, classes)
+        return read_table(images, images / LABELS, size or USUAL_SIZE, middle)
+    return read_cifar(path, size) if is_cifar(path) else read_folder(path, size or USUAL_SIZE, classes, middle)
 
 
-def _digits(name: str, size: int) -> Splits:
+def _digits(name: str, size: int, middle: float) -> Splits:
     """The 1,797 digits that scikit-learn ships, 8x8 with 17 grey levels; every class is split alike."""
     from sklearn.datasets import load_digits  # a second and a half of imports, for this alone
 
@@ -104,13 +108,13 @@ def _digits(name: str, size: int) -> Splits:
     return splits
 
 
-def _fastai(name: str, size: int) -> Splits:
+def _fastai(name: str, size: int, middle: float) -> Splits:
     """A data set at fastai's own address, downloaded once into fastai's data folder."""
     folder = fastai_path("data") / Path(URL[name]).stem
     if not folder.is_dir():
         _download(name, folder)
     _check_complete(name, folder)
-    return read_folder(folder, size)
+    return read_folder(folder, size, middle=middle)
 
 
 def _download(name: str, folder: Path) -> None:
@@ -155,7 +159,7 @@ def _check_complete(name: str, folder: Path) -> None:
         checked.touch()
 
 
-NAMED: dict[str, Callable[[str, int], Splits]] = {
+NAMED: dict[str, Callable[[str, int, float], Splits]] = {
     "digits": _digits,
     "cifar10": _fastai,
     "cifar100": _fastai,

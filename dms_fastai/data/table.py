@@ -20,7 +20,7 @@ LABEL_COLUMNS = ("label", "class", "class_name", "label_name", "category", "targ
 SPLIT_COLUMNS = ("split", "set", "subset")
 
 
-def read_table(folder: Path, table: Path, size: int) -> Splits:
+def read_table(folder: Path, table: Path, size: int, middle: float = 1.0) -> Splits:
     """The images of a folder, with the classes that a .csv or .tsv file gives them.
 
     Args:
@@ -28,7 +28,8 @@ def read_table(folder: Path, table: Path, size: int) -> Splits:
         table: A table with a column of files, such as "file" or "id", one of labels, such as "label" or "class", and
             perhaps one of splits, "split". Files are named relative to the folder, or by their name alone, with or
             without its ending.
-        size: Height and width that every image is cropped and resized to.
+        size: Height and width of what is given out of each image.
+        middle: As in `decoded_image_set`.
 
     Raises, some of it when a split is read:
         UserError: The table cannot be read, lacks a column, or names a file that is not there or not unique.
@@ -66,11 +67,11 @@ def read_table(folder: Path, table: Path, size: int) -> Splits:
         place = {name: index for index, name in enumerate(vocab)}
         labels = [place[name] for name in classes.values()]
         listing = Listing(folder, list(classes), labels, vocab, f"{table.resolve()} {split}")
-        return decoded_image_set(listing, size, None if split == "train" else splits["train"])
+        return decoded_image_set(listing, size, None if split == "train" else splits["train"], middle)
 
     def read_unlabelled() -> ImageSet:
         listing = unlabelled(folder, without, vocab, f"{table.resolve()} unlabelled")
-        return decoded_image_set(listing, size, splits["train"])
+        return decoded_image_set(listing, size, splits["train"], middle)
 
     for split in labelled:
         splits.add(split, partial(read, split))

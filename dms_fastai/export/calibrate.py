@@ -12,6 +12,7 @@ from fastai.learner import Learner
 
 from ..data import Data, ImageSet, Sets
 from ..data.known import check_square, known_classes
+from ..data.sources import load_splits
 from ..errors import UserError
 from ..models.card import ModelCard
 from ..run_folder import RunFolder, own_data
@@ -63,7 +64,7 @@ class Calibration:
     def chosen(self) -> torch.Tensor:
         """The training images to calibrate with, drawn by `SEED` alone: uint8, shape (N, C, H, W)."""
         order = torch.randperm(len(self.sets.train), generator=torch.Generator().manual_seed(SEED))
-        return self.sets.train.images[order[: self.images]]
+        return self.sets.train.gathered(order[: self.images])
 
     def metadata(self) -> dict[str, str]:
         """What the file is to say about it."""
@@ -144,4 +145,5 @@ def sets_of(source: str | Path | Learner, card: ModelCard, data: str | Path | Se
         data = own_data(Path("the Learner") if run is None else Path(source), "calibrate with")
     check_square(card)
     wanted = run.recipe().data.build() if run is not None and run.recipe_file.is_file() else Data()
-    return replace(wanted, size=card.shape[1]).open(data)
+    splits = load_splits(data, card.shape[1], wanted.labels, middle=card.middle)
+    return replace(wanted, size=card.shape[1]).open(data, splits=splits)

@@ -68,7 +68,7 @@ def classify_files(
         vocab, scaling = card.vocab, affine(card.mean, card.std, 1, torch.device("cpu"))
 
         def read(file: Path) -> Tensor:
-            return read_pixels(file, card.shape, card.white)
+            return read_pixels(file, card.shape, card.white, card.middle)
 
         @torch.inference_mode()
         def classify(pixels: list[Tensor]) -> Tensor:
@@ -97,8 +97,12 @@ def _classified(
             yield from zip(files, classify(items), strict=True)
 
 
-def read_pixels(image: str | Path, shape: tuple[int, int, int], white: float | None = None) -> Tensor:
+def read_pixels(
+    image: str | Path, shape: tuple[int, int, int], white: float | None = None, middle: float = 1.0
+) -> Tensor:
     """The middle of an image file, resized to uint8 of `shape` (C, H, W), in colour or grey; `white` becomes 255.
+
+    `middle` as in `read_image`, for a square in colour.
 
     Raises:
         UserError: The file is no image, or `shape` has neither 1 channel nor 3.
@@ -107,7 +111,7 @@ def read_pixels(image: str | Path, shape: tuple[int, int, int], white: float | N
     if channels not in (1, 3):
         raise UserError(f"the model takes images of {channels} channels; files are in colour (3) or grey (1)")
     if channels == 3 and height == width:
-        return read_image(image, height, white)
+        return read_image(image, height, white, middle)
     colours = Image.fromarray(read_image(image, None, white).permute(1, 2, 0).numpy())
     fitted = ImageOps.fit(colours, (width, height), method=Image.Resampling.BILINEAR)
     return pil_to_tensor(fitted if channels == 3 else fitted.convert("L"))

@@ -160,7 +160,8 @@ class DMSLearner(EventLearner):
         vocab = vocabulary(dls) or [str(index) for index in range(dls.c)]
         white = getattr(dls.train_ds, "white", None)
         note = self.model.note if isinstance(self.model, StagedNet) else None
-        return ModelCard(model.name, vocab, inputs.mean, inputs.std, inputs.shape, args, white, note)
+        middle = min(getattr(images, "middle", 1.0) for images in (dls.train_ds, dls.valid_ds))
+        return ModelCard(model.name, vocab, inputs.mean, inputs.std, inputs.shape, args, white, note, middle)
 
     def export(self, fname: str | Path = "export.pkl", pickle_module: Any = PORTABLE, pickle_protocol: int = 2) -> None:
         """`Learner.export`, whole or not at all, and without the folders of this machine."""
@@ -296,7 +297,7 @@ def dms_learner(
         teaching = learn.teacher_distill.teacher
         check_teacher(teaching, dls.c, inputs, vocabulary(dls))
         if larger and teaching.largest <= dls.train_ds.size:
-            held, seen = dls.train_ds.images.shape[-1], teaching.largest or dls.train_ds.size
+            held, seen = dls.train_ds.held_size, teaching.largest or dls.train_ds.size
             notice(f"the images are held at {held} pixels for a teacher, and this one sees {seen}; set distill.size")
     if recipe.progressive_resize is not None:
         smallest = recipe.progressive_resize.build().shape(inputs.shape, progress=0.0)

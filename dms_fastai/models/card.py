@@ -42,6 +42,7 @@ class ModelCard:
         shape: Channels, height and width of the training images.
         white: The value of pixels that stands for 255, if the training images were no bytes; as in `ImageSet`.
         note: What else to know about the architecture: that it is an approximation.
+        middle: Share of an image's shorter side that the model is to see; as in `ImageSet`.
     """
 
     arch: str
@@ -52,6 +53,7 @@ class ModelCard:
     args: dict[str, Any] = field(default_factory=dict)
     white: float | None = None
     note: str | None = None
+    middle: float = 1.0
 
     def build(self) -> nn.Module:
         """The model, with fresh weights, in evaluation mode."""
@@ -63,6 +65,8 @@ class ModelCard:
         table = asdict(self)
         if self.note is None:
             del table["note"]  # which earlier versions do not know
+        if self.middle == 1:
+            del table["middle"]  # likewise
         return json.dumps(table)
 
 
@@ -89,7 +93,7 @@ def read_card(text: str) -> ModelCard:
     for name in told.keys() - set(names):
         raise ValueError(f"its card has a field {_short(name)}, which is unknown")
     for name in names:
-        if name not in told and name not in ("args", "white", "note"):
+        if name not in told and name not in ("args", "white", "note", "middle"):
             raise ValueError(f"its card has no {name!r}")
     args = told.get("args", {})
     if isinstance(args, dict):
@@ -145,6 +149,7 @@ _CHECKS = {
     "shape": lambda v: isinstance(v, list) and len(v) == 3 and all(_whole(n) and 0 < n <= LARGEST for n in v),
     "args": _args,
     "white": lambda v: v is None or (_number(v) and 0 < v < 2**16),
+    "middle": lambda v: _number(v) and 0 < v <= 1,
     "note": lambda v: v is None or (isinstance(v, str) and len(v) <= LONGEST),
 }
 

@@ -44,4 +44,5 @@ def normalisation_of(recipe: Recipe) -> tuple[tuple[float, ...], tuple[float, ..
 def loaders_of(recipe: Recipe, sets: Sets, device: torch.device | str) -> DataLoaders:
     """DataLoaders over a recipe's images, with its batches, augmentation and normalisation."""
     mean, std = normalisation_of(recipe)
-    return sets.loaders(recipe.data.batch_size, recipe.augment.build(), mean, std, device, recipe.data.balance)
+    wanted, crops = recipe.data, recipe.augment.build()
+    return sets.loaders(wanted.batch_size, crops, mean, std, device, wanted.balance, wanted.where)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from ..data import Data, Sets
+from ..data.sets import middle_for
 from ..data.sources import USUAL_SIZE, has_own_size, load_splits
 from ..data.splits import Splits, UnlabelledError
 from ..errors import UserError, notice
@@ -43,15 +44,16 @@ class Opened:
     def sets(self, recipe: Recipe, teacher: Teacher | None = None) -> Sets:
         """The images of a recipe: those without labels only if it distils, larger ones where a teacher sees more."""
         wanted = data_of(recipe, self.data)
-        key = (wanted.size, wanted.valid, wanted.labels)
+        middle = middle_for(recipe.augment.build())
+        key = (wanted.size, wanted.valid, wanted.labels, middle)
         if key not in self._sets:
             try:
-                self._sets[key] = self._open(wanted)
+                self._sets[key] = self._open(wanted, middle)
             except UnlabelledError:
                 classes = None if self.teaching is None else self.teacher(self.teaching).vocab
                 if classes is None:
                     raise
-                self._sets[key] = self._open(wanted, classes)
+                self._sets[key] = self._open(wanted, middle, classes)
         plain = self._sets[key] if recipe.distill is None else self._sets[key].for_distillation
         if teacher is None or teacher.largest <= plain.size:
             return plain
@@ -60,11 +62,11 @@ class Opened:
             self._sets[key] = wanted.enlarged(plain, self.data, teacher.largest)
         return self._sets[key]
 
-    def _open(self, wanted: Data, classes: Sequence[str] | None = None) -> Sets:
+    def _open(self, wanted: Data, middle: float, classes: Sequence[str] | None = None) -> Sets:
         """The images of a recipe; those that validate on different splits have the same ones in memory."""
-        key = (wanted.size, wanted.labels, classes and tuple(classes))
+        key = (wanted.size, wanted.labels, middle, classes and tuple(classes))
         if key not in self._splits:
-            self._splits[key] = load_splits(self.data, wanted.size, wanted.labels, classes)
+            self._splits[key] = load_splits(self.data, wanted.size, wanted.labels, classes, middle)
         return wanted.open(self.data, classes=classes, splits=self._splits[key])
 
     def check_room(self, recipe: Recipe, view: int) -> None:

@@ -60,9 +60,9 @@ def write_predictions(learn: "Learner", file: Path) -> None:
     confidence, predicted = logs.max(1)
     wrong = (predicted != labels).nonzero().flatten()
     mistakes = wrong[confidence[wrong].argsort(descending=True, stable=True)[:MISTAKES]]
-    images, files = learn.dls.valid_ds.images, getattr(learn.dls.valid_ds, "files", None)
-    step = -(-images.shape[-1] // PIXELS)
-    shown = images[mistakes.to(images.device)][..., ::step, ::step].permute(0, 2, 3, 1)
+    images, files = learn.dls.valid_ds, getattr(learn.dls.valid_ds, "files", None)
+    step = -(-images.held_size // PIXELS)
+    shown = images.gathered(mistakes.cpu())[..., ::step, ::step].permute(0, 2, 3, 1)
     regions = _regions(learn, mistakes, predicted)
     small = np.int16 if logs.shape[1] < 2**15 else np.int32
     with whole(file) as partial, partial.open("wb") as opened:
