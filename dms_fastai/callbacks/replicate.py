@@ -94,7 +94,7 @@ class Sums(Callback):
         own = [m for m in norms if m.track_running_stats and not isinstance(m, (nn.SyncBatchNorm, HostSyncBatchNorm))]
         self.statistics = [value for norm in own for value in (norm.running_mean, norm.running_var)]
 
-    def after_loss(self) -> None:
+    def after_backward(self) -> None:  # which needs the statistics as they were
         self.learn.loss = self.learn.loss.detach().mean()
         mean_of_all([self.learn.loss, *self.statistics])
 
