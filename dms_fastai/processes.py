@@ -79,7 +79,7 @@ def join_processes(device: str = "auto") -> int:
             )
         torch.cuda.set_device(local)
     try:
-        _store, _rank, _size = next(distributed.rendezvous("env://", timeout=PATIENCE))
+        _store, _rank, _size = next(distributed.rendezvous("env://"))
         distributed.init_process_group(store=_store, rank=_rank, world_size=_size, timeout=PATIENCE)
     except (distributed.DistError, ValueError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -88,7 +89,13 @@ class Launcher:
         return self.ask({"start": words, "processes": number, "port": port, "cwd": str(cwd), "log": str(self.log)})
 
     def wait(self, pids):
-        return self.ask({"wait": pids})
+        """The exit codes; what does not end is killed, as torchrun would."""
+        timer = threading.Timer(60, lambda: [os.kill(pid, signal.SIGKILL) for pid in pids])
+        timer.start()
+        try:
+            return self.ask({"wait": pids})
+        finally:
+            timer.cancel()
 
     def run(self, cwd, *args, number=2):
         return self.wait(self.start(cwd, *args, number=number))
@@ -116,7 +123,7 @@ def command(tmp_path_factory):
         arrays[f"{split}_labels"] = images.labels[:n].numpy()
     np.savez(folder / "few.npz", **arrays)
     recipe = 'extends = "mixup"\n[model]\nname = "test_dmsresnet"\ndrop_rate = 0.1\n[data]\nbatch_size = 32\n'
-    (folder / "own.toml").write_text(f"{recipe}[schedule]\nepochs = 4\n[ema]\ndecay = 0.9\n")
+    (folder / "own.toml").write_text(f"{recipe}[schedule]\nepochs = 8\n[ema]\ndecay = 0.9\n")
     return ["run", folder / "own.toml", "--data", folder / "few.npz", "--device", "cpu", "--checkpoint-steps", "3"]
 
 
@@ -127,15 +134,15 @@ def whole(launcher, command, tmp_path_factory):
     return folder / "x" / "own" / "seed0"
 
 
-def wait_for_checkpoint(folder, seen=()):
-    """Return when there is a checkpoint that has not been seen; all that are there then."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        found = set((folder / "checkpoint").glob("*.pt"))
-        if found - set(seen):
-            return found
+def started(launcher, cwd, args):
+    """Two processes that have just written a checkpoint."""
+    folder, deadline = cwd / "x" / "own" / "seed0" / "checkpoint", time.monotonic() + 60
+    seen = set(folder.glob("*.pt"))
+    pids = launcher.start(cwd, *args)
+    while set(folder.glob("*.pt")) <= seen:
+        assert time.monotonic() < deadline, launcher.log.read_text()
         time.sleep(0.001)
-    raise AssertionError("no checkpoint")
+    return pids
 
 
 def test_the_images_to_validate_on_are_shared_and_none_comes_twice(whole):
@@ -151,23 +158,20 @@ def test_the_images_to_validate_on_are_shared_and_none_comes_twice(whole):
 def test_stopped_or_killed_they_go_on_bit_for_bit(launcher, command, whole, tmp_path):
     """SIGTERM to one of them, one killed, both killed; then to the end."""
     folder, args = tmp_path / "x" / "own" / "seed0", (*command, "--out", "x")
-    pids = launcher.start(tmp_path, *args)
-    seen = wait_for_checkpoint(folder)
+    pids = started(launcher, tmp_path, args)
     os.kill(pids[1], signal.SIGTERM)
     assert launcher.wait(pids) == [143, 143], launcher.log.read_text()
     assert launcher.log.read_text().count("stopped (SIGTERM)") == 1
     assert not (folder / ".lock").exists()
 
-    pids = launcher.start(tmp_path, *args)
-    seen = wait_for_checkpoint(folder, seen)
+    pids = started(launcher, tmp_path, args)
     os.kill(pids[1], signal.SIGKILL)
     assert launcher.wait(pids) == [2, -signal.SIGKILL], launcher.log.read_text()
     assert launcher.lines() == [
         "dms-fastai: one of the processes has ended; the same command goes on from the last checkpoint"
     ]
 
-    pids = launcher.start(tmp_path, *args)
-    wait_for_checkpoint(folder, seen)
+    pids = started(launcher, tmp_path, args)
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
     launcher.wait(pids)
@@ -179,11 +183,8 @@ def test_stopped_or_killed_they_go_on_bit_for_bit(launcher, command, whole, tmp_
 
 def test_another_number_of_processes_goes_on_and_a_second_training_is_refused(launcher, command, tmp_path):
     folder, args = tmp_path / "x" / "own" / "seed0", (*command, "--out", "x")
-    pids = launcher.start(tmp_path, *args)
-    wait_for_checkpoint(folder)
-    began = time.monotonic()
-    assert launcher.run(tmp_path, *args, "--epochs", "4") == [2, 2]
-    assert time.monotonic() - began < 60
+    pids = started(launcher, tmp_path, args)
+    assert launcher.run(tmp_path, *args) == [2, 2]
     [line] = launcher.lines()
     assert f"is in use by process {pids[0]} on " in line
     os.kill(pids[0], signal.SIGTERM)

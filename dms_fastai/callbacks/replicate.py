@@ -143,7 +143,7 @@ class Replicate(Callback):
     def before_train(self) -> None:
         self.put_back()  # if an exception ended the last epoch
         self.network = self.learn.model
-        self.learn.model = Replica(self.network, lambda: self.learn.train_iter)
+        self.learn.model = Replica(self.network, lambda: (self.learn.epoch, self.learn.iter))
 
     def after_train(self) -> None:
         self.put_back()
@@ -170,11 +170,11 @@ class Replica(DistributedDataParallel):
     the next batch is the same everywhere, and resumed by any number of processes.
     """
 
-    def __init__(self, network: nn.Module, step: Callable[[], int]):
+    def __init__(self, network: nn.Module, step: Callable[[], tuple[int, int]]):
         """
         Args:
             network: Equal in all processes.
-            step: Gives the number of the training step.
+            step: Gives the epoch, and the training step in it.
         """
         super().__init__(network, init_sync=False)
         self.step, self.place = step, next(network.parameters()).device
@@ -184,7 +184,7 @@ class Replica(DistributedDataParallel):
         return False
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        seeds = np.random.SeedSequence([torch.initial_seed(), self.step(), processes.rank()])
+        seeds = np.random.SeedSequence([torch.initial_seed(), *self.step(), processes.rank()])
         gpus = [self.place] if self.place.type == "cuda" else []
         with torch.random.fork_rng(devices=gpus, device_type="cuda"):
             torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
