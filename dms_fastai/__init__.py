@@ -22,6 +22,7 @@ _AT = {
     "UserError": "errors",
     "dms_learner": "learner",
     "ensemble": "trained",
+    "join_processes": "processes",
     "export_model": "export",
     "load_data": "data",
     "load_recipe": "recipes",

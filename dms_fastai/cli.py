@@ -24,7 +24,7 @@ from rich.box import SIMPLE_HEAD
 from rich.progress import Progress
 from rich.table import Table
 
-from . import __version__
+from . import __version__, processes
 from .clock import seconds_of
 from .errors import Notice, TryAgainError, UserError, either, no_model, notice, unknown
 from .names import (
@@ -71,6 +71,7 @@ EXIT_CODES = {**SIGNAL_CODES, "time limit": 75}
 MANY = 500  # images that take long enough for a bar
 BEST = 10  # trials in the table of `tune`
 WORST = 20  # classes in the table of `evaluate`
+TRAINING = ("run", "prune")  # commands that several processes carry out together
 SPLITS = ("test", "val", "train")
 KEYS = "keys"  # in place of a recipe, what `show` takes for a list of all keys
 TRUST = typer.Option(
@@ -141,11 +142,15 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def about(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_version)
     ] = False,
 ) -> None:
     """Tiny residual networks, distilled: train, compare and export small image classifiers."""
+    command = context.invoked_subcommand
+    if processes.started() and command not in TRAINING:
+        raise UserError(f"torchrun is for what trains, {either(TRAINING)}; start {command} without it")
 
 
 @app.command()
@@ -205,12 +210,15 @@ def run(
         only,
     )
     check_device(device)
+    if at_once > 1 and processes.started():
+        raise UserError("--at-once starts processes of its own; leave it out, or start the command without torchrun")
     found = wanted.resolved()  # whatever is mistyped is refused before torch is imported
     if from_ is not None:
         weights, folders = wanted.settings["model.weights"], _folders_from(wanted)
         short = f"--from is short for --set model.weights={weights}; " if found[0].prune is None else ""
         console.say(f"{short}the run goes to {folders[0].parent}")
 
+    from .callbacks.replicate import rows_of
     from .runs.guards import refuse_other_recipe
     from .runs.machine import be_deterministic, choose_device
     from .runs.plan import Opened
@@ -218,30 +226,31 @@ def run(
     from .runs.wait import Patience
 
     gc.freeze()
+    processes.join_processes(device)
     manner = Manner(choose_device(device), deadline, restart, profile, checkpoint_steps, keep_best, tensorboard)
     if deterministic:
         be_deterministic()
-    elif manner.device.type == "cpu" and at_once == 1 and "OMP_NUM_THREADS" not in os.environ:
+    elif manner.device.type == "cpu" and at_once == processes.count() == 1 and "OMP_NUM_THREADS" not in os.environ:
         manner = replace(manner, threads=_choose_threads(load))
     if wait:
         manner = replace(manner, wait=Patience(console.say, deadline))
     if wanted.teacher is not None:
         _say_what_is_read(Path(wanted.teacher), trust_pickle)
     opened = Opened(wanted.data, trust_pickle)
-    stages = _planned(wanted, opened, manner)
-    if not restart:
-        for stage in stages:  # before anything is trained
-            refuse_other_recipe(stage.recipe, stage.folder)
-    if EDGE in recipe and only is None:
-        from .edge import check_student
+    size = processes.count()
 
-        [student] = recipes_of(EDGE)
-        students = [stage for stage in stages if stage.recipe.name == student]
-        check_student(students[0].recipe, opened.sets(students[0].recipe), wanted.prune_recipe().prune.macs)
-    else:
-        students = []
+    def planned() -> "tuple[list[Stage], str | Path | None]":
+        stages = _planned(wanted, opened, manner)
+        for stage in stages:  # before anything is trained
+            rows_of(stage.recipe.data.batch_size, size)
+            if not restart:
+                refuse_other_recipe(stage.recipe, stage.folder)
+        return stages, opened.teaching
+
+    stages, opened.teaching = processes.from_first(planned)
+    students = _to_prune(stages, wanted, opened) if EDGE in recipe and only is None else []
     if dry_run:
-        _show_plan(stages, opened, manner)
+        processes.from_first(lambda: _show_plan(stages, opened, manner))
         for stage in students:
             _foresee_pruning(stage, wanted, opened, manner)
         return
@@ -262,6 +271,7 @@ def run(
             console.say(f"best: {describe_best(last)}")
     if students:
         _show_steps([row for stage in students for row in _prune_and_export(stage, wanted, opened, manner)])
+    processes.leave()
 
 
 @app.command(name="plan")
@@ -550,7 +560,8 @@ def _train_in_turn(stages: "list[Stage]", opened: "Opened", manner: "Manner") ->
         if teacher is not None and teacher.path in runs and stage.recipe.prune is None:
             for line in teacher_advice(result.facts, runs[teacher.path].facts):
                 notice(line)
-    _show(runs.values())
+    if processes.is_first():
+        _show(runs.values())
 
 
 def _train_at_once(stages: "list[Stage]", root: Path, at_once: int, options: list[str], manner: "Manner") -> None:
@@ -571,6 +582,18 @@ def _train_at_once(stages: "list[Stage]", root: Path, at_once: int, options: lis
         codes = {code: reason for reason, code in EXIT_CODES.items()}
         asked = next((codes[job.code] for job in jobs if job.code in codes), "time limit")
         _stopped(reason or asked, unfinished[0], manner.restart)
+
+
+def _to_prune(stages: "list[Stage]", wanted: Wanted, opened: "Opened") -> "list[Stage]":
+    """The stages whose students `run edge` prunes when they have been trained."""
+    from .edge import check_student
+
+    if processes.count() > 1:
+        raise UserError("edge prunes and exports in one process; train kd with torchrun, then run edge without it")
+    [name] = recipes_of(EDGE)
+    students = [stage for stage in stages if stage.recipe.name == name]
+    check_student(students[0].recipe, opened.sets(students[0].recipe), wanted.prune_recipe().prune.macs)
+    return students
 
 
 def _prune_and_export(student: "Stage", wanted: Wanted, opened: "Opened", manner: "Manner") -> "list[Row]":
@@ -624,6 +647,7 @@ def _show_plan(stages: "list[Stage]", opened: "Opened", manner: "Manner") -> Non
 def _stopped(reason: str, state: str, restart: bool) -> None:
     again = "without --restart the same command" if restart else "the same command"
     console.say(f"stopped ({reason}): {state}; {again} goes on from there")
+    processes.leave()
     raise typer.Exit(EXIT_CODES[reason])
 
 
@@ -1080,25 +1104,38 @@ def _show_warning(message: Warning | str, category: type[Warning], *where: objec
         sys.stderr.write(warnings.formatwarning(message, category, *where[:2]))
 
 
+def _tell_for_all(message: str) -> None:
+    """Say what has ended the command; of several processes, which all end then, the first to know it does."""
+    if processes.first_to_tell():
+        errors.quiet = False
+        errors.say(f"dms-fastai: {message}")
+
+
 def main() -> None:
     """Run the console script. An error that the user can fix gives one line and exit code 2."""
     any_encoding()
     gc.freeze()  # what is imported stays, so that no collection, a fifth of a second, need look at it
+    console.quiet = errors.quiet = processes.started() and os.environ["RANK"] != "0"
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             app()
     except UserError as error:
-        errors.say(f"dms-fastai: {error.message}")
+        _tell_for_all(error.message)
         sys.exit(EXIT_CODES["time limit"] if isinstance(error, TryAgainError) else 2)
     except UnicodeEncodeError as error:
         errors.say(f"dms-fastai: the name {error.object} is not UTF-8, and a file has to hold it; rename it")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(EXIT_CODES["SIGINT"])
+    except RuntimeError as error:
+        if not processes.lost_another(error):
+            raise
+        _tell_for_all("one of the processes has ended; the same command goes on from the last checkpoint")
+        sys.exit(2)
     except OSError as error:  # a folder that cannot be written, a full disk
         kept = "; what was finished is kept: make room, and the same command goes on" if error.errno == ENOSPC else ""
-        errors.say(f"dms-fastai: {error}{kept}")
+        _tell_for_all(f"{error}{kept}")
         sys.exit(2)
 
 

@@ -1,10 +1,13 @@
 """The random states of all libraries that draw numbers: kept, set, and seeded together."""
 
 import random
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
+
+from . import processes
 
 __all__ = ["get_random_states", "seed_everything", "set_random_states"]
 
@@ -16,7 +19,7 @@ def get_random_states() -> dict[str, Any]:
         "python": random.getstate(),
         "numpy": [name, keys.tolist(), *rest],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state(gpu) for gpu in _gpus()],
         "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
     }
 
@@ -26,10 +29,17 @@ def set_random_states(states: dict[str, Any]) -> None:
     name, keys, *rest = states["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(states["torch"])
-    for device, state in zip(range(torch.cuda.device_count()), states["cuda"], strict=False):
-        torch.cuda.set_rng_state(state, device)
+    for gpu, state in zip(_gpus(), states["cuda"], strict=False):
+        torch.cuda.set_rng_state(state, gpu)
     if states.get("mps") is not None and torch.backends.mps.is_available():
         torch.mps.set_rng_state(states["mps"])
+
+
+def _gpus() -> Iterable[int]:
+    """The GPUs that draw numbers: of several processes, each has its own, in the same state as the others'."""
+    if not torch.cuda.is_available():
+        return ()
+    return range(torch.cuda.device_count()) if processes.count() == 1 else [torch.cuda.current_device()]
 
 
 def seed_everything(seed: int) -> None:

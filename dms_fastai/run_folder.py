@@ -77,7 +77,8 @@ class Facts:
         agreement: Whether what is called accuracy here is agreement: the share of images to which the network gives the
             same class as its teacher, for want of labels.
         data_digest: Hashes of the training and the validation images, and of those without labels, if there are any.
-        device, threads, versions, python, commit: What it ran on, and which code.
+        device, threads, processes, versions, python, commit: What it ran on, and which code. `processes` is None where
+            there was one.
         started, seconds: When it began, and how long it has trained so far.
         epochs_done, last, best: How far it has come. The last epoch is the result; the best one was chosen on the
             images that it is measured on.
@@ -112,6 +113,7 @@ class Facts:
     place: str | None = None
     device: str | None = None
     threads: Number | None = None
+    processes: Several | None = None
     versions: dict[str, str] = field(default_factory=dict)
     python: str | None = None
     commit: str | None = None

@@ -9,6 +9,7 @@ from fastai.torch_core import show_image
 from fastai.vision.data import get_grid
 from torch import Tensor, nn
 
+from .. import processes
 from ..data.augment import at_size
 from ..data.imageset import ImageSet
 from ..data.loader import BatchLoader, statistics, unlabelled_images, vocabulary
@@ -19,6 +20,7 @@ from ..training.losses import DMSLoss, Targets, Teaching
 from ..training.parts import PARTS, order_of
 from .bf16 import has_bf16
 from .progressive_resize import students_shape
+from .replicate import rows_of
 
 __all__ = ["TeacherDistill"]
 
@@ -132,7 +134,10 @@ class TeacherDistill(Callback):
             "batches": {table: found for table, found in tables.items() if table in OF_A_BATCH},
             "callbacks": sorted(type(cb).__qualname__ for cb in learn.cbs if hasattr(type(cb), "before_batch")),
         }
-        answers = KeptLogits.of(facts, (learn.fixed_views.count, len(loader), loader.bs, learn.dls.c))
+        if processes.count() > 1:
+            facts["rows"] = [processes.rank(), processes.count()]
+        shape = (learn.fixed_views.count, len(loader), rows_of(loader.bs), learn.dls.c)
+        answers = KeptLogits.of(facts, shape)
         notice(
             f"the teacher is asked once about each of {learn.fixed_views.count} views of an image; {answers.share:.0%} "
             f"of its answers are there, in {answers.folder} ({answers.nbytes / 1e6:,.1f} MB)"

@@ -13,6 +13,7 @@ from ..settings import NotNegative, Positive, checked
 from ..training.losses import DMSLoss
 from ..training.parts import order_of
 from .drop_block import highest_lr
+from .replicate import replicated
 
 __all__ = ["FeatureDistill", "Pooled", "feature_loss"]
 
@@ -28,8 +29,8 @@ class FeatureDistill(Callback):
     """
 
     order, run_valid = order_of("feature_distill"), False
-    ours = theirs = projection = adam = saved = None
-    _stateattrs = ("ours", "theirs", "projection", "adam", "saved")
+    ours = theirs = projection = project = adam = saved = None
+    _stateattrs = ("ours", "theirs", "projection", "project", "adam", "saved")
 
     def __init__(self, weight: NotNegative = 1.0, loss: Literal["cosine", "mse"] = "cosine", lr: Positive = 1e-3):
         """
@@ -67,7 +68,7 @@ class FeatureDistill(Callback):
         ours, theirs = self.ours.take(), self.theirs.take()
         if self.projection is None:
             self.begin(ours, theirs)
-        term = feature_loss(self.projection(ours), theirs, self.kind)
+        term = feature_loss(self.project(ours), theirs, self.kind)
         self.learn.loss_grad = self.learn.loss_grad + self.weight * term
         self.learn.loss = self.learn.loss_grad.detach().clone()
         if isinstance(self.learn.loss_func, DMSLoss):
@@ -88,10 +89,11 @@ class FeatureDistill(Callback):
             self.projection.load_state_dict(self.saved["projection"])
             self.adam.load_state_dict(self.saved["optimizer"])
             self.saved = None
+        self.project = replicated(self.projection)
 
     def after_fit(self) -> None:
         self.release()
-        self.projection = self.adam = None
+        self.projection = self.project = self.adam = None
 
     def release(self) -> None:
         """Take the hooks off the networks. A Learner calls this if an exception ends a fit without an event."""

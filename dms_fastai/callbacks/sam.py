@@ -78,7 +78,8 @@ class SAM(Callback):
         learn = self.learn
         if hasattr(learn, "bf16"):
             return learn.bf16.context(learn.xb[0].device)
-        return learn.mixed_precision.autocast if hasattr(learn, "mixed_precision") else contextlib.nullcontext()
+        stock = getattr(learn, "mixed_precision", None)  # torch's replicas have one that is None
+        return contextlib.nullcontext() if stock is None else stock.autocast
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from fastai.callback.training import GradientAccumulation
 from torch import nn
 from torch.utils._triton import has_triton
 
+from .. import processes
 from ..settings import Steps, checked
 from ..training.losses import DMSLoss
 from ..training.parts import order_of
@@ -65,8 +66,10 @@ class TorchCompile(Callback):
         modules = self.worth_compiling()
         if not modules:
             return ()
-        # Without CUDA graphs where gradients are accumulated: the next step would write over them.
+        # Without CUDA graphs where gradients are accumulated: the next step would write over them. Nor where other
+        # processes wait for gradients, which a graph would keep from them until its end.
         graphs = self.graphs and not any(isinstance(cb, GradientAccumulation) for cb in self.learn.cbs)
+        graphs = graphs and processes.count() == 1
         failure = rehearse(next(self.learn.model.parameters()).device, mode_of(graphs))
         if failure is not None:
             hint = "; --set compile.graphs=false compiles without CUDA graphs" if graphs else ""

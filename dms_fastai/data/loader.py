@@ -64,6 +64,7 @@ class BatchLoader(TfmdDL):
         self.passes = 0
         self._affine_on: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self.first_batch, self._then = 0, None
+        self.part: slice | None = None  # of the order, for one of several processes
 
     def resume_at(self, batch: int, then: Callable[[], None]) -> None:
         """Begin the next pass at batch `batch`, counted from 0; `then` is called once the order has been drawn."""
@@ -90,6 +91,8 @@ class BatchLoader(TfmdDL):
 
     def create_batches(self, samps: Tensor | Iterator[int]) -> Iterator[tuple[Tensor, ...]]:
         order = samps if isinstance(samps, Tensor) else torch.tensor(list(islice(samps, self.n)), dtype=torch.long)
+        if self.part is not None:
+            order = order[self.part]
         if self.drop_last:
             order = order[: len(order) // self.bs * self.bs]
         there = order.to(self._where())

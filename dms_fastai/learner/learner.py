@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -14,11 +14,13 @@ from fastai.callback.core import CancelEpochException
 from fastai.callback.schedule import ParamScheduler
 from fastai.data.core import DataLoaders
 from fastai.learner import CastToTensor, defaults
-from fastai.torch_core import rank_distrib
+from fastai.torch_core import to_detach
 from torch import Tensor, nn
 
+from .. import processes
 from ..callbacks.bf16 import fast_kernels
 from ..callbacks.progressive_resize import ProgressiveResize
+from ..callbacks.replicate import replication, rows_of
 from ..data.imageset import ImageSet
 from ..data.loader import BatchLoader, ImageLoaders, statistics, unlabelled_images, vocabulary
 from ..errors import UserError, notice
@@ -101,7 +103,7 @@ class DMSLearner(EventLearner):
                 p.grad = None  # fastai's optimisers leave zeros, and would go on to decay the weight
 
     def fit(self, n_epoch: int, *args: Any, start_epoch: int = 0, **kwargs: Any) -> None:
-        """`Learner.fit`, whose skipped epochs leave no trace in the recorder.
+        """`Learner.fit`, whose skipped epochs leave no trace in the recorder. All processes that have joined share it.
 
         Raises:
             UserError: The images, their classes, the batches or the loss's class weights do not fit the model.
@@ -112,15 +114,16 @@ class DMSLearner(EventLearner):
             raise UserError("some training images have no label; they need a teacher, whose callback is not there")
         _check_batches(self.dls.train, self.model, inputs)
         self.first_epoch = start_epoch
-        try:
-            with fast_kernels(getattr(self.dls, "device", None)):
-                super().fit(n_epoch, *args, **kwargs)
-        finally:
-            if isinstance(getattr(self, "recorder", None), Recorder):
-                self.recorder.fetch()  # after an exception as well, when no event is sent
-            for callback in self.cbs:
-                if hasattr(type(callback), "release"):
-                    callback.release()
+        with self.added_cbs(replication()):
+            try:
+                with fast_kernels(getattr(self.dls, "device", None)):
+                    super().fit(n_epoch, *args, **kwargs)
+            finally:
+                if isinstance(getattr(self, "recorder", None), Recorder):
+                    self.recorder.fetch()  # after an exception as well, when no event is sent
+                for callback in self.cbs:
+                    if hasattr(type(callback), "release"):
+                        callback.release()
 
     def _do_fit(self) -> None:
         trimmer = Trimmer()
@@ -150,6 +153,23 @@ class DMSLearner(EventLearner):
             return b
         return tuple(t.as_subclass(Tensor) if isinstance(t, Tensor) else t for t in super()._set_device(b))
 
+    def to_detach(self, b: Any, cpu: bool = True, gather: bool = True) -> Any:
+        """As in fastai, but what this process has alone: fastai gathers where WORLD_SIZE is set, whoever has set it."""
+        return to_detach(b, cpu, gather=False)
+
+    def distrib_ctx(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """fastai's way to several processes, which is none for this Learner.
+
+        Raises:
+            UserError: Says which is.
+        """
+        raise UserError(
+            "distrib_ctx() is fastai's way to several processes; here, begin the script with "
+            "dms_fastai.join_processes(), start it with torchrun, and leave distrib_ctx() out"
+        )
+
+    to_distributed = distrib_ctx
+
     @property
     def card(self) -> ModelCard:
         """What the model is and what images it expects, to be saved with its weights."""
@@ -165,7 +185,7 @@ class DMSLearner(EventLearner):
 
     def export(self, fname: str | Path = "export.pkl", pickle_module: Any = PORTABLE, pickle_protocol: int = 2) -> None:
         """`Learner.export`, whole or not at all, and without the folders of this machine."""
-        if rank_distrib():
+        if not processes.is_first():
             return
         self._end_cleanup()
         exported = {
@@ -357,6 +377,8 @@ def _check_batches(loader: Any, model: nn.Module, inputs: Inputs) -> None:
         return
     if not len(loader):
         raise UserError(f"{images} training images make no batch of {bs}; take a smaller batch size")
+    bs = rows_of(bs)
+    images //= processes.count()
     last = bs if loader.drop_last or not images % bs else images % bs
     if 1 in (bs, last) and needs_more_than_one(model, inputs.shape):
         what = "batches are" if bs == 1 else f"{images} images in batches of {bs} leave a last batch"

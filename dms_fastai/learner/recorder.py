@@ -11,10 +11,10 @@ import torch
 from fastai import learner as fastai
 from fastai.callback.tracker import TrackerCallback
 from fastai.learner import AvgLoss, AvgMetric, AvgSmoothLoss, Metric
-from fastai.torch_core import num_distrib
 from fastcore.foundation import L
 from torch import Tensor
 
+from .. import processes
 from ..callbacks.distill import TeacherDistill
 from ..callbacks.feature_distill import FeatureDistill
 from ..errors import UserError
@@ -87,7 +87,10 @@ class Recorder(fastai.Recorder):
         self.losses = to_cpu(getattr(self, "losses", []))
 
     def state(self) -> dict[str, Any]:
-        """The records so far: every step's learning rate and loss, every epoch's values, the current epoch's sums."""
+        """The records so far: every step's learning rate and loss, every epoch's values, the current epoch's sums.
+
+        The sums are those of every process, so that all have to call this.
+        """
         self.fetch()
         return {
             "lrs": [float(lr) for lr in self.lrs],
@@ -95,7 +98,7 @@ class Recorder(fastai.Recorder):
             "iters": list(self.iters),
             "values": [list(values) for values in self.values],
             "smooth_loss": (self.smooth_loss.count, self.smooth_loss.val),
-            "sums": [(metric.total, metric.count) for metric in self._summed],
+            "sums": processes.gathered([(_on_cpu(metric.total), _on_cpu(metric.count)) for metric in self.summed]),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -105,13 +108,16 @@ class Recorder(fastai.Recorder):
         self.smooth_loss.count, self.smooth_loss.val = state["smooth_loss"]
 
     def restore_sums(self, state: dict[str, Any], device: torch.device) -> None:
-        """Resume after the steps of a `state`; the epoch must have begun."""
-        for metric, (total, count) in zip(self._summed, state["sums"], strict=True):
-            metric.total, metric.count = torch.as_tensor(total).to(device), count
+        """Resume after the steps of a `state`; the epoch must have begun. Any number of processes shares its sums."""
+        own = state["sums"][processes.rank() :: processes.count()]
+        for place, metric in enumerate(self.summed):
+            metric.total = sum(torch.as_tensor(sums[place][0]).to(device) for sums in own)
+            metric.count = sum(sums[place][1] for sums in own)
         self.learn.smooth_loss = self.smooth_loss.value
 
     @property
-    def _summed(self) -> list[Any]:
+    def summed(self) -> list[Any]:
+        """What adds up an epoch's training batches."""
         return [metric for metric in (*self.parts, *self.learn.metrics) if hasattr(metric, "total")]
 
 
@@ -141,16 +147,13 @@ class LazySmoothLoss(AvgSmoothLoss):
     def accumulate(self, learn: Any) -> None:
         self.count += 1
         loss = learn.loss.detach().mean()
-        self.val = torch.lerp(loss, self.val.to(loss.device, non_blocking=True), self.beta)
+        self.val = torch.lerp(loss, self.val.to(loss, non_blocking=True), self.beta)
 
 
 class LazyLoss(AvgLoss):
     """`AvgLoss`, added up where the loss is."""
 
     def accumulate(self, learn: Any) -> None:
-        if num_distrib() > 1:  # fastai's own gathers what the other processes have
-            super().accumulate(learn)
-            return
         n = len(learn.yb[0])
         self.total += learn.loss.detach().mean() * n
         self.count += n
@@ -160,9 +163,6 @@ class LazyMetric(AvgMetric):
     """`AvgMetric`, added up where the predictions are."""
 
     def accumulate(self, learn: Any) -> None:
-        if num_distrib() > 1:
-            super().accumulate(learn)
-            return
         n = len(learn.yb[0])
         value: Tensor | float = self.func(learn.pred, *learn.yb)
         self.total += (value.detach() if isinstance(value, Tensor) else value) * n
@@ -201,6 +201,10 @@ def lazy(metric: Callable | Metric) -> Metric:
     if isinstance(metric, type):
         metric = metric()
     return metric if isinstance(metric, Metric) else LazyMetric(metric)
+
+
+def _on_cpu(value: Any) -> Any:
+    return value.cpu() if isinstance(value, Tensor) else value
 
 
 def to_cpu(losses: list[Tensor]) -> list[Tensor]:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from fastai.callback.core import Callback
 
+from .. import processes
 from ..errors import UserError
 from ..files import whole
 from ..models.weights import all_finite
@@ -141,7 +142,8 @@ class Checkpoint(Callback):
             raise self.diverged(f"the validation loss is {loss}")
 
     def after_epoch(self) -> None:
-        if self.every or time.perf_counter() - self.written >= self.cost / SHARE:
+        due = self.every is not None or time.perf_counter() - self.written >= self.cost / SHARE
+        if processes.from_first(lambda: due):
             self.save_epoch()
 
     def save_epoch(self) -> None:
@@ -195,6 +197,9 @@ class Checkpoint(Callback):
             "arithmetic": arithmetic(learn),
             **inside,
         }
+        self.saved = (epochs, steps)
+        if not processes.is_first():  # all have the same
+            return
         buffer = io.BytesIO()
         torch.save(state, buffer)
         content = buffer.getbuffer()
@@ -206,7 +211,7 @@ class Checkpoint(Callback):
                 raise OSError(f"{file} does not read back as it was written")
         for old in self.files()[:-KEPT]:
             old.unlink()
-        self.saved, self.written = (epochs, steps), time.perf_counter()
+        self.written = time.perf_counter()
         self.cost = self.written - began
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from .. import processes
 from ..callbacks.bf16 import has_bf16
 from ..errors import UserError
 from ..recipes import Recipe, flat
@@ -58,6 +59,8 @@ def arithmetic(learn: Any) -> dict[str, Any]:
     """What decides, beside recipe and code, which bits a training step gives: kept in checkpoints."""
     device = torch.device(learn.dls.device)
     facts = {"device": device_name(device), "bf16": hasattr(learn, "bf16") and has_bf16(device)}
+    if processes.count() > 1:
+        facts["processes"] = processes.count()
     return facts | ({"threads": torch.get_num_threads()} if device.type == "cpu" else {})
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastai.callback.core import Callback
 
+from .. import processes
 from ..files import whole
 
 __all__ = ["History", "write_rows"]
@@ -54,7 +55,8 @@ class History(Callback):
                 "images_per_second": round(self.images / self.train_seconds, 1),
             }
         )
-        write_rows(self.rows, self.file, durable=False)  # a checkpoint holds them, too
+        if processes.is_first():
+            write_rows(self.rows, self.file, durable=False)  # a checkpoint holds them, too
         self.then()
 
 

@@ -17,6 +17,7 @@ from fastai.callback.progress import ProgressCallback
 from fastcore.basics import noop
 from rich.console import Console
 
+from .. import processes
 from ..errors import UserError, notice
 from ..export import export_run
 from ..files import whole
@@ -102,23 +103,25 @@ def run_stage(stage: Stage, opened: Opened, manner: Manner | None = None, consol
     """
     manner, console = manner or Manner(), console or Console()
     recipe, folder = stage.recipe, stage.folder
-    teacher = opened.teacher_of(stage)
-    sets = opened.sets(recipe, teacher)
-    origin = {"data_digest": sets.digest, "place": source_place(opened.data)}
-    if teacher is not None:
-        check_classes(teacher, sets.vocab)
-        origin |= {"teacher": cut_path(stage.teacher), "teacher_digest": teacher.digest}
-    with locked(folder.path, manner.wait):
-        if not manner.restart:
-            refuse_other_recipe(recipe, folder)
-        for left in folder.partial_files():
-            left.unlink()  # left by a process that was killed as it wrote
-        if manner.restart:
-            _empty(folder)
-        refuse_other_origin(origin, folder)
-        if not folder.finished:
-            refuse_other_code(versions(), folder)
-        elif folder.predictions.is_file():
+    with processes.together():
+        teacher = opened.teacher_of(stage)
+        sets = opened.sets(recipe, teacher)
+        origin = {"data_digest": sets.digest, "place": source_place(opened.data)}
+        if teacher is not None:
+            check_classes(teacher, sets.vocab)
+            origin |= {"teacher": cut_path(stage.teacher), "teacher_digest": teacher.digest}
+    with contextlib.ExitStack() as stack:
+        with processes.in_order():
+            if processes.is_first():
+                stack.enter_context(locked(folder.path, manner.wait))
+            if not manner.restart:
+                refuse_other_recipe(recipe, folder)
+            if processes.is_first():
+                _tidy(folder, manner.restart)
+            refuse_other_origin(origin, folder)
+            if not folder.finished:
+                refuse_other_code(versions(), folder)
+        if folder.finished and folder.predictions.is_file():
             if manner.profile:
                 said = f"{recipe.title}: already finished, nothing to profile; give --out another folder"
                 console.print(said, markup=False)
@@ -132,11 +135,12 @@ def run_stage(stage: Stage, opened: Opened, manner: Manner | None = None, consol
         dls = loaders_of(recipe, sets, manner.device)
         seed_everything(stage.seed)  # only after fastai's loaders have drawn from Python's generator
         begun = folder.finished or any(folder.checkpoints.glob("*.pt"))
-        learn = dms_learner(dls, recipe, teacher=teacher, path=folder.path, begun=begun)
+        with processes.together():
+            learn = dms_learner(dls, recipe, teacher=teacher, path=folder.path, begun=begun)
         learn.remove_cb(ProgressCallback)  # the run shows its own progress
         learn.logger = noop
         if folder.finished:
-            return _predict_again(learn, folder)
+            return processes.from_first(lambda: _predict_again(learn, folder))
         if recipe.prune is not None and not begun:
             for line in after_pruning(learn):
                 console.print(f"{recipe.title}: {line}", soft_wrap=True, markup=False, highlight=False)
@@ -158,14 +162,15 @@ class _Training:
 
     def run(self) -> Run:
         first_epoch = self.resume()
-        with whole(self.folder.recipe_file) as partial:
-            partial.write_text(self.recipe.without_folders().to_toml(), encoding="utf-8")
+        if processes.is_first():
+            with whole(self.folder.recipe_file) as partial:
+                partial.write_text(self.recipe.without_folders().to_toml(), encoding="utf-8")
         self.note("running")
         try:
             self.fit(first_epoch)
             if len(self.history.rows) < self.recipe.schedule.epochs and not self.stopped_early:
                 return self.told(self.note("interrupted"))
-            self.leave()
+            processes.from_first(self.leave)
             finished = self.note("finished")
         except BaseException as error:
             with contextlib.suppress(OSError):  # a full disk, of which `error` tells
@@ -173,15 +178,20 @@ class _Training:
             if is_out_of_memory(error):
                 raise self.too_large() from None
             raise
+        processes.from_first(lambda: self.afterwards(finished))
+        return self.told(finished)
+
+    def afterwards(self, finished: Run) -> None:
+        """Remove what a finished run no longer needs, and say what somebody should know about it."""
         for left in (self.folder.checkpoints, self.folder.replaced):  # only after run.json says "finished"
             shutil.rmtree(left, ignore_errors=True)
         for line in self.advice(finished):
             notice(line)
-        return self.told(finished)
 
     def resume(self) -> int:
         """Restore the Learner from the last checkpoint; gives the number of epochs that are done."""
-        resumed = self.checkpoint.resume(self.learn)
+        with processes.in_order():  # the first one puts damaged files aside
+            resumed = self.checkpoint.resume(self.learn)
         if resumed.arithmetic is not None:
             other = other_arithmetic(resumed.arithmetic, arithmetic(self.learn))
             if other is not None:
@@ -201,13 +211,19 @@ class _Training:
             cbs = [self.history, self.checkpoint, stack.enter_context(self.stop.listening())]
             shown = RichProgress(self.recipe.title, self.history, self.console, self.manner.ahead)
             cbs.append(stack.enter_context(shown))
-            if self.manner.keep_best or self.folder.best.is_file():
-                cbs.append(KeepBest(self.folder))
-            if self.manner.tensorboard:
-                cbs.append(TensorBoard(self.folder.tensorboard, self.history))
-            if self.manner.profile:
-                cbs += stack.enter_context(StepProfile(self.folder.profile, self.console)).edges
+            cbs += self.written(stack) if processes.is_first() else []
             self.learn.fit_recipe(cbs=[*cbs, *self.manner.cbs], start_epoch=first_epoch)
+
+    def written(self, stack: contextlib.ExitStack) -> list[Callback]:
+        """The callbacks that write what the command asks for."""
+        cbs = []
+        if self.manner.keep_best or self.folder.best.is_file():
+            cbs.append(KeepBest(self.folder))
+        if self.manner.tensorboard:
+            cbs.append(TensorBoard(self.folder.tensorboard, self.history))
+        if self.manner.profile:
+            cbs += stack.enter_context(StepProfile(self.folder.profile, self.console)).edges
+        return cbs
 
     @property
     def stopped_early(self) -> bool:
@@ -236,7 +252,8 @@ class _Training:
             seconds=round(self.before + time.perf_counter() - self.began, 1),
             train_pflop=self.work.of(len(rows)),
         )
-        self.folder.write_facts(self.facts)
+        if processes.is_first():
+            self.folder.write_facts(self.facts)
         return Run(self.folder, self.facts)
 
     def too_large(self) -> UserError:
@@ -258,6 +275,7 @@ class _Training:
 
     def told(self, run: Run) -> Run:
         """The run, with the reason why it was stopped, if it was."""
+        self.stop.agree()
         return replace(run, facts=replace(run.facts, stopped_by=self.stop.reason))
 
 
@@ -270,6 +288,14 @@ def _predict_again(learn: DMSLearner, folder: RunFolder) -> Run:
     learn.model.to(learn.dls.device)
     write_predictions(learn, folder.predictions)
     return Run.read(folder.path)
+
+
+def _tidy(folder: RunFolder, restart: bool) -> None:
+    """Delete what a process that was killed has left half written and, to begin again, what the run has."""
+    for left in folder.partial_files():
+        left.unlink()
+    if restart:
+        _empty(folder)
 
 
 def _empty(folder: RunFolder) -> None:
@@ -322,6 +348,7 @@ def _facts(learn: DMSLearner, seed: int, origin: dict[str, Any], work: Work) -> 
         seconds=0.0,
         device=device_name(learn.dls.device),
         threads=torch.get_num_threads(),
+        processes=processes.count() if processes.count() > 1 else None,
         versions=versions(),
         python=platform.python_version(),
         commit=commit(),

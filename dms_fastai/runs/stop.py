@@ -9,11 +9,13 @@ from types import FrameType
 
 from fastai.callback.core import Callback, CancelFitException
 
+from .. import processes
 from .checkpoint import Checkpoint
 
 __all__ = ["SIGNALS", "TIME_LIMIT", "TO_COMPILE", "StopOnRequest", "name_of"]
 
 TIME_LIMIT = "time limit"
+LOOK = 0.5  # seconds after which several processes ask one another whether to stop
 TO_COMPILE = 120.0  # seconds that the first step of a compiled fit may take; it cannot be stopped in the middle
 BEGAN = time.monotonic()  # of the process, nearly
 # Ctrl-C, a terminal that is closed, and what schedulers send before they kill; Windows has the first three alone.
@@ -30,7 +32,8 @@ def name_of(number: int) -> str:
 class StopOnRequest(Callback):
     """End training on one of `SIGNALS` or at a deadline, once the current step is done and checkpointed.
 
-    Use `listening` round fit. A second signal has its usual effect, at once.
+    Use `listening` round fit. A second signal has its usual effect, at once. Several processes stop together, whichever
+    of them is asked to; torchrun, which kills what does not end, sends them signals once more on its own account.
     """
 
     order = 75  # after the checkpoint
@@ -43,6 +46,7 @@ class StopOnRequest(Callback):
         """
         super().__init__()
         self.checkpoint, self.deadline, self.reason = checkpoint, deadline, None
+        self.steps, self.next, self.looked = 0, 1, time.monotonic()
 
     @contextmanager
     def listening(self) -> Iterator["StopOnRequest"]:
@@ -57,12 +61,26 @@ class StopOnRequest(Callback):
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.reason = name_of(number)
+        if processes.count() > 1:
+            return
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
     def asked(self) -> bool:
+        """Whether to stop; several processes agree on it, so that all have to call this."""
         if self.reason is None and self.deadline is not None and time.monotonic() > self.deadline:
             self.reason = TIME_LIMIT
+        self.agree()
         return self.reason is not None
+
+    def agree(self) -> None:
+        """Have all processes stop for the same reason, if there is one, and look again after as many steps."""
+        if processes.count() == 1:
+            return
+        now = time.monotonic()
+        seconds = (now - self.looked) / max(1, self.steps)
+        told = processes.gathered((self.reason, max(1, int(LOOK / max(seconds, 1e-6)))))
+        self.reason = next((reason for reason, _ in told if reason is not None), None)
+        self.steps, self.next, self.looked = 0, min(steps for _, steps in told), now
 
     def before_fit(self) -> None:
         """Stop at once if compiling would take longer than there is time.
@@ -72,12 +90,16 @@ class StopOnRequest(Callback):
         if self.deadline is None or not hasattr(self.learn, "torch_compile"):
             return
         left, limit = self.deadline - time.monotonic(), self.deadline - BEGAN
-        if left < min(TO_COMPILE, limit / 2) and self.learn.torch_compile.worth_compiling():
+        short = left < min(TO_COMPILE, limit / 2) and bool(self.learn.torch_compile.worth_compiling())
+        if any(processes.gathered(short)):
             self.reason = TIME_LIMIT
             raise CancelFitException
 
     def after_batch(self) -> None:
-        if self.learn.training and self.asked():
+        if not self.learn.training:
+            return
+        self.steps += 1
+        if (processes.count() == 1 or self.steps >= self.next) and self.asked():
             self.checkpoint.save_step()
             raise CancelFitException
 
