@@ -99,7 +99,7 @@ def test_no_more_than_a_batch_is_classified_at_once(run):
 
 
 def test_evaluate_prints_the_worst_classes_first(dms, run, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("dms_fastai.cli.WORST", 3)
+    monkeypatch.setattr("dms_fastai.cli.trained.WORST", 3)
     found = evaluate_model(run.path, "digits")
     answers = [dms("evaluate", run.path, "--device", "cpu"), dms("evaluate", run.weights, "--data", "digits")]
     assert answers[0] == answers[1]

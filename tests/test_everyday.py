@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dms_fastai import EarlyStopping, UserError, cli, dms_learner, load_data
+from dms_fastai import EarlyStopping, UserError, dms_learner, load_data
 from dms_fastai.data.loader import balanced
 from dms_fastai.errors import Notice
 from dms_fastai.models.grad_cam import grad_cam
@@ -21,6 +21,7 @@ from dms_fastai.run_folder import Run, RunFolder, find_runs
 from dms_fastai.runs import threads
 from dms_fastai.runs.predictions import read_predictions
 from dms_fastai.runs.stop import StopOnRequest
+from dms_fastai.runs.threads import Load
 from dms_fastai.runs.wanted import Wanted
 from tests.test_runs import dms, figures  # noqa: F401  (the first is a fixture)
 
@@ -271,7 +272,7 @@ def test_a_resumed_run_keeps_its_threads(dms, tmp_path, monkeypatch):  # noqa: F
     before = torch.get_num_threads()
     try:
         for free, code in ((0.2, 75), (8.0, 0)):
-            monkeypatch.setattr(cli.Load, "free", lambda load, free=free: free)
+            monkeypatch.setattr(Load, "free", lambda load, free=free: free)
             torch.set_num_threads(2)
             limit = ("--time-limit", "0.001s") if code else ()
             found, out, err = dms("run", "se", "--epochs", 1, *limit)

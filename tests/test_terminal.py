@@ -158,7 +158,7 @@ def test_what_a_user_should_know_is_a_line(dms, monkeypatch):  # noqa: F811
         warnings.warn("no longer", stacklevel=1)
         return []
 
-    monkeypatch.setattr("dms_fastai.cli.recipe_names", recipes)
+    monkeypatch.setattr("dms_fastai.cli.show.recipe_names", recipes)
     code, _, err = dms("recipes")
     assert code == 0
     assert err.splitlines()[0] == r"dms-fastai: grey \x1b of 16 bits"
