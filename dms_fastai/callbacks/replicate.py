@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from fastai.callback.core import Callback
+from fastai.learner import AvgMetric
 from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
@@ -56,6 +57,9 @@ class Rows(Callback):
             if not isinstance(loader, BatchLoader):
                 kind = type(loader).__name__
                 raise UserError(f"several processes train on the DataLoaders of load_data alone, and here is a {kind}")
+        for metric in self.learn.metrics:
+            if not isinstance(metric, AvgMetric):
+                raise UserError(f"several processes add up means over images, and the metric {metric.name!r} is none")
         loader = self.learn.dls.train
         rows_of(loader.bs)
         if not loader.drop_last:
