@@ -283,7 +283,7 @@ def test_importing_it_registers_the_architectures(order):
         ("report nowhere", "no such folder"),
         ("predict nowhere x.png", "no model at nowhere"),
         ("predict dmsresnet nowhere.png", "no such image: nowhere.png"),
-        ("export dmsresnet kd.onx", "the formats are .onnx, .int8.onnx or .pt2"),
+        ("export dmsresnet kd.onx", "the formats are .onnx, .int8.onnx, .pt2, .pte or .int8.pte"),
         ("export dmsresnet kd.int8.onnx", "no images to calibrate with"),
         ("bench nowhere.onnx", "no such file: nowhere.onnx"),
         ("recipes", ""),
