@@ -8,9 +8,12 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import TryAgainError, UserError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 __all__ = [
     "alone",
@@ -24,6 +27,8 @@ __all__ = [
     "leave",
     "lost_another",
     "rank",
+    "replicated",
+    "rows_of",
     "share",
     "started",
     "together",
@@ -127,6 +132,31 @@ def share(n: int) -> slice:
     """Which of `n` rows are this process's: all shares together are all rows in order, each once."""
     size, place = count(), rank()
     return slice(place * n // size, (place + 1) * n // size)
+
+
+def rows_of(batch: int, size: int | None = None) -> int:
+    """How many images of a batch each of `size` processes has; None: of those that train together.
+
+    Raises:
+        UserError: They cannot share it evenly.
+    """
+    size = count() if size is None else size
+    if batch % size:
+        below = batch // size * size
+        raise UserError(
+            f"{size} processes cannot share a batch of {batch} images evenly; data.batch_size is that of all of them: "
+            f"--set data.batch_size={below or size}"
+        )
+    return batch // size
+
+
+def replicated(module: "nn.Module") -> "nn.Module":
+    """A module beside the network whose gradients are means over all processes, too; itself, if there is one."""
+    if count() == 1:
+        return module
+    from torch.nn.parallel import DistributedDataParallel
+
+    return DistributedDataParallel(module)
 
 
 def gathered(value: Any) -> list[Any]:

@@ -122,7 +122,7 @@ def command(tmp_path_factory):
         arrays[f"{split}_labels"] = images.labels[:n].numpy()
     np.savez(folder / "few.npz", **arrays)
     recipe = 'extends = "mixup"\n[model]\nname = "test_dmsresnet"\ndrop_rate = 0.1\n[data]\nbatch_size = 32\n'
-    (folder / "own.toml").write_text(f"{recipe}[schedule]\nepochs = 8\n[ema]\ndecay = 0.9\n")
+    (folder / "own.toml").write_text(f"{recipe}[schedule]\nepochs = 24\n[ema]\ndecay = 0.9\n")
     return ["run", folder / "own.toml", "--data", folder / "few.npz", "--device", "cpu", "--checkpoint-steps", "3"]
 
 

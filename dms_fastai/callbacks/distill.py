@@ -20,7 +20,6 @@ from ..training.losses import DMSLoss, Targets, Teaching
 from ..training.parts import PARTS, order_of
 from .bf16 import has_bf16
 from .progressive_resize import students_shape
-from .replicate import rows_of
 
 __all__ = ["TeacherDistill"]
 
@@ -136,7 +135,7 @@ class TeacherDistill(Callback):
         }
         if processes.count() > 1:
             facts["rows"] = [processes.rank(), processes.count()]
-        shape = (learn.fixed_views.count, len(loader), rows_of(loader.bs), learn.dls.c)
+        shape = (learn.fixed_views.count, len(loader), processes.rows_of(loader.bs), learn.dls.c)
         answers = KeptLogits.of(facts, shape)
         notice(
             f"the teacher is asked once about each of {learn.fixed_views.count} views of an image; {answers.share:.0%} "

@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from fastai.callback.core import Callback
 from torch import Tensor, nn
 
+from .. import processes
 from ..errors import UserError
 from ..models.groups import classifiers
 from ..settings import NotNegative, Positive, checked
 from ..training.losses import DMSLoss
 from ..training.parts import order_of
 from .drop_block import highest_lr
-from .replicate import replicated
 
 __all__ = ["FeatureDistill", "Pooled", "feature_loss"]
 
@@ -89,7 +89,7 @@ class FeatureDistill(Callback):
             self.projection.load_state_dict(self.saved["projection"])
             self.adam.load_state_dict(self.saved["optimizer"])
             self.saved = None
-        self.project = replicated(self.projection)
+        self.project = processes.replicated(self.projection)
 
     def after_fit(self) -> None:
         self.release()

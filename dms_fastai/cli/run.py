@@ -117,7 +117,6 @@ def run(
         short = f"--from is short for --set model.weights={weights}; " if found[0].prune is None else ""
         console.say(f"{short}the run goes to {folders[0].parent}")
 
-    from ..callbacks.replicate import rows_of
     from ..runs.guards import refuse_other_recipe
     from ..runs.machine import be_deterministic, choose_device
     from ..runs.plan import Opened
@@ -141,7 +140,7 @@ def run(
     def planned() -> "tuple[list[Stage], str | Path | None]":
         stages = _planned(wanted, opened, manner)
         for stage in stages:  # before anything is trained
-            rows_of(stage.recipe.data.batch_size, size)
+            processes.rows_of(stage.recipe.data.batch_size, size)
             if not restart:
                 refuse_other_recipe(stage.recipe, stage.folder)
         return stages, opened.teaching

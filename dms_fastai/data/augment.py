@@ -218,7 +218,8 @@ def at_size(x: Tensor, sides: tuple[int, int]) -> Tensor:
 
 
 def normalize(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """uint8 images (B, C, H, W) as float32, x * scale + shift, laid out channels last."""
+    """uint8 images (B, C, H, W) as x * scale + shift, in float32 or the type of `scale`, laid out channels last."""
     pixels = x.to(torch.float32, memory_format=torch.channels_last)
-    own = None if pixels is x else pixels  # to get new memory takes as long as the arithmetic
+    # To get new memory takes as long as the arithmetic.
+    own = pixels if pixels is not x and pixels.dtype == scale.dtype else None
     return torch.addcmul(shift, pixels, scale, out=own)

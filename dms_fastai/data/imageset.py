@@ -70,9 +70,10 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.stored)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-        image = self.gathered(torch.tensor([index]))[0]
-        return (image,) if self.labels is None else (image, self.labels[index])
+    def __getitem__(self, index: int | slice) -> tuple[Tensor, ...]:
+        rows = torch.arange(len(self))[index]
+        images = self.gathered(rows.flatten()).view(*rows.shape, *self.stored.shape)
+        return (images,) if self.labels is None else (images, self.labels[index])
 
     def __iter__(self):
         return (self[index] for index in range(len(self)))

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from .. import processes
 from ..callbacks.bf16 import fast_kernels
 from ..callbacks.progressive_resize import ProgressiveResize
-from ..callbacks.replicate import replication, rows_of
 from ..data.imageset import ImageSet
 from ..data.loader import BatchLoader, ImageLoaders, statistics, unlabelled_images, vocabulary
 from ..errors import UserError, notice
@@ -41,6 +40,7 @@ from .events import EventLearner
 from .memory import Trimmer
 from .portable import PORTABLE
 from .recorder import Recorder, accuracy, lazy
+from .replicate import replication
 
 __all__ = ["DMSLearner", "dms_learner"]
 
@@ -377,7 +377,7 @@ def _check_batches(loader: Any, model: nn.Module, inputs: Inputs) -> None:
         return
     if not len(loader):
         raise UserError(f"{images} training images make no batch of {bs}; take a smaller batch size")
-    bs = rows_of(bs)
+    bs = processes.rows_of(bs)
     images //= processes.count()
     last = bs if loader.drop_last or not images % bs else images % bs
     if 1 in (bs, last) and needs_more_than_one(model, inputs.shape):

@@ -137,7 +137,7 @@ def looks(section: Section, theme: Theme) -> list[tuple[Row, Look]]:
 def legend(drawn: Figure) -> None:
     """A legend below the figure's axes, for which the figure grows."""
     handles, labels = drawn.axes[0].get_legend_handles_labels()
-    longest = max(len(line) for label in labels for line in label.splitlines())
+    longest = max((len(line) for label in labels for line in label.splitlines()), default=0)
     columns = max(min(len(labels), 3, int(drawn.get_figwidth() / (0.7 + LETTER * longest))), 1)
     lines = max(sum(label.count("\n") + 1 for label in labels[n::columns]) for n in range(columns))
     drawn.set_figheight(min(drawn.get_figheight() + 0.2 * lines + 0.2, TALLEST))
@@ -511,7 +511,7 @@ def against(cost: Cost, section: Section, theme: Theme) -> Figure | None:
         spots.append((x, y, f"{system.name} (published)", theme.faint))
     axes.set_xscale("log")
     left = min(x for x, *_ in spots) / 1.6
-    longest = [max(map(len, text.splitlines())) for _, _, text, _ in spots]
+    longest = [max(map(len, text.splitlines()), default=0) for _, _, text, _ in spots]
     widths = [min(0.85 * LETTER * letters / 8 + 0.02, 0.7) for letters in longest]  # as shares of the axis
     decades = [np.log10(1.12 * _beside(spots, x) / left) / (1 - w) for (x, *_), w in zip(spots, widths, strict=True)]
     axes.set_xlim(left, left * 10 ** max(*decades, 1.0))  # so that the labels, too, find room

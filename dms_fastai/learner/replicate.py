@@ -12,13 +12,13 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import processes
+from ..callbacks.mixup import MixUp
+from ..callbacks.sync_bn import HostSyncBatchNorm
 from ..data.loader import BatchLoader
 from ..errors import UserError
 from ..random_states import get_random_states, set_random_states
-from .mixup import MixUp
-from .sync_bn import HostSyncBatchNorm
 
-__all__ = ["replicated", "replication", "rows_of"]
+__all__ = ["replication"]
 
 
 def replication() -> list[Callback]:
@@ -29,22 +29,6 @@ def replication() -> list[Callback]:
     statistics of batch norms, loss.
     """
     return [] if processes.count() == 1 else [Rows(), Sums(), Replicate()]
-
-
-def rows_of(batch: int, size: int | None = None) -> int:
-    """How many images of a batch each of `size` processes has; None: of those that train together.
-
-    Raises:
-        UserError: They cannot share it evenly.
-    """
-    size = processes.count() if size is None else size
-    if batch % size:
-        below = batch // size * size
-        raise UserError(
-            f"{size} processes cannot share a batch of {batch} images evenly; data.batch_size is that of all of them: "
-            f"--set data.batch_size={below or size}"
-        )
-    return batch // size
 
 
 class Rows(Callback):
@@ -61,9 +45,9 @@ class Rows(Callback):
             if not isinstance(metric, AvgMetric):
                 raise UserError(f"several processes add up means over images, and the metric {metric.name!r} is none")
         loader = self.learn.dls.train
-        rows_of(loader.bs)
+        processes.rows_of(loader.bs)
         if not loader.drop_last:
-            rows_of(loader.n % loader.bs)
+            processes.rows_of(loader.n % loader.bs)
         set_random_states(processes.gathered(get_random_states())[0])
         for value in self.learn.model.state_dict().values():
             distributed.broadcast(value, 0)
@@ -193,8 +177,3 @@ class Replica(DistributedDataParallel):
         with torch.random.fork_rng(devices=gpus, device_type="cuda"):
             torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
             return super().forward(*inputs)
-
-
-def replicated(module: nn.Module) -> nn.Module:
-    """A module beside the network whose gradients are means over all processes, too; itself, if there is one."""
-    return module if processes.count() == 1 else DistributedDataParallel(module)
