@@ -45,7 +45,8 @@ class StopOnRequest(Callback):
             deadline: A time on the clock of `time.monotonic`.
         """
         super().__init__()
-        self.checkpoint, self.deadline, self.reason = checkpoint, deadline, None
+        self.checkpoint, self.deadline = checkpoint, deadline
+        self.noted = self.reason = None  # why this process has been asked, and why all stop
         self.steps, self.next, self.looked = 0, 1, time.monotonic()
 
     @contextmanager
@@ -60,25 +61,26 @@ class StopOnRequest(Callback):
                 signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.reason = name_of(number)
+        self.noted = name_of(number)
         if processes.count() > 1:
             return
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
     def asked(self) -> bool:
         """Whether to stop; several processes agree on it, so that all have to call this."""
-        if self.reason is None and self.deadline is not None and time.monotonic() > self.deadline:
-            self.reason = TIME_LIMIT
+        if self.noted is None and self.deadline is not None and time.monotonic() > self.deadline:
+            self.noted = TIME_LIMIT
         self.agree()
         return self.reason is not None
 
     def agree(self) -> None:
         """Have all processes stop for the same reason, if there is one, and look again after as many steps."""
         if processes.count() == 1:
+            self.reason = self.reason or self.noted
             return
         now = time.monotonic()
         seconds = (now - self.looked) / max(1, self.steps)
-        told = processes.gathered((self.reason, max(1, int(LOOK / max(seconds, 1e-6)))))
+        told = processes.gathered((self.noted, max(1, int(LOOK / max(seconds, 1e-6)))))
         self.reason = next((reason for reason, _ in told if reason is not None), None)
         self.steps, self.next, self.looked = 0, min(steps for _, steps in told), now
 
@@ -92,7 +94,7 @@ class StopOnRequest(Callback):
         left, limit = self.deadline - time.monotonic(), self.deadline - BEGAN
         short = left < min(TO_COMPILE, limit / 2) and bool(self.learn.torch_compile.worth_compiling())
         if any(processes.gathered(short)):
-            self.reason = TIME_LIMIT
+            self.noted = self.reason = TIME_LIMIT
             raise CancelFitException
 
     def after_batch(self) -> None:
