@@ -18,6 +18,7 @@ NOT_HERE = ("pip install", "pytest", "dms-fastai --install-completion")  # what 
 SHORT = {
     "run": ["--epochs", "1", "--set", "data.size=8"],
     "lr-find": ["--set", "data.size=8"],
+    "tune": ["--epochs", "1", "--trials", "2", "--set", "data.size=8"],
     "export": ["--tolerance", "100"],  # after one epoch
 }
 TINY = ["--arch", "test_dmsresnet"]
@@ -44,9 +45,9 @@ def shortened(command):
     words += SHORT.get(words[0], [])
     if words[0] == "run":
         words += [] if "--arch" in words else TINY
-        if words[1] in ("kd", "ablation", "small/kd") and "--teacher" not in words:
+        if words[1] in ("kd", "ablation", "small/kd", "edge") and "--teacher" not in words:
             words += ["--set", "teacher.model.name=test_dmsresnet"]
-    if words[0] == "lr-find":
+    if words[0] in ("lr-find", "tune"):
         words += TINY
     return words
 
