@@ -80,22 +80,22 @@ Out = Annotated[Path | None, typer.Option(help="Folder of the runs, instead of a
 def wanted_by(
     recipe: list[str],
     data: str,
-    labels: Path | None,
-    arch: str | None,
-    teacher: str | None,
-    fine_tune_teacher: bool,
-    epochs: int | None,
-    schedule: str | None,
-    seed: int,
-    seeds: str | None,
-    set_: list[str] | None,
-    from_: str | None,
-    budget: str | None,
-    compare: bool,
-    out: Path | None,
+    labels: Path | None = None,
+    arch: str | None = None,
+    teacher: str | None = None,
+    fine_tune_teacher: bool = False,
+    epochs: int | None = None,
+    schedule: str | None = None,
+    seed: int = 0,
+    seeds: str | None = None,
+    set_: list[str] | None = None,
+    from_: str | None = None,
+    budget: str | None = None,
+    compare: bool = False,
+    out: Path | None = None,
     only: str | None = None,
 ) -> Wanted:
-    """What the options that `run` and `plan` share ask for."""
+    """What the options of `run` ask for, of which other commands have some."""
     data = os.path.expanduser(data)
     teacher = None if teacher is None else ",".join(map(os.path.expanduser, teacher.split(",")))
     settings = settings_of(set_) | labelled(labels)

@@ -17,7 +17,7 @@ from ..clock import seconds_of
 from ..errors import UserError
 from ..names import check_device, source_name
 from ..runs.threads import Load
-from ..runs.wanted import SEVERAL, Wanted
+from ..runs.wanted import SEVERAL
 from .app import app, console
 from .common import choose_threads, progress_bar, say_what_is_read, stopped
 from .options import (
@@ -35,9 +35,7 @@ from .options import (
     device_words,
     home,
     key_words,
-    labelled,
     recipe_words,
-    settings_of,
     wanted_by,
 )
 
@@ -82,7 +80,16 @@ def tune(
     deadline = None if time_limit is None else time.monotonic() + seconds_of(time_limit)
     spaces = [parse_space(text) for text in over]
     wanted = wanted_by(
-        [recipe], data, labels, arch, teacher, False, epochs, schedule, seed, None, set_, None, None, False, out
+        [recipe],
+        data,
+        labels,
+        arch,
+        teacher,
+        epochs=epochs,
+        schedule=schedule,
+        seed=seed,
+        set_=set_,
+        out=out,
     )
     check_device(device)
     wanted = searched(wanted, spaces)
@@ -149,14 +156,7 @@ def lr_find(
         raise UserError(f"{out} is no name of a plot; give --out NAME.png")
     if recipe in SEVERAL:
         raise UserError("lr-find takes one recipe; baseline, se, mixup and kd are those of the ablation")
-    wanted = Wanted(
-        recipes=(os.path.expanduser(recipe),),
-        data=data,
-        seeds=(seed,),
-        arch=arch,
-        teacher=None if teacher is None else ",".join(map(os.path.expanduser, teacher.split(","))),
-        settings=settings_of(set_) | labelled(labels),
-    )
+    wanted = wanted_by([recipe], data, labels, arch, teacher, seed=seed, set_=set_)
     check_device(device)
     wanted.resolved()
 
