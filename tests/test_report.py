@@ -64,6 +64,20 @@ def runs(trained, tmp_path):
     return shutil.copytree(trained, tmp_path / "artifacts")
 
 
+@pytest.fixture
+def rough(monkeypatch):
+    """Plots of a few pixels, each drawn once, for tests of what is around them."""
+    draw, drawn = page.draw, {}
+
+    def once(plot, section, theme):
+        if (plot.name, section.data) not in drawn:
+            drawn[plot.name, section.data] = draw(plot, section, theme)
+        return drawn[plot.name, section.data]
+
+    monkeypatch.setattr(plots, "DPI", 20)
+    monkeypatch.setattr(page, "draw", once)
+
+
 def shows(text, mean, sd):
     """Whether a table has a mean, and its standard deviation in the next cell."""
     return re.search(rf"\b{mean:.2f}\D+\b{sd:.2f}\b", text) is not None
@@ -349,7 +363,7 @@ def test_the_runs_of_the_package_are_those_that_git_has_and_nobody_has_changed(r
     assert shipped() == set()
 
 
-def test_ones_own_runs_come_first_and_those_of_the_package_are_folded(dms, runs, tmp_path, monkeypatch):  # noqa: F811
+def test_ones_own_runs_come_first_and_those_of_the_package_are_folded(dms, runs, rough, tmp_path, monkeypatch):  # noqa: F811
     for folder, data, year in (
         ("mixup/seed1", "mine", 2001),
         ("se/seed1", "yours", 2002),
@@ -613,17 +627,7 @@ def damage(chance, folder):
     file.write_bytes(content)
 
 
-def test_two_hundred_damaged_folders_leave_the_report_of_the_others(dms, runs, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(plots, "DPI", 20)
-    bright, drawn = page.draw, {}
-
-    def once(plot, section, theme):
-        """Each plot in one theme: it is the rows that are tried here."""
-        if (plot.name, section.data) not in drawn:
-            drawn[plot.name, section.data] = bright(plot, section, theme)
-        return drawn[plot.name, section.data]
-
-    monkeypatch.setattr(page, "draw", once)
+def test_two_hundred_damaged_folders_leave_the_report_of_the_others(dms, runs, rough, tmp_path):  # noqa: F811
     chance, good = random.Random(0), runs / "se" / "seed0"
     for index in range(200):
         weights = shutil.ignore_patterns("*.pkl", "*.safetensors", "*.png")

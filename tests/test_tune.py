@@ -97,10 +97,10 @@ def test_the_best_of_the_trials_by_images_that_are_held_out(dms, tmp_path):  # n
 
 
 def test_a_trial_that_is_stopped_goes_on_in_its_folder(tmp_path):
-    words = [sys.executable, "-m", "dms_fastai", "tune", "se", *SMALL, "--epochs", "60", "--trials", "1",
+    words = [sys.executable, "-m", "dms_fastai", "tune", "se", *SMALL, "--epochs", "20", "--trials", "1",
              "--over", "optimizer.lr=log(0.01,0.1)", "--out", str(tmp_path)]  # fmt: skip
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
-        while "epoch 2/60" not in process.stdout.readline():
+        while "epoch 2/20" not in process.stdout.readline():
             assert process.poll() is None
         process.send_signal(signal.SIGTERM)
         said = process.stdout.read()
