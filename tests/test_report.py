@@ -18,18 +18,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from dms_fastai import UserError, dms_learner, load_data
-from dms_fastai.report import page, plots
-from dms_fastai.report.plots import (
-    DARK,
-    LIGHT,
-    PLOTS,
-    apart,
-    by_epoch,
-    class_accuracies,
-    confusion_matrix,
-    looks,
-    lowest,
-)
+from dms_fastai.report import page
+from dms_fastai.report.plots import DARK, LIGHT, PLOTS, draw, drawing
+from dms_fastai.report.plots.classes import class_accuracies, classes
+from dms_fastai.report.plots.confusion import confusion_matrix
+from dms_fastai.report.plots.cost import apart
+from dms_fastai.report.plots.curves import by_epoch, curves
+from dms_fastai.report.plots.drawing import looks, lowest
+from dms_fastai.report.plots.reliability import reliability
 from dms_fastai.report.rows import sections
 from dms_fastai.report.shipped import shipped
 from dms_fastai.report.statistics import binomial, calibrate, over_seeds, paired_images
@@ -74,7 +70,7 @@ def rough(monkeypatch):
             drawn[plot.name, section.data] = draw(plot, section, theme)
         return drawn[plot.name, section.data]
 
-    monkeypatch.setattr(plots, "DPI", 20)
+    monkeypatch.setattr(drawing, "DPI", 20)
     monkeypatch.setattr(page, "draw", once)
 
 
@@ -420,14 +416,14 @@ def test_a_long_legend_takes_nothing_from_the_axes(trained):
     row = section.rows[1]
     titled = [replace(run, facts=replace(run.facts, title="a long title, word by word " * 3)) for run in row.runs]
     many = replace(section, rows=[replace(row, runs=titled)] * 20)
-    for draw in (plots.curves, plots.reliability, plots.classes):
+    for plot in (curves, reliability, classes):
         heights = []
         for rows in (section, many):
-            drawn = draw(rows, LIGHT)
+            drawn = plot(rows, LIGHT)
             FigureCanvasAgg(drawn).draw()
             heights.append(drawn.axes[0].get_window_extent().height / drawn.dpi)
         (legend,) = drawn.legends
-        assert heights[1] > 0.9 * heights[0], draw
+        assert heights[1] > 0.9 * heights[0], plot
         box = legend.get_window_extent()
         assert 0 <= box.x0 < box.x1 <= drawn.bbox.width
         assert all("\n" in text.get_text() for text in legend.get_texts())
@@ -557,7 +553,7 @@ def test_a_loss_that_is_no_number_leaves_a_gap_in_its_curve(runs, loss):
     assert np.isnan([mean[1], sd[1]]).all() == (loss != "3e38")
     assert section.rows[2].accuracy.mean == 0.5
     curves = next(plot for plot in PLOTS if plot.name == "curves")
-    assert Image.open(io.BytesIO(plots.draw(curves, section, LIGHT))).format == "PNG"
+    assert Image.open(io.BytesIO(draw(curves, section, LIGHT))).format == "PNG"
 
 
 @pytest.mark.parametrize(
