@@ -59,15 +59,16 @@ def train(seed, epochs, views=2, recipe="mixup", teacher=None, **settings):
     return learn, batches
 
 
-def test_the_batches_come_again_after_so_many_epochs_and_in_runs_with_other_seeds():
-    _, one = train(seed=0, epochs=4)
-    _, other = train(seed=1, epochs=2)
-    steps = len(one.seen) // 4
+@pytest.mark.parametrize("views", [2, 3])
+def test_the_batches_come_again_after_so_many_epochs_and_in_runs_with_other_seeds(views):
+    _, one = train(0, 2 * views, views, **{"augment.alternate": True})
+    _, other = train(1, views, views, **{"augment.alternate": True})
+    steps = len(one.seen) // (2 * views)
     for index, x in enumerate(one.seen):
-        again = one.seen[index % (2 * steps)]
+        again = one.seen[index % (views * steps)]
         assert torch.equal(x, again)
-        assert all(map(torch.equal, one.targets[index], one.targets[index % (2 * steps)]))
-    assert all(map(torch.equal, other.seen, one.seen[: 2 * steps]))
+        assert all(map(torch.equal, one.targets[index], one.targets[index % (views * steps)]))
+    assert all(map(torch.equal, other.seen, one.seen[: views * steps]))
     assert not torch.equal(one.seen[0], one.seen[steps])  # two views differ
     assert not torch.equal(one.seen[0], one.seen[1])
 

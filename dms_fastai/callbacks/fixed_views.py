@@ -45,6 +45,7 @@ class FixedViews(Callback):
     def before_train(self) -> None:
         if self.network_states is None:
             self.network_states = get_random_states()
+        self.learn.dls.train.passes = self.view  # which images are mirrored, where that alternates
         self.seed(step=0)
 
     def before_batch(self) -> None:
