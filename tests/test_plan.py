@@ -5,6 +5,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -287,6 +288,33 @@ def test_the_makefile_trains_a_teacher_and_then_its_student(whole, bin_path, tmp
     script = as_written("sh", "make -f").replace(PLAN, shlex.join(["dms-fastai", "plan", *asked, "--out", "apart"]))
     subprocess.run(["sh", "-ec", script], check=True, stdout=subprocess.DEVNULL)
     same_folders(whole, tmp_path / "apart", ["teacher/seed0", "kd/seed0"])
+
+
+def test_xargs_leaves_quotes_to_the_shell(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = ["+ SE, from se", """it's "two"  words \\ and $HOME"""]
+    lines = [shlex.join(["sh", "-c", 'printf %s "$1" > "$2"', "sh", text, f"{n}.txt"]) for n, text in enumerate(said)]
+    (tmp_path / "lines").write_text("".join(f"{line}\n" for line in lines))
+    subprocess.run(["sh", "-ec", as_written("sh", "xargs").replace(PLAN, "cat lines")], check=True)
+    assert [(tmp_path / f"{n}.txt").read_text() for n in range(2)] == said
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="needs jq")
+def test_jobs_with_dependencies_get_their_own_commands(bin_path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bin" / "sbatch").write_text(
+        f"#!{sys.executable}\nimport json, sys, pathlib\nlog = pathlib.Path('jobs')\n"
+        "jobs = log.read_text().splitlines() if log.exists() else []\n"
+        "log.write_text(''.join(f'{j}\\n' for j in [*jobs, json.dumps(sys.argv[1:])]))\nprint(101 + len(jobs))\n"
+    )
+    (tmp_path / "bin" / "sbatch").chmod(0o755)
+    plan = shlex.join(["dms-fastai", "plan", "se", "kd", "--set", "title=a 'b' \\c"])
+    subprocess.run(["bash", "-ec", as_written("sh", "--dependency").replace(PLAN, plan)], check=True)
+    jobs = [json.loads(line) for line in (tmp_path / "jobs").read_text().splitlines()]
+    lines = subprocess.run(["sh", "-c", plan], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert [job[job.index("--wrap") + 1] for job in jobs] == lines
+    needs = [[word for word in job if word.startswith("--dependency")] for job in jobs]
+    assert needs == [[], [], ["--dependency=afterok:102"]]  # se, teacher, and kd
 
 
 @pytest.mark.parametrize("holding", ["#SBATCH --array", "--dependency"])
