@@ -23,6 +23,7 @@ from dms_fastai import cli, load_data, load_recipe
 from dms_fastai.models.card import ModelCard
 from dms_fastai.models.weights import load_weights, save_weights
 from dms_fastai.recipes import recipe_names
+from dms_fastai.run_folder import RunFolder
 from dms_fastai.runs import checkpoint, stage
 
 FILES = {
@@ -151,6 +152,16 @@ def test_a_run_that_ran_out_of_time_goes_on_to_the_same_end(dms, tmp_path, monke
     assert "going on after epoch 1 of 3, step 1" in out
     same_run(tmp_path / "whole" / "mixup" / "seed0", tmp_path / "pieces" / "mixup" / "seed0")
     assert not (tmp_path / "pieces" / "mixup" / "seed0" / "checkpoint").exists()
+
+
+def test_a_run_that_was_stopped_goes_on_with_its_images_elsewhere(dms, tmp_path):
+    args = ("run", "se", "--epochs", 1, "--set", "data.batch_size=512", "--device", "cpu")
+    assert dms(*args, "--out", "whole")[0] == 0
+    assert dms(*args, "--out", "moved", "--time-limit", "0.001s")[0] == 75
+    code, out, _ = dms(*args, "--out", "moved", "--set", "data.where=disk")
+    assert (code, "going on after epoch 0 of 1, step 1" in out) == (0, True)
+    whole, moved = (RunFolder(tmp_path / out / "se" / "seed0").weights for out in ("whole", "moved"))
+    assert moved.read_bytes() == whole.read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -79,12 +79,13 @@ class Checkpoint(Callback):
             UserError: All checkpoints are damaged, or the newest sound one belongs to another recipe.
         """
         damaged: list[Path] = []
+        same = learn.recipe.without_folders().to_table()
         for file in reversed(self.files()):
             state = read(file)
             if state is None:
                 damaged.append(file)
                 continue
-            if state["recipe"] != learn.recipe.to_table():
+            if state["recipe"] not in (same, learn.recipe.to_table()):  # the latter: an older checkpoint
                 raise UserError(f"{file} belongs to a run of another recipe; remove it, or begin again with --restart")
             try:
                 restore(learn, state)
@@ -185,7 +186,7 @@ class Checkpoint(Callback):
         self.check_finite()
         began, learn = time.perf_counter(), self.learn
         state = {
-            "recipe": learn.recipe.to_table(),
+            "recipe": learn.recipe.without_folders().to_table(),
             "epochs": epochs,
             "steps": steps,
             "model": self.network.state_dict(),
