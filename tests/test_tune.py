@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
 from dms_fastai import UserError
 from dms_fastai.run_folder import RunFolder
@@ -67,6 +68,48 @@ def test_what_cannot_be_searched_is_refused_before_anything_is_trained(dms, word
     assert code == 2
     assert said in err
     assert err.count("\n") == 1
+
+
+def test_images_that_stand_in_for_others_are_no_less_the_test_images(dms, tmp_path):  # noqa: F811
+    words = ["tune", "se", *SMALL, "--over", "optimizer.lr=log(0.1,1)", "--set", "data.valid=val"]  # digits have none
+    code, _, err = dms(*words, "--out", tmp_path / "s")
+    assert (code, "must not look at the test images" in err) == (2, True)
+    assert not list(tmp_path.rglob("run.json"))
+
+
+def test_values_that_cannot_be_trained_do_not_stand_in_the_way_of_others(dms, tmp_path):  # noqa: F811
+    over = 'model.name=["dmsresnet_tiny", "swin_tiny_patch4_window7_224"]'  # the latter takes no images of 8 pixels
+    words = ["tune", "se", *SMALL[2:], "--epochs", 1, "--set", "augment.pad=0", "--over", over, "--out", tmp_path / "s"]
+    code, out, _ = dms(*words, "--trials", 6)
+    assert code == 0
+    assert "this trial ends here: " in out
+    assert "refused" in out
+    assert "--set model.name=dmsresnet_tiny" in out
+
+
+def test_a_search_whose_trials_all_fail_says_why(dms, tmp_path):  # noqa: F811
+    words = ["tune", "se", *SMALL[2:], "--over", "optimizer.lr=log(0.1,1)", "--set", "model.name=vit_tiny_patch16_224"]
+    code, out, err = dms(*words, "--set", "model.args.img_size=7", "--out", tmp_path / "s")
+    assert code == 2
+    assert out.count("this trial ends here: ") == 2
+    assert "vit_tiny_patch16_224" in err
+
+
+def test_a_search_belongs_to_its_images(dms, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    for split, count in (("train", 8), ("test", 1)):
+        for name, level in (("dark", 40), ("light", 200)):
+            (tmp_path / "own" / split / name).mkdir(parents=True)
+            for number in range(count):
+                Image.new("RGB", (8, 8), (level, number, 0)).save(tmp_path / "own" / split / name / f"{number}.png")
+    more = ["--epochs", 1, "--set", "data.valid=0.5", "--set", "data.size=8", "--out", "s", "--trials"]
+    words = ["tune", "se", *SMALL, "--over", "optimizer.lr=log(0.1,1)", "--data"]
+    assert dms(*words, "own", *more, 1)[0] == 0
+    code, out, _ = dms(*words, tmp_path / "own" / "", *more, 2)  # the same, by another name
+    assert (code, "trial 2 of 2" in out) == (0, True)
+    Image.new("RGB", (8, 8), (90, 90, 90)).save(tmp_path / "own" / "train" / "dark" / "more.png")
+    code, _, err = dms(*words, "own", *more, 3)
+    assert (code, "other values or data" in err) == (2, True)
 
 
 def runs_below(folder):

@@ -11,9 +11,11 @@ from ..errors import UserError
 from ..recipes import parse_setting
 from .wanted import SEVERAL, Wanted
 
-__all__ = ["Space", "parse_space", "searched"]
+__all__ = ["INSTEAD", "Space", "parse_space", "searched"]
 
 HELD_OUT = 0.1  # share of the training images that trials are judged by, where neither recipe nor command says another
+
+INSTEAD = "leave data.valid out, or give a share of the training images: --set data.valid=0.1"
 
 RANGE = re.compile(r"(log|uniform|int)\((.+)\)")
 DIGITS = 3  # of a number that is drawn; more would only be harder to read
@@ -105,7 +107,7 @@ def searched(wanted: Wanted, over: Sequence[Space]) -> Wanted:
             replace(wanted, settings=wanted.settings | {space.key: value}).resolved()
     valid = wanted.settings.get("data.valid")
     if valid == "test" or "data.valid" in keys:
-        raise UserError("a search that looks at the test images would fit them; leave data.valid out, or give a share")
+        raise UserError(f"a search that looks at the test images would fit them; {INSTEAD}")
     if not isinstance(wanted.teacher_of(recipe), str | None):
         raise UserError(
             f"each trial would train the teacher of {recipe.name!r}; train it first, and give --teacher RUN"

@@ -9,13 +9,13 @@ from typing import Any
 from fastai.callback.core import Callback, CancelFitException
 from rich.console import Console
 
-from ..errors import UserError
+from ..errors import TryAgainError, UserError
 from ..run_folder import Run
 from ..show import toml_value
 from .checkpoint import DivergedError
 from .lock import locked
 from .plan import Opened, plan
-from .spaces import Space
+from .spaces import INSTEAD, Space
 from .stage import Manner, run_stage
 from .wanted import Wanted
 
@@ -23,6 +23,7 @@ __all__ = ["Trial", "tune"]
 
 JOURNAL = "trials.log"
 ALONE = 5  # trials that are all trained to their end; later ones may fall behind them
+REFUSED = 3  # trials one after another that cannot be trained: the reason is not their values
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Trial:
     Attributes:
         number: From 1.
         settings: The values that were tried, by their keys.
-        state: "finished", or why it was not trained to its end: "behind" the median of the others, or "diverged".
+        state: "finished", or why it was not trained to its end: "behind" the median of the others, "diverged", or
+            "refused", because it cannot be trained with these values.
         accuracy: The last epoch's, a share of the held-out images; None if there was none.
         images: How many held-out images there are; None as above.
     """
@@ -64,10 +66,15 @@ def tune(
         The trials, best first, and the reason if somebody asked to stop.
 
     Raises:
-        UserError: The folder has a search of something else, or as in `run_stage`.
+        UserError: The folder has a search of something else, the trials would be judged by test images, or several in
+            turn cannot be trained.
     """
     with locked(wanted.root):
-        search = _Search(wanted, over)
+        [recipe] = wanted.resolved()
+        sets = opened.sets(recipe)
+        if sets.valid.split == "test":
+            raise UserError(f"a search must not look at the test images, and {wanted.data} has no others; {INSTEAD}")
+        search = _Search(wanted, over, {"images": sets.digest, "recipe": recipe.without_folders().to_table()})
         search.revive()
         reason = None
         while len(search.done()) < trials and reason is None:
@@ -78,7 +85,7 @@ def tune(
 class _Search:
     """A study of Optuna's in a file, whose trials are runs."""
 
-    def __init__(self, wanted: Wanted, over: Sequence[Space]):
+    def __init__(self, wanted: Wanted, over: Sequence[Space], facts: Mapping[str, Any]):
         import optuna
         from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
@@ -94,13 +101,13 @@ class _Search:
         # Not what the stopped process has drawn.
         self.study.sampler = optuna.samplers.TPESampler(seed=wanted.seeds[0] + len(self.study.trials))
         self.distributions = {space.key: _distribution(space) for space in over}
-        self._check_same()
+        self.refused = 0
+        self._check_same(facts)
 
-    def _check_same(self) -> None:
+    def _check_same(self, facts: Mapping[str, Any]) -> None:
         """Raise a UserError if the folder has a search of something else."""
-        [recipe] = self.wanted.resolved()
-        searched = {"data": str(self.wanted.data), "seed": self.wanted.seeds[0], "over": list(map(str, self.over))}
-        searched = json.dumps({**searched, "keys": [s.key for s in self.over], "recipe": recipe.to_table()})
+        spaces = {space.key: str(space) for space in self.over}
+        searched = json.dumps({**facts, "seed": self.wanted.seeds[0], "over": list(spaces.items())})
         if self.study.user_attrs.setdefault("search", searched) != searched:
             raise UserError(f"{self.wanted.root} has a search of other values or data; give --out another folder")
         self.study.set_user_attr("search", searched)
@@ -123,16 +130,24 @@ class _Search:
         said = " ".join(f"{key}={toml_value(value)}" for key, value in settings.items())
         console.print(f"trial {len(self.done()) + 1} of {trials}: {said}", soft_wrap=True, markup=False)
         wanted = replace(self.wanted, out=self.wanted.root / folder, settings={**self.wanted.settings, **settings})
-        [stage] = plan(wanted, opened, False, manner.device)
         judge = _Judge(trial)
         try:
+            [stage] = plan(wanted, opened, False, manner.device)
             run = run_stage(stage, opened, replace(manner, cbs=(judge,)), console)
-        except DivergedError as error:
-            console.print(f"this trial ends here: {error.message}", soft_wrap=True, markup=False)
-            shutil.rmtree(stage.folder.checkpoints, ignore_errors=True)
-            trial.set_user_attr("state", "diverged")
+        except TryAgainError:
+            raise
+        except UserError as error:
+            diverged = isinstance(error, DivergedError)
+            self.refused = 0 if diverged else self.refused + 1
+            if diverged:
+                shutil.rmtree(stage.folder.checkpoints, ignore_errors=True)
+            trial.set_user_attr("state", "diverged" if diverged else "refused")
             self.study.tell(trial, state=self.states.PRUNED)
+            if self.refused == REFUSED:
+                raise
+            console.print(f"this trial ends here: {error.message}", soft_wrap=True, markup=False)
             return None
+        self.refused = 0
         if judge.behind:
             shutil.rmtree(stage.folder.checkpoints, ignore_errors=True)  # nobody goes on with it
         elif not run.finished:
