@@ -203,8 +203,12 @@ def test_a_seed_that_was_cut_does_not_count_beside_those_that_were_not(runs):
     rewrite(runs / "se" / "seed2", seed=2)
     figures = {"epoch": 1, "train_loss": 2.0, "train_accuracy": 0.1, "valid_loss": 2.0, "valid_accuracy": 0.12}
     cut_short = {"status": "interrupted", "epochs_done": 1, "last": figures, "best": figures}
+    for seed, seconds, pflop in ((0, 60.0, 3.0), (1, 1.0, 0.1), (2, 80.0, 5.0)):
+        work = {"student": pflop, "teacher": 0.0, "total": pflop}
+        rewrite(runs / "se" / f"seed{seed}", seconds=seconds, train_pflop=work)
     rewrite(runs / "se" / "seed1", **cut_short)
     (section,) = sections(find_runs([runs])[0])
+    assert (section.rows[1].seconds, section.rows[1].train_pflop) == (70, 4)
     se, gain = section.rows[1], section.differences[0].estimate
     assert se.seeds == [0, 1, 2]
     assert se.accuracy.mean == pytest.approx(np.mean([last(runs / "se" / f"seed{s}") for s in (0, 2)]))

@@ -61,6 +61,18 @@ class Row:
         return [run for run in begun if _come(run) == max(map(_come, begun))]
 
     @property
+    def seconds(self) -> float:
+        """The time that the training took, a mean over the runs that count."""
+        runs = self.measured or self.runs
+        return sum(run.facts.seconds for run in runs) / len(runs)
+
+    @property
+    def train_pflop(self) -> float | None:
+        """The work of the training and its teacher, a mean over the runs that count; None where it is not known."""
+        found = [run.facts.train_pflop for run in self.measured or self.runs]
+        return sum(work.total for work in found) / len(found) if all(found) else None
+
+    @property
     def seeds(self) -> list[int]:
         return [run.facts.seed for run in self.runs]
 

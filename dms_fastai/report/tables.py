@@ -92,8 +92,8 @@ def cells(row: Row) -> dict[str, str]:
         "95 % interval": interval(accuracy),
         "best epoch*, %": share(row.mean("best", "valid_accuracy")),
         "training, %": share(training) + mixed,
-        "PFLOP": f"{row.first.train_pflop.total:.3g}" if row.first.train_pflop else "-",
-        "time": clock(sum(run.facts.seconds for run in row.runs) / len(row.runs)),
+        "PFLOP": f"{row.train_pflop:.3g}" if row.train_pflop else "-",
+        "time": clock(row.seconds),
     }
 
 
@@ -126,7 +126,7 @@ def notes(rows: Sequence[Row], columns: Sequence[str] = COLUMNS) -> list[str]:
         found.append(f"{one}: {chance}; other seeds differ, too.".capitalize())
     paper = "; the paper's figures are such" if {row.first.data for row in rows} == {"cifar10"} else ""
     found.append(f"* the best epoch, chosen on {where}, which flatters it{paper}.")
-    if "PFLOP" in columns and any(row.first.train_pflop for row in rows):
+    if "PFLOP" in columns and any(row.train_pflop for row in rows):
         found.append("PFLOP: forward and backward passes of the training, and the teacher's forward passes.")
     if "training, %" in columns and any(row.first.mixup for row in rows):
         found.append("+ of mixed images, by the first image's label alone, as the paper counts.")

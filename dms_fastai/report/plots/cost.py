@@ -41,7 +41,7 @@ MACS = Cost(
 )
 PFLOP = Cost(
     "training, PFLOP, with the teacher's answers",
-    lambda row: row.first.train_pflop and row.first.train_pflop.total,
+    lambda row: row.train_pflop,
     lambda system: system.train_pflop,
 )
 
