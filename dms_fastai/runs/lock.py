@@ -61,13 +61,15 @@ def locked(folder: Path, wait: Callable[[str], None] | None = None) -> Iterator[
 
 
 def held(folder: Path) -> bool:
-    """Whether a process has the lock of `folder`. Nothing is written there."""
+    """Whether a process has the lock of `folder`, or may have it, where that cannot be found out. Writes nothing."""
     file = folder / LOCK
     if file.is_symlink() or not file.is_file():
         return False
     opened = os.open(file, os.O_RDONLY)
     try:
-        return not _try_to_lock(opened)
+        return not _try_to_lock(opened, shared=True)
+    except OSError:
+        return True
     finally:
         os.close(opened)
 
@@ -83,11 +85,14 @@ def _open(file: Path) -> int:
     raise UserError(f"{file} is a link; remove it")
 
 
-def _try_to_lock(opened: int) -> bool:
-    """Lock an open file for this process, unless another has locked it; gives whether it is locked now."""
+def _try_to_lock(opened: int, shared: bool = False) -> bool:
+    """Lock an open file for this process, unless another has locked it; gives whether it is locked now.
+
+    NFS gives a lock that is not shared only for a file that has been opened to write.
+    """
     try:
         if fcntl is not None:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(opened, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         else:
             os.lseek(opened, FAR, os.SEEK_SET)
             msvcrt.locking(opened, msvcrt.LK_NBLCK, 1)
