@@ -10,6 +10,7 @@ off what another file switched on.
 
 import dataclasses
 import os
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -112,6 +113,8 @@ def cut_path(source: str | PurePath | None) -> str | None:
     return ",".join("/".join(p.parts[-1 if p.suffix else -3 :]) if p.is_absolute() else p.as_posix() for p in paths)
 
 
+AS_IN_PYTHON = {"True": True, "False": False}
+NUMBER = re.compile(r"[+-]?(\d+\.|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)  # .5 and 5., which TOML does not have
 SCALARS = {"name": RelativePath, "title": str, "teacher": str | None}
 
 
@@ -166,8 +169,6 @@ def load_recipe(
     built = _read(modern_recipe(table, old))
     if not is_architecture(built.model.name):
         raise unknown("model", built.model.name, architectures())
-    if built.distill is not None and built.teacher is None:
-        raise UserError(f"recipe {built.name!r} distils without a teacher; add teacher = NAME or leave out [distill]")
     return built
 
 
@@ -192,7 +193,7 @@ def origins_of(recipe: str | Path, data: str = "", settings: Mapping[str, Any] |
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
-    """Read one `table.key=value` of the command line. The value is TOML; a bare word is a string.
+    """Read one `table.key=value` of the command line. The value is TOML, or as in Python; a bare word is a string.
 
     Raises:
         UserError: No key or no value.
@@ -204,7 +205,7 @@ def parse_setting(text: str) -> tuple[str, Any]:
     try:
         return key, tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
-        return key, value
+        return key, AS_IN_PYTHON[value] if value in AS_IN_PYTHON else float(value) if NUMBER.fullmatch(value) else value
 
 
 def ablation_of(recipe: str | Path) -> list[str]:
@@ -381,5 +382,5 @@ def _read(table: Mapping[str, Any]) -> Recipe:
         elif key not in parts:
             raise unknown_key(key, [*SCALARS, *parts], all_keys())
         elif value is not False or parts[key].always:
-            values[key] = read_table(_where(parts[key]), value, key, all_keys())
+            values[key] = read_table(_where(parts[key]), value, key, all_keys(), not parts[key].always)
     return Recipe(**values)

@@ -123,7 +123,7 @@ def _table_of(at: str, chosen: str | None) -> type[Table]:
     return made
 
 
-def read_table(at: str, table: Any, where: str, known_keys: Sequence[str] = ()) -> Table:
+def read_table(at: str, table: Any, where: str, known_keys: Sequence[str] = (), can_be_off: bool = False) -> Table:
     """Read a TOML table as the settings of the part at `at`, or of the one that its "name" chooses there.
 
     Args:
@@ -131,12 +131,13 @@ def read_table(at: str, table: Any, where: str, known_keys: Sequence[str] = ()) 
         table: The table.
         where: The dotted key that it stands at.
         known_keys: All keys of a recipe: the error for an unknown key suggests one of them.
+        can_be_off: Whether the caller takes true and false, too; the error for what is no table says so.
 
     Raises:
         UserError: No table, an unknown key or name, or a value of another type or out of range.
     """
     if not isinstance(table, Mapping):
-        raise UserError(f"{where} is {table!r}; it must be a table")
+        raise UserError(f"{where} is {table!r}; it must be {'true, false or ' * can_be_off}a table")
     several, chosen = choices_of(at), None
     if several is not None:
         chosen = table.get("name", next(iter(several)))

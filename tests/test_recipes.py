@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from dms_fastai import UserError, load_recipe
 from dms_fastai.recipes import Recipe, ablation_of, parse_setting, recipe_names
+from dms_fastai.runs.wanted import Wanted
 
 
 def test_the_ablation_is_the_chain_of_files():
@@ -97,6 +98,29 @@ def test_any_text_is_a_setting_or_a_clear_refusal(text):
 )  # fmt: skip
 def test_settings_are_toml_and_bare_words_are_text(text, value):
     assert parse_setting(text) == ("a.b", value)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("True", True), ("False", False), (".5", 0.5), ("-.5e-3", -5e-4), ("5.", 5.0), (".", ".")]
+)
+def test_numbers_and_switches_may_be_pythons(text, value):
+    key, found = parse_setting(f"bf16={text}")
+    assert (key, found, type(found)) == ("bf16", value, type(value))
+
+
+def test_a_recipe_is_read_with_what_the_command_sets(tmp_path):
+    text = 'extends = "se"\n[schedule]\nname = "sgdr"\ncycles = [10, 20, 40]\n[distill]\nalpha = 0.5\n'
+    own = str(write(tmp_path, own=text) / "own.toml")
+    [recipe] = Wanted((own,), epochs=70, teacher="dmsresnet").resolved()
+    assert (recipe.schedule.epochs, recipe.distill.alpha) == (70, 0.5)
+    assert len(Wanted((own, "se"), epochs=70, teacher="dmsresnet").resolved()) == 2
+    with pytest.raises(UserError, match="'own' distils without a teacher; give --teacher"):
+        Wanted((own,), epochs=70).resolved()
+
+
+def test_what_can_be_switched_off_says_so():
+    with pytest.raises(UserError, match="bf16 is 'off'; it must be true, false or a table"):
+        load_recipe("se", settings={"bf16": "off"})
 
 
 def write(folder, **files):
@@ -201,7 +225,6 @@ def test_what_is_wrong_is_named(kwargs, words):
         ('extends = "gone.toml"', "'gone.toml', which is neither"),
         ("extends = 3", "neither"),
         ('extends = "mine.toml"', "extends itself"),
-        ("[distill]\nalpha = 0.5", "distils without a teacher"),
         ('title = "x"\nbogus = 1', "unknown recipe key 'bogus'"),
     ],
 )
