@@ -167,6 +167,34 @@ def test_a_teacher_gets_half_of_the_budget_whatever_the_order(monkeypatch, tmp_p
     assert seen == {"small": 120.0, "small/kd": 240.0}
 
 
+def test_a_students_budget_counts_its_teacher_whatever_has_been_begun(monkeypatch, tmp_path):
+    seen = {}
+
+    def known(recipe, sets, device, seconds, given, before):
+        seen[recipe.name] = (seconds, before and before.step_seconds)
+        return replace(recipe, budget=replace(recipe.budget, fitted=True)), Estimate(1, 1, 1, 7.0, 1.0)
+
+    monkeypatch.setattr(plan, "fitted", known)
+    monkeypatch.setattr(plan, "estimate", lambda *args: Estimate(1, 1, 1, 9.0, 1.0))
+
+    def planned(*recipes, **more):
+        seen.clear()
+        plan.plan(
+            Wanted(recipes, out=tmp_path, settings={"model.name": "test_dmsresnet"}, **more), plan.Opened("digits")
+        )
+        return seen
+
+    assert planned("small", "small/kd") == {"small": (120, None), "small/kd": (240, 7)}
+    assert planned("kd", teacher="small") == {"small": (120, None)}  # kd has no budget to share
+    assert planned("small/kd") == {"small": (120, None), "small/kd": (120, 7)}
+    asked = Wanted(("small/kd",), out=tmp_path, settings={"model.name": "test_dmsresnet"})
+    [first, _] = plan.plan(asked, plan.Opened("digits"))
+    first.folder.path.mkdir(parents=True)
+    first.folder.recipe_file.write_text(first.recipe.to_toml())
+    monkeypatch.setattr(RunFolder, "begun", property(lambda folder: folder.recipe_file.is_file()))
+    assert planned("small/kd") == {"small/kd": (120, 9)}  # it was stopped while its teacher was trained
+
+
 def test_what_the_command_sets_is_not_chosen(tmp_path):
     sets = Data(8).open("digits")
     recipe = load_recipe("small", "digits", None, {"data.batch_size": 64, "schedule.epochs": 7})

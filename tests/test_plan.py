@@ -207,6 +207,16 @@ def test_a_plan_says_what_the_command_says(dms, tmp_path):  # noqa: F811
             assert option in words
 
 
+def test_a_teacher_that_is_there_may_be_another_network_for_all_who_ask(dms, tmp_path):  # noqa: F811
+    assert dms("run", "teacher", *TINY, "--out", "x")[0] == 0
+    planned = json.loads(dms("plan", "kd", "--seeds", "0,1", "--out", "x", "--json")[1])
+    folders = ["x/teacher/seed0", "x/kd/seed0", "x/teacher/seed1", "x/kd/seed1"]
+    assert [(command["folder"], command["finished"]) for command in planned] == [(f, f == folders[0]) for f in folders]
+    wanted = Wanted(("kd",), seeds=(0, 1), out=Path("x"), settings={"data.batch_size": 256})
+    stages = plan_module.plan(wanted, plan_module.Opened("digits"))
+    assert [str(stage.folder.path) for stage in stages] == folders[1:]
+
+
 def test_what_cannot_be_planned_is_refused_in_a_line(dms):  # noqa: F811
     code, out, err = dms("plan", "small/kd")
     assert (code, out) == (2, "")

@@ -12,7 +12,7 @@ from ..errors import UserError, no_model
 from ..names import DATA_SETS, DEVICES, architectures, shipped, source_name
 from ..recipes import all_keys, load_recipe, parse_setting, recipe_names
 from ..run_folder import RunFolder
-from ..runs.wanted import SEVERAL, Wanted
+from ..runs.wanted import FOR_TEACHER, SEVERAL, Wanted
 from ..schema import choices_of
 
 TRUST = typer.Option(
@@ -131,7 +131,8 @@ def _beginning(source: str, recipes: list[str], data: str, settings: dict[str, A
         raise UserError("--from is for one recipe; give the others commands of their own")
     if "model.weights" in settings:
         raise UserError("--from and --set model.weights say the same thing; leave one out")
-    return settings_from(source, load_recipe(os.path.expanduser(recipes[0]), source_name(data), None, settings))
+    own = {key: value for key, value in settings.items() if not key.startswith(FOR_TEACHER)}
+    return settings_from(source, load_recipe(os.path.expanduser(recipes[0]), source_name(data), None, own))
 
 
 def labelled(labels: Path | None) -> dict[str, str]:

@@ -84,6 +84,7 @@ def run(
     trust_pickle: Annotated[bool, TRUST] = False,
     deterministic: Annotated[bool, typer.Option("--deterministic", help="Repeatable on a GPU, but slower.")] = False,
     profile: Annotated[bool, typer.Option("--profile", help="Print where step time goes; trace a few steps.")] = False,
+    into: Annotated[Path | None, typer.Option(hidden=True)] = None,  # for the processes of --at-once
 ) -> None:
     """Train recipes and the teachers that they need, and print the results. After a stop, the same command resumes."""
     load = Load()
@@ -108,6 +109,7 @@ def run(
         out,
         only,
     )
+    wanted = replace(wanted, into=into)
     check_device(device)
     if at_once > 1 and processes.started():
         raise UserError("--at-once starts processes of its own; leave it out, or start the command without torchrun")
@@ -344,8 +346,10 @@ def _train_at_once(stages: "list[Stage]", root: Path, at_once: int, options: lis
     unfinished = [job.state() for job in jobs if not job.stage.folder.finished or (manner.restart and job.code is None)]
     if unfinished:
         codes = {code: reason for reason, code in EXIT_CODES.items()}
-        asked = next((codes[job.code] for job in jobs if job.code in codes), "time limit")
-        stopped(reason or asked, unfinished[0], manner.restart)
+        reason = reason or next((codes[job.code] for job in jobs if job.code in codes), None)
+        if reason is None:
+            raise UserError(f"{unfinished[0]}, and nobody has stopped it; what it said is in {root / 'logs'}")
+        stopped(reason, unfinished[0], manner.restart)
 
 
 def _to_prune(stages: "list[Stage]", wanted: Wanted, opened: "Opened") -> "list[Stage]":

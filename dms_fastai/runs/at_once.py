@@ -82,7 +82,7 @@ class Job:
         with whole(recipe_file) as partial:
             partial.write_text(self.stage.recipe.to_toml(), encoding="utf-8")
         command = [sys.executable, "-m", "dms_fastai", "run", str(recipe_file), "--out", str(self.root)]
-        command += ["--seed", str(self.stage.seed), *options]
+        command += ["--seed", str(self.stage.seed), "--into", str(self.stage.folder.path), *options]
         if self.stage.teacher is not None:
             command += ["--teacher", str(self.stage.teacher)]
         environment = {"PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"}

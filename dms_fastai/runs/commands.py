@@ -64,7 +64,8 @@ def commands_of(wanted: Wanted) -> list[Command]:
             if isinstance(teaching, Recipe):
                 teaching = next((other for other in recipes if other.name == teaching.name), teaching)
                 _refuse_budget(teaching)
-                after = (_add(found, wanted, _sized(recipe, teaching, wanted), seed),)
+                own = teaching in recipes
+                after = (_add(found, wanted, _sized(recipe, teaching, wanted), seed, teacher=not own),)
             number = _add(found, wanted, recipe, seed, after)
             if EDGE in wanted.recipes and [recipe.name] == recipes_of(EDGE):
                 words = (*_words(wanted), "--seed", str(seed), "--wait")  # what is left: pruning, files and a table
@@ -78,9 +79,16 @@ def commands_of(wanted: Wanted) -> list[Command]:
     return list(found.values())
 
 
-def _add(found: dict[Path, Command], wanted: Wanted, recipe: Recipe, seed: int, after: tuple[int, ...] = ()) -> int:
-    """Add a stage's command, unless it is there; gives its number."""
-    folder = wanted.folder(recipe, seed)
+def _add(
+    found: dict[Path, Command],
+    wanted: Wanted,
+    recipe: Recipe,
+    seed: int,
+    after: tuple[int, ...] = (),
+    teacher: bool = False,
+) -> int:
+    """Add a stage's command, unless it is there; gives its number. `teacher` as in `Wanted.folder`."""
+    folder = wanted.folder(recipe, seed, teacher)
     if folder.path not in found:
         words = (*_words(wanted), "--only", recipe.name, "--seed", str(seed), *(["--wait"] if after else []))
         found[folder.path] = Command(len(found) + 1, words, after, folder)

@@ -17,7 +17,7 @@ from ..recipes import Recipe
 from ..run_folder import RunFolder
 from ..trained import Inputs, Teacher, begin_from, check_pretrained, check_teacher, load_teacher, pruned
 from .budget import fitted, with_choices_of
-from .estimate import Estimate
+from .estimate import Estimate, estimate
 from .guards import refuse_other_origin, refuse_other_recipe
 from .images import data_of, normalisation_of, size_of_weights
 from .wait import UnfinishedError
@@ -109,35 +109,38 @@ class _Fits:
         self.wanted, self.opened, self.device, self.restart = wanted, opened, device, restart
         self._fitted: dict[str, tuple[Recipe, Estimate | None]] = {}
 
-    def teacher(self, recipe: Recipe) -> Recipe:
-        """A teacher that is to be trained for a student, in half of its budget."""
-        return self._fit(recipe, 0.5, None, self.wanted.given(to_teacher=True))
+    def teacher(self, recipe: Recipe, share: float) -> Recipe:
+        """A teacher that is to be trained for a student, in a share of its budget."""
+        return self._fit(recipe, share, None, to_teacher=True)
 
-    def student(self, recipe: Recipe, teaching: Recipe | None = None, teacher: Teacher | None = None) -> Recipe:
-        """A recipe in its budget; half of it, if a recipe trains its teacher. `teacher` is one that is there."""
-        before = teacher if teaching is None or teacher is not None else self._took(teaching)
-        return self._fit(recipe, 0.5 if teaching else 1.0, before, self.wanted.given(to_teacher=False))
+    def student(self, recipe: Recipe, teacher: Recipe | Teacher | None = None, share: float = 1.0) -> Recipe:
+        """A recipe in a share of its budget. The teacher is there, or a recipe of this plan."""
+        return self._fit(recipe, share, teacher, to_teacher=False)
 
-    def _took(self, recipe: Recipe) -> Estimate | None:
-        return self._fitted.get(recipe.name, (recipe, None))[1]
+    def _took(self, recipe: Recipe) -> Estimate:
+        """What a recipe of this plan takes; of one that was begun before, or has no budget, it is found out now."""
+        chosen, took = self._fitted.get(recipe.name, (recipe, None))
+        return took or estimate(chosen, self.opened.sets(chosen), self.device)
 
-    def _fit(self, recipe: Recipe, share: float, before: Estimate | Teacher | None, given: set[str]) -> Recipe:
+    def _fit(self, recipe: Recipe, share: float, teaching: Recipe | Teacher | None, to_teacher: bool) -> Recipe:
         if recipe.budget is None or recipe.budget.fitted:
             return recipe
+        given = self.wanted.given(to_teacher)
         if recipe.name not in self._fitted:
-            like = self._fitted.get(recipe.name.removesuffix(ALONE), (self._begun(recipe, given), None))[0]
+            like = self._fitted.get(recipe.name.removesuffix(ALONE), (self._begun(recipe, to_teacher), None))[0]
             if like is not None:
                 self._fitted[recipe.name] = with_choices_of(recipe, like, given), None
             else:
-                teacher = before if isinstance(before, Teacher) else None
+                teacher = teaching if isinstance(teaching, Teacher) else None
+                before = self._took(teaching) if isinstance(teaching, Recipe) else teacher
                 sets, seconds = self.opened.sets(recipe, teacher), 60 * share * recipe.budget.minutes
                 self._fitted[recipe.name] = fitted(recipe, sets, self.device, seconds, given, before)
         return self._fitted[recipe.name][0]
 
-    def _begun(self, recipe: Recipe, given: set[str]) -> Recipe | None:
+    def _begun(self, recipe: Recipe, teacher: bool) -> Recipe | None:
         """What was chosen when the recipe was begun, with any of the seeds."""
         for seed in () if self.restart else self.wanted.seeds:
-            folder = self.wanted.folder(recipe, seed, "model.name" not in given)
+            folder = self.wanted.folder(recipe, seed, teacher)
             if folder.begun and folder.recipe_file.is_file():
                 return folder.recipe()
         return None
@@ -196,13 +199,13 @@ def _with_teacher(recipe: Recipe, recipes: list[Recipe], seed: int, fits: _Fits)
                 f"--set data.size=N"
             )
         if named is not None:
-            teaching, recipe = fits.student(named), fits.student(recipe)
+            teaching = fits.student(named)
+            recipe = fits.student(recipe, teaching)
         else:
             if recipe.budget is not None:
                 teaching = replace(teaching, budget=recipe.budget)
-            teaching = fits.teacher(teaching)
-        theirs = wanted.given(to_teacher=named is None)  # a teacher that is there may be any network
-        first = Stage(teaching, seed, wanted.folder(teaching, seed, "model.name" not in theirs))
+            teaching = fits.teacher(teaching, share=1.0 if recipe.budget is None else 0.5)
+        first = Stage(teaching, seed, wanted.folder(teaching, seed, teacher=named is None))
         if wanted.only == recipe.name and not first.folder.finished:
             raise UnfinishedError(first.folder)
         sets = opened.sets(teaching)
@@ -212,7 +215,7 @@ def _with_teacher(recipe: Recipe, recipes: list[Recipe], seed: int, fits: _Fits)
             before.append(first)
         elif fits.restart or not first.folder.finished or wanted.only == teaching.name:
             before.append(first)
-            recipe = fits.student(recipe, teaching)
+            recipe = fits.student(recipe, teaching, share=0.5)
         else:
             asked = [key.removeprefix(FOR_TEACHER) for key in wanted.settings if key.startswith(FOR_TEACHER)]
             refuse_other_recipe(teaching, first.folder, (*SAME_IMAGES, *asked), or_else="--restart")
@@ -220,7 +223,7 @@ def _with_teacher(recipe: Recipe, recipes: list[Recipe], seed: int, fits: _Fits)
             refuse_other_origin(origin, first.folder, or_else="--restart")
             there = opened.teacher(first.folder.path, recipe.distill.size)
             opened.check_room(recipe, there.largest)
-            recipe = fits.student(recipe, teaching, there)
+            recipe = fits.student(recipe, there, share=0.5)
         teaching = first.folder.path
     elif teaching is not None:  # refuse one that is missing or does not fit now, not after stages are trained
         opened.teaching = teaching
@@ -229,11 +232,10 @@ def _with_teacher(recipe: Recipe, recipes: list[Recipe], seed: int, fits: _Fits)
         images, there = Inputs(_shape(sets), *normalisation_of(recipe)), opened.teacher(teaching, recipe.distill.size)
         check_teacher(there, len(sets.vocab), images, sets.vocab)
         opened.check_room(recipe, there.largest)
-        recipe = fits.student(recipe, teacher=there)
+        recipe = fits.student(recipe, there)
     else:
         recipe = fits.student(recipe)
-    chosen = recipe.budget is not None and "model.name" not in wanted.given(to_teacher=False)
-    return [*before, Stage(recipe, seed, wanted.folder(recipe, seed, any_network=chosen), teaching)]
+    return [*before, Stage(recipe, seed, wanted.folder(recipe, seed), teaching)]
 
 
 def _check_untrained(teaching: Recipe, student: Recipe, sets: Sets, opened: Opened) -> None:

@@ -64,6 +64,7 @@ class Wanted:
         budget: Minutes for every stage and its teacher, as in `[budget]`.
         compare: Train each student that has a teacher without one, too.
         only: Name of the one recipe to train, of these and their teachers; None: all.
+        into: The folder of the only run, where another process has worked it out; None: it is worked out here.
     """
 
     recipes: tuple[str, ...]
@@ -79,6 +80,7 @@ class Wanted:
     budget: float | None = None
     compare: bool = False
     only: str | None = None
+    into: Path | None = None
 
     @cached_property
     def root(self) -> Path:
@@ -96,16 +98,20 @@ class Wanted:
         notice(f"{root} has runs on other data called {name!r}; those on {self.data} are in {beside}")
         return beside
 
-    def folder(self, recipe: Recipe, seed: int, any_network: bool = False) -> RunFolder:
+    def folder(self, recipe: Recipe, seed: int, teacher: bool = False) -> RunFolder:
         """The folder of a recipe's run; if the recipe's own has runs of another network or size, one beside it.
 
         Args:
             recipe: The recipe, as it is to be trained.
             seed: The seed.
-            any_network: Take the recipe's own folder whatever network its runs have.
+            teacher: It is the teacher of a recipe, and none of the recipes itself. Unless the command says its network,
+                it may be any, and so may that of a recipe whose budget chooses one; then it is the recipe's own folder.
         """
+        if self.into is not None:
+            return RunFolder(self.into)
         own = self.root / recipe.name
         theirs = next(_recipes_in(own), recipe)
+        any_network = (teacher or recipe.budget is not None) and "model.name" not in self.given(to_teacher=teacher)
         differs = []
         if theirs.model.name != recipe.model.name and not any_network:
             differs.append(recipe.model.name)
@@ -123,12 +129,12 @@ class Wanted:
             if not 0 <= seed < 2**32:
                 raise UserError(f"seed is {seed}; it must be between 0 and {2**32 - 1}")
         name = source_name(self.data)
-        files = [file for recipe in self.recipes for file in recipes_of(recipe)]
-        bare = [load_recipe(file, name, self.arch) for file in dict.fromkeys(files)]
+        files = list(dict.fromkeys(file for recipe in self.recipes for file in recipes_of(recipe)))
+        several = {file: load_recipe(file, name, self.arch, self._everywhere()) for file in files[len(files) == 1 :]}
+        given = {k: v for k, v in self.settings.items() if not k.startswith(self._apart)}
         found = []
-        for file, recipe in zip(dict.fromkeys(files), bare, strict=True):
-            given = {k: v for k, v in self.settings.items() if not k.startswith(self._apart)}
-            own = {k: v for k, v in given.items() if len(bare) == 1 or _is_for(k, recipe, bare)}
+        for file in files:
+            own = {k: v for k, v in given.items() if not several or _is_for(k, several[file], [*several.values()])}
             found.append(load_recipe(file, name, self.arch, {**self._everywhere(), **own}))
         names = [recipe.name for recipe in found]
         for name in names:
@@ -169,6 +175,8 @@ class Wanted:
         if recipe.distill is None:
             return None
         source = self.teacher if self.teacher is not None else recipe.teacher
+        if source is None:
+            raise UserError(f"recipe {recipe.name!r} distils without a teacher; give --teacher, or leave out [distill]")
         network = source.removeprefix("timm:") if self.fine_tune_teacher else None
         if network is not None:
             if network == source or "," in source:
