@@ -132,7 +132,7 @@ def test_what_loses_too_much_is_refused(dms, files, tmp_path, monkeypatch):  # n
     monkeypatch.setattr(Calibration, "chosen", torch.zeros(4, 3, 8, 8, dtype=torch.uint8))  # which show no range
     code, out, err = dms("export", files["run"], "digits.int8.onnx", "--data", "digits")
     assert code == 2
-    assert err.startswith("dms-fastai: digits.int8.onnx is not written: in int8, accuracy falls from 9")
+    assert err.startswith("dms-fastai: error: digits.int8.onnx is not written: in int8, accuracy falls from 9")
     assert err.count("\n") == 1
     assert [line.split()[0] for line in out.splitlines()[3:5]] == ["float", "int8"]  # what it loses is shown
     assert not list(tmp_path.iterdir())

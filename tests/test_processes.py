@@ -167,7 +167,7 @@ def test_stopped_or_killed_they_go_on_bit_for_bit(launcher, command, whole, tmp_
     os.kill(pids[1], signal.SIGKILL)
     assert launcher.wait(pids) == [2, -signal.SIGKILL], launcher.log.read_text()
     assert launcher.lines() == [
-        "dms-fastai: one of the processes has ended; the same command goes on from the last checkpoint"
+        "dms-fastai: error: one of the processes has ended; the same command goes on from the last checkpoint"
     ]
 
     pids = started(launcher, tmp_path, args)

@@ -438,4 +438,4 @@ def test_the_package_is_a_command_too(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         runpy.run_module("dms_fastai", run_name="__main__")
     assert stopped.value.code == 2
-    assert capsys.readouterr().err.startswith("dms-fastai: no model at nowhere")
+    assert capsys.readouterr().err.startswith("dms-fastai: error: no model at nowhere")

@@ -272,10 +272,10 @@ def test_a_bad_file_costs_its_own_line(dms, folder, examples, tmp_path, name):  
     first, second, last = err.splitlines()
     assert str(bad) in first
     assert "missing.png" in second
-    assert last == "dms-fastai: 2 of 5 images could not be read"
+    assert last == "dms-fastai: error: 2 of 5 images could not be read"
     code, out, err = dms("predict", *model, bad, bad.with_name("missing.png"), "--csv", "t.csv")
     assert (code, out) == (2, "")
-    assert err.splitlines()[-1] == "dms-fastai: 2 of 2 images could not be read"
+    assert err.splitlines()[-1] == "dms-fastai: error: 2 of 2 images could not be read"
     assert not (tmp_path / "t.csv").exists()
     code, out, err = dms("predict", *model, bad)
     assert (code, out, err.count("\n")) == (2, "", 1)

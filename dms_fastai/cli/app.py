@@ -56,7 +56,7 @@ def _tell_for_all(message: str) -> None:
     """Say what has ended the command; of several processes, which all end then, the first to know it does."""
     if processes.first_to_tell():
         errors.quiet = False
-        errors.say(f"dms-fastai: {message}")
+        errors.say(f"dms-fastai: error: {message}")
 
 
 def main() -> None:
@@ -72,7 +72,7 @@ def main() -> None:
         _tell_for_all(error.message)
         sys.exit(EXIT_CODES["time limit"] if isinstance(error, TryAgainError) else 2)
     except UnicodeEncodeError as error:
-        errors.say(f"dms-fastai: the name {error.object} is not UTF-8, and a file has to hold it; rename it")
+        errors.say(f"dms-fastai: error: the name {error.object} is not UTF-8, and a file has to hold it; rename it")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(EXIT_CODES["SIGINT"])

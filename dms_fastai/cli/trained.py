@@ -79,7 +79,7 @@ def predict(
     if csv is not None and str(csv) != "-":
         console.say(f"table: {csv}")
     if bad:
-        errors.say(f"dms-fastai: {_unread(bad, len(files)).message}")
+        errors.say(f"dms-fastai: error: {_unread(bad, len(files)).message}")
         raise typer.Exit(1)
 
 
