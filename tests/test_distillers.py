@@ -20,7 +20,8 @@ from dms_fastai import (
     load_teacher,
 )
 from dms_fastai.callbacks.feature_distill import Pooled, feature_loss
-from dms_fastai.training.losses import DKD, Distillation, Targets, kd_divergence, standardized
+from dms_fastai.training.equations import kd_divergence, standardized
+from dms_fastai.training.losses import DKD, Distillation, Targets
 from tests.conftest import quiet
 from tests.test_runs import dms, same_run  # noqa: F401  (a fixture)
 

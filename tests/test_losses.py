@@ -7,9 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dms_fastai import DMSLoss, UserError
-from dms_fastai.training.losses import (
-    DKD,
-    KL,
+from dms_fastai.training.equations import (
     cross_entropy,
     dist_divergence,
     dkd_divergence,
@@ -18,6 +16,7 @@ from dms_fastai.training.losses import (
     mixup_kd_loss,
     mixup_loss,
 )
+from dms_fastai.training.losses import DKD, KL
 
 settings.register_profile("losses", max_examples=60, deadline=None)
 settings.load_profile("losses")
