@@ -86,7 +86,7 @@ def bench(
 
 
 def _accuracy(file: Path, exported: Exported, data: str | Path | ImageSet) -> float:
-    card = ModelCard(file.name, exported.vocab, MEAN, STD, exported.shape)
+    card = exported.card(file.name)
     images = data if isinstance(data, ImageSet) else split_images(data, None, None, card)
     return answers(exported, images.images, known_classes(images, card)[images.labels]).accuracy
 

@@ -42,7 +42,8 @@ def export_model(
     The input "pixels" is uint8 of shape (batch, channels, height, width), in RGB order. The output "probabilities" is
     float32 of shape (batch, classes). A .pte takes a batch of one image. The file holds the names of the classes as
     JSON, and the multiply-accumulates for one image: an .onnx in its metadata "classes" and "macs", a .pt2 in its extra
-    files "classes.json" and "macs.json", a .pte in methods of these names, which return them.
+    files "classes.json" and "macs.json", a .pte in methods of these names, which return them. So it holds "white" and
+    "middle" of the `ModelCard`, where they are not None and 1.
 
     Weights and activations of an .int8.onnx or .int8.pte are 8-bit integers. It is compared with the float file on the
     validation images, and says in "calibration" which images it was calibrated with.

@@ -5,6 +5,7 @@ The file may be a stranger's, so nothing in the card is trusted: to build its mo
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 
 from ..names import is_architecture
 
-__all__ = ["START_WEIGHTS", "ModelCard", "channels_of", "read_card"]
+__all__ = ["START_WEIGHTS", "ModelCard", "channels_of", "check_fields", "read_card"]
 
 # Arguments of timm's that choose the weights to begin with: they fetch, read or unpickle what they name.
 START_WEIGHTS = (
@@ -98,12 +99,17 @@ def read_card(text: str) -> ModelCard:
     args = told.get("args", {})
     if isinstance(args, dict):
         args = told["args"] = {key: value for key, value in args.items() if key not in START_WEIGHTS}
-    for name, sound in _CHECKS.items():
-        if name in told and not sound(told[name]):
-            raise ValueError(f"{name!r} of its card is {_short(told[name])}")
+    check_fields(told)
     if len(told["mean"]) != len(told["std"]):
         raise ValueError("'mean' and 'std' of its card have different lengths")
     return ModelCard(**told | {name: tuple(told[name]) for name in ("mean", "std", "shape")})
+
+
+def check_fields(told: Mapping[str, Any]) -> None:
+    """Raise a ValueError if a field of a card, as JSON has it, is not what a network could have; says which."""
+    for name, sound in _CHECKS.items():
+        if name in told and not sound(told[name]):
+            raise ValueError(f"{name!r} of its card is {_short(told[name])}")
 
 
 def _whole(value: Any) -> bool:
