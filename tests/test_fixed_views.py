@@ -1,5 +1,12 @@
 """Fixed views: the same batches again, a teacher that is asked once, and networks that do not notice."""
 
+import errno
+import os
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from threading import Barrier, BrokenBarrierError
+
+import numpy as np
 import pytest
 import timm
 import torch
@@ -129,6 +136,40 @@ def test_answers_are_kept_as_they_come(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be kept"):
         KeptLogits(tmp_path / "file" / "c", (1, 1, 1, 1))
+
+
+def test_of_processes_that_begin_together_one_makes_the_files(tmp_path, monkeypatch):
+    """Two threads, each with a lock of its own, would both be making the file where nothing keeps one back."""
+    make, both, files = np.lib.format.open_memmap, Barrier(2), []
+
+    def slowly(file, mode, *args):
+        if mode == "w+":
+            files.append(file)
+            with suppress(BrokenBarrierError):
+                both.wait(0.2)
+        return make(file, mode, *args)
+
+    monkeypatch.setattr(np.lib.format, "open_memmap", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(lambda _: KeptLogits(tmp_path / "a", (2, 3, 4, 5)), range(2))
+    assert len(files) == 2  # logits, and what has been said
+    one.put(0, 1, torch.ones(4, 5))
+    assert torch.equal(other.get(0, 1), torch.ones(4, 5).half())
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system reserves no room")
+def test_room_on_the_disk_is_reserved(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(UserError, match=r"cannot be kept in .* \(No space left on device\)"):
+            KeptLogits(tmp_path / "a", (2, 50, 64, 10))
+    assert not list((tmp_path / "a").glob("*.np*"))
+    KeptLogits(tmp_path / "a", (2, 50, 64, 10))
+    found = (tmp_path / "a" / "logits.npy").stat()
+    assert found.st_blocks * 512 >= found.st_size
 
 
 def test_a_stopped_run_ends_as_one_without_interruption(dms, tmp_path):  # noqa: F811
