@@ -15,7 +15,8 @@ from fastai.callback.core import Callback
 from dms_fastai import FixedViews, UserError, dms_learner, load_data, load_teacher
 from dms_fastai.random_states import seed_everything
 from dms_fastai.run_folder import Run
-from dms_fastai.trained import KeptLogits
+from dms_fastai.trained import KeptLogits, Teacher, ensemble
+from dms_fastai.trained.network import averaged
 from tests.conftest import quiet
 from tests.test_runs import dms, same_run  # noqa: F401  (a fixture)
 
@@ -101,6 +102,26 @@ def test_a_teacher_is_asked_once_and_never_by_a_later_run():
     assert Counting.asked == 3 * steps  # other batches, other answers
     train(1, 1, recipe="kd", teacher=load_teacher(Counting()))
     assert Counting.asked == 4 * steps  # and another teacher
+
+
+def test_whatever_decides_an_answer_tells_it_from_others():
+    torch.manual_seed(0)
+    network = load_teacher(Counting()).model
+    network.network.insert(0, torch.nn.AdaptiveAvgPool2d(8))  # of any size
+
+    def asked_by(teacher, seen=None, **loaded):
+        dls, Counting.asked = load_data("digits", bs=1024, **loaded), 0
+        dls.train_ds.seen = seen
+        settings = {"fixed_views.count": 1, "progressive_resize.smallest": 1.0}
+        quiet(dms_learner(dls, "kd", teacher, TINY, settings)).fit_recipe(1)
+        return Counting.asked
+
+    one, other = Teacher(network, (0.5,) * 3, (0.5,) * 3), Teacher(network, (0.1,) * 3, (0.2,) * 3)
+    two, three = ensemble([one, other]), ensemble([one, other], of="probabilities")
+    assert [asked_by(each) for each in (one, one, other, two, three)] == [1, 0, 1, 2, 2]
+    assert averaged(ensemble([three, one]).model) == ["logits", ["probabilities", None, None], None]
+    assert [asked_by(one, **loaded) for loaded in ({"flip": 0.5}, {"balance": True})] == [1, 1]
+    assert [asked_by(one, size=16, seen=seen) for seen in (None, 8)] == [1, 1]
 
 
 def test_what_is_recalled_is_what_the_teacher_says_of_the_same_batch():
