@@ -117,14 +117,15 @@ def test_evaluate_prints_the_worst_classes_first(dms, run, monkeypatch):  # noqa
 
 
 def test_what_cannot_be_evaluated_is_said_in_a_line(dms, run, tmp_path):  # noqa: F811
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    (elsewhere / "model.safetensors").write_bytes(run.weights.read_bytes())
-    facts = replace(run.facts(), data="holiday")
-    RunFolder(elsewhere).write_facts(facts)
+    elsewhere, called = tmp_path / "elsewhere", tmp_path / "called"
+    for folder, own in ((elsewhere, {"data": "holiday"}), (called, {"place": "a1b2c3"})):  # a folder called digits
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(run.weights.read_bytes())
+        RunFolder(folder).write_facts(replace(run.facts(), **own))
     for command, words in (
         (("dmsresnet",), "dmsresnet does not say which; give --data"),
         ((elsewhere,), "where holiday lies is not known; give --data"),
+        ((called,), "where digits lies is not known; give --data"),
         ((run.path, "--split", "val"), "digits has no split 'val'; give --split"),
         ((run.path, "--split", "vall"), "split is 'vall'; it must be test, val or train"),
         ((run.path, "--data", "nowhere"), "'nowhere'"),
