@@ -38,7 +38,8 @@ def check_student(recipe: Recipe, sets: Sets, share: float) -> None:
             f"edge prunes its student, and only this package's residual networks can be pruned, not "
             f"{recipe.model.name}; give another --arch: dms-fastai models lists them"
         )
-    widths_within(network, share, shape)
+    args = {**(recipe.model.args or {}), "mid_widths": widths_within(network, share, shape)}
+    replace(recipe.model, args=args).build().create(len(sets.vocab), shape)
 
 
 def files_of(folders: Sequence[RunFolder], sets: Sets, say: Callable[[str], None]) -> list[Row]:

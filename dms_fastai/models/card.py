@@ -6,6 +6,7 @@ The file may be a stranger's, so nothing in the card is trusted: to build its mo
 import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import nn
 
 from ..names import is_architecture
 
-__all__ = ["START_WEIGHTS", "ModelCard", "channels_of", "check_fields", "read_card"]
+__all__ = ["START_WEIGHTS", "ModelCard", "channels_of", "check_fields", "read_card", "unreadable"]
 
 # Arguments of timm's that choose the weights to begin with: they fetch, read or unpickle what they name.
 START_WEIGHTS = (
@@ -29,6 +30,7 @@ START_WEIGHTS = (
 LONGEST, DEEPEST = 64, 2  # of texts and lists, and lists in lists
 LARGEST = 8192  # a number, or the sum of a list: what takes longer to build than to read is no network of anybody's
 CLASSES = 100_000
+BOUNDS = f"numbers and sums of lists are at most {LARGEST:,}, and lists and texts have at most {LONGEST} parts"
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,15 @@ class ModelCard:
 def channels_of(shape: tuple[int, int, int]) -> dict[str, int]:
     """The argument that timm needs for images of `shape` (C, H, W): its own default is three channels."""
     return {} if shape[0] == 3 else {"in_chans": shape[0]}
+
+
+def unreadable(args: Mapping[str, Any]) -> str | None:
+    """The first of a network's arguments that a card could name, but not be read with; None if there is none."""
+    for name, value in args.items():
+        with suppress(TypeError):  # an object, which no card can name
+            if not _args({name: json.loads(json.dumps(value))}):
+                return name
+    return None
 
 
 def read_card(text: str) -> ModelCard:
