@@ -18,7 +18,7 @@ from PIL import Image
 from torch import nn
 
 from dms_fastai import UserError, dms_learner, load_data
-from dms_fastai.bench import _accuracy
+from dms_fastai.bench import _accuracies
 from dms_fastai.evaluate import evaluate_model
 from dms_fastai.export import classifier, classify, export_model, export_run, formats, open_model, predict_files
 from dms_fastai.export.formats import Exported, open_exported
@@ -183,7 +183,8 @@ def test_evaluate_and_bench_show_a_file_what_its_network_has_seen(tmp_path):
     assert found.accuracy == 1
     assert found.loss == pytest.approx(np.log([1 + np.exp(8 * (d / 255 - 0.5)) for d in (32, 31)]).mean(), abs=1e-4)
     assert not [each for each in said if "is white here" in str(each.message)]
-    assert _accuracy(file, open_exported(file, trust=True), images) == 1
+    exported = open_exported(file, trust=True)
+    assert _accuracies([exported], [exported.card(file.name)], images) == [1]
 
 
 @pytest.mark.parametrize("images", [{"middle": "0"}, {"middle": "2"}, {"white": "-1"}, {"white": '"255"'}], ids=str)
