@@ -55,7 +55,8 @@ def files_of(folders: Sequence[RunFolder], sets: Sets, say: Callable[[str], None
         for ending in ENDINGS:
             file = folder.path / f"{folder.path.parent.name}{ending}"
             if not file.is_file():
-                export_model(folder.path, file, data=sets, tolerance=ANY)
+                own = {"data": sets, "tolerance": ANY} if FORMATS[ending].quantize else {}
+                export_model(folder.path, file, **own)
                 say(f"{file}: {file.stat().st_size / 1e6:.2f} MB")
             files.append(file)
     if figures.is_file():

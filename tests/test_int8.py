@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 from PIL import Image
 from torch import nn
 
-from dms_fastai import UserError, bench, load_data
+from dms_fastai import UserError, bench, dms_learner, load_data
 from dms_fastai.bench import _told_apart
 from dms_fastai.evaluate import evaluate_model, split_images
 from dms_fastai.export import export_model, export_run, formats, open_model, predict_files
@@ -163,6 +163,8 @@ def test_predict_and_evaluate_take_an_exported_file(files, valid, tmp_path, endi
         ("dmsresnet x.int8.onnx", "no images to calibrate with: dmsresnet does not say which; give --data"),
         ("dmsresnet x.int8.onnx --data digit", "unknown data set"),
         ("dmsresnet x.onnx --data digits", "--data is for int8, and x.onnx is not; call it x.int8.onnx"),
+        ("dmsresnet x.onnx --calibrate 50", "--calibrate is for int8, and x.onnx is not; call it x.int8.onnx"),
+        ("dmsresnet x.pte --tolerance 0", "--tolerance is for int8, and x.pte is not; call it x.int8.pte, or leave"),
         ("dmsresnet x.int8.tflite", "the formats are .onnx, .int8.onnx, .pt2, .pte or .int8.pte"),
     ],
 )
@@ -170,6 +172,22 @@ def test_what_int8_lacks_is_said_in_a_line(dms, words, said):  # noqa: F811
     code, _, err = dms("export", *words.split())
     assert (code, err.count("\n")) == (2, 1)
     assert said in err
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "said"),
+    [
+        ("x.onnx", {"data": "digits"}, "data is for int8, and .*x.onnx is not; call it x.int8.onnx, or leave data out"),
+        ("x.onnx", {"tolerance": 0.0}, "tolerance is for int8"),
+        ("x.int8.onnx", {"calibrate": 0}, "calibrate is 0; it must be at least 1"),
+        ("x.int8.onnx", {"calibrate": -1}, "calibrate is -1; it must be at least 1"),
+        ("x.int8.onnx", {"tolerance": float("nan")}, "tolerance is nan; it must be a finite number"),
+    ],
+)
+def test_what_int8_is_not_made_with_is_refused(dls, tmp_path, name, given, said):
+    with pytest.raises(UserError, match=said):
+        export_model(dms_learner(dls, "se", arch="test_dmsresnet"), tmp_path / name, **given)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_runtime_is_named_with_the_extra(teacher, files, tmp_path, monkeypatch):
