@@ -1,12 +1,11 @@
 """Exported files beside one another: size, work, accuracy and time, as rows of a table and as a plot."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-import timm
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from timm.utils import reparameterize_model
@@ -15,9 +14,11 @@ from .data import ImageSet
 from .data.known import known_classes
 from .evaluate import split_images
 from .export import content_of
+from .export.classifier import expressible
 from .export.formats import FORMATS, Exported, open_exported
 from .export.measure import BATCH, answers, milliseconds
 from .files import whole
+from .models.build import Model
 from .models.card import ModelCard
 from .models.dmsresnet import MEAN, STD
 from .names import check_format
@@ -31,7 +32,7 @@ class Row:
     """What was measured of a file.
 
     Attributes:
-        name: The file's name, or that of an architecture.
+        name: The file's name, with the folders that tell it from others of its name; or that of an architecture.
         format: Its ending.
         size: Bytes.
         macs: Multiply-accumulates for one image; None where the file does not say.
@@ -66,8 +67,12 @@ def bench(
         UserError: A file cannot be opened, an architecture cannot be exported, or the data do not fit a file.
     """
     opened = [open_exported(file, trust) for file in files]
-    found = [None if data is None else _accuracy(file, each, data) for file, each in zip(files, opened, strict=True)]
-    rows = [(f.name, check_format(f, FORMATS), f.stat().st_size, True) for f in files]
+    cards = [each.card(file.name) for file, each in zip(files, opened, strict=True)]
+    found = [None] * len(files) if data is None else _accuracies(opened, cards, data)
+    rows = [
+        (name, check_format(file, FORMATS), file.stat().st_size, True)
+        for name, file in zip(_told_apart(files), files, strict=True)
+    ]
     with TemporaryDirectory() as folder:
         for arch in archs:
             file = Path(folder) / f"{len(opened)}.onnx"
@@ -85,17 +90,35 @@ def bench(
     ]
 
 
-def _accuracy(file: Path, exported: Exported, data: str | Path | ImageSet) -> float:
-    card = ModelCard(file.name, exported.vocab, MEAN, STD, exported.shape)
-    images = data if isinstance(data, ImageSet) else split_images(data, None, None, card)
-    return answers(exported, images.images, known_classes(images, card)[images.labels]).accuracy
+def _told_apart(files: Sequence[Path]) -> list[str]:
+    """The files' names; where several have the same, the shortest end of each path that no other has."""
+
+    def alone(file: Path, parts: int) -> bool:
+        return all(other == file or other.parts[-parts:] != file.parts[-parts:] for other in files)
+
+    lengths = [next((n for n in range(1, len(file.parts)) if alone(file, n)), len(file.parts)) for file in files]
+    return [str(Path(*file.parts[-length:])) for file, length in zip(files, lengths, strict=True)]
+
+
+def _accuracies(opened: Sequence[Exported], cards: Sequence[ModelCard], data: str | Path | ImageSet) -> list[float]:
+    """The accuracy of each file; images that several see alike are read once."""
+    read, found = {}, []
+    for exported, card in zip(opened, cards, strict=True):
+        seen = card.shape, card.middle, card.white
+        if seen not in read:
+            read[seen] = data if isinstance(data, ImageSet) else split_images(data, None, None, card)
+        images = read[seen]
+        found.append(answers(exported, images.images, known_classes(images, card)[images.labels]).accuracy)
+    return found
 
 
 def _untrained(arch: str, like: Exported) -> bytes:
-    """An .onnx of an architecture for the images and the classes of another file."""
-    model = timm.create_model(arch, num_classes=len(like.vocab), in_chans=like.shape[0]).eval()
-    card = ModelCard(arch, like.vocab, MEAN[:1] * like.shape[0], STD[:1] * like.shape[0], like.shape)
-    return content_of(reparameterize_model(model), card, ".onnx")
+    """An .onnx of an architecture, whatever the tag of its name, for the images and the classes of another file."""
+    name, channels = arch.partition(".")[0], like.shape[0]
+    card = ModelCard(arch, like.vocab, MEAN[:1] * channels, STD[:1] * channels, like.shape)
+    with expressible(card, ".onnx"):
+        network = replace(card, arch=name, args=Model(name).args_for(like.shape)).build()
+        return content_of(reparameterize_model(network), card, ".onnx")
 
 
 def plot(rows: Sequence[Row], file: Path) -> None:

@@ -38,7 +38,8 @@ def check_student(recipe: Recipe, sets: Sets, share: float) -> None:
             f"edge prunes its student, and only this package's residual networks can be pruned, not "
             f"{recipe.model.name}; give another --arch: dms-fastai models lists them"
         )
-    widths_within(network, share, shape)
+    args = {**(recipe.model.args or {}), "mid_widths": widths_within(network, share, shape)}
+    replace(recipe.model, args=args).build().create(len(sets.vocab), shape)
 
 
 def files_of(folders: Sequence[RunFolder], sets: Sets, say: Callable[[str], None]) -> list[Row]:
@@ -54,7 +55,8 @@ def files_of(folders: Sequence[RunFolder], sets: Sets, say: Callable[[str], None
         for ending in ENDINGS:
             file = folder.path / f"{folder.path.parent.name}{ending}"
             if not file.is_file():
-                export_model(folder.path, file, data=sets, tolerance=ANY)
+                own = {"data": sets, "tolerance": ANY} if FORMATS[ending].quantize else {}
+                export_model(folder.path, file, **own)
                 say(f"{file}: {file.stat().st_size / 1e6:.2f} MB")
             files.append(file)
     if figures.is_file():

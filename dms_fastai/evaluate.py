@@ -82,7 +82,8 @@ def evaluate_model(
     others are in float32. The images of the split are in memory, and of everything else a batch.
 
     Args:
-        source, trust: As in `predict_files`; or "timm:NAME", at the size of timm's weights.
+        source, trust: As in `predict_files`; or "timm:NAME", at the size of timm's weights, and with the share of image
+            files that timm crops to.
         data, labels: As in `load_data`.
         split: "test", "val" or "train". None: "test", or "val" where there is no "test".
         device: Where to compute.
@@ -127,7 +128,8 @@ def _timm_model(name: str) -> tuple[nn.Module, ModelCard]:
     model, cfg = timm_model(name), pretrained_cfg(name)
     subset = None if cfg.label_names else infer_imagenet_subset(model)
     names = cfg.label_names or (ImageNetInfo(subset).label_names() if subset else map(str, range(cfg.num_classes)))
-    return model, ModelCard(name, list(names), tuple(cfg.mean), tuple(cfg.std), tuple(cfg.input_size))
+    images = tuple(cfg.mean), tuple(cfg.std), tuple(cfg.input_size)
+    return model, ModelCard(name, list(names), *images, middle=min(cfg.crop_pct, 1.0))
 
 
 def split_images(data: str | Path, split: str | None, labels: str | Path | None, card: ModelCard) -> ImageSet:

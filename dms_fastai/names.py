@@ -8,7 +8,7 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from functools import cache
 from importlib.util import find_spec
@@ -27,6 +27,7 @@ __all__ = [
     "architectures",
     "check_device",
     "check_format",
+    "check_int8",
     "entries",
     "is_architecture",
     "shipped",
@@ -173,3 +174,24 @@ def check_format(file: Path, formats: Iterable[str], purpose: str = "written") -
     if not fitting:
         raise no_format(file, formats, purpose)
     return max(fitting, key=len)
+
+
+def check_int8(file: Path, formats: Iterable[str], given: Mapping[str, object]) -> bool:
+    """Whether a file is to be in 8-bit integers.
+
+    Args:
+        file: The file.
+        formats: Endings, as in `check_format`.
+        given: What is for such files alone, by what the user calls it; None where it is not given.
+
+    Raises:
+        UserError: Something is given, and the file is none; or its ending is none of the formats.
+    """
+    formats = list(formats)
+    if check_format(file, formats).startswith(INT8):
+        return True
+    for name, value in given.items():
+        if value is not None:
+            small = next((e for e in formats if e.startswith(INT8) and e.endswith(file.suffix)), f"{INT8}onnx")
+            raise UserError(f"{name} is for int8, and {file} is not; call it {file.stem}{small}, or leave {name} out")
+    return False

@@ -10,7 +10,9 @@ in the order of the data set, without test-time augmentation.
 import argparse
 import hashlib
 import json
+import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from rich.progress import track
 
 from .data import load_data
 from .data.augment import affine, normalize
+from .errors import UserError
 from .models.dmsresnet import PRETRAINED
 from .models.weights import load_weights, save_weights
 from .run_folder import Run
@@ -41,12 +44,41 @@ def correct(file: Path, data: str, device: torch.device) -> tuple[torch.Tensor, 
     return torch.cat(right), test.labels.cpu()
 
 
+def check(run: Run, data: str) -> None:
+    """Raise a UserError if the run has not finished, or was measured on other images than the test images of `data`."""
+    if not run.finished:
+        raise UserError(f"{run.folder.path} holds no finished run; run its command again, which goes on")
+    if load_data(data, device="cpu").valid_ds.digest() != (run.facts.data_digest or ["", ""])[1]:
+        raise UserError(f"the test images of {data} are not those that the run was measured on; give its --data")
+
+
+def release(folder: Path, tag: str, data: str, device: torch.device, out: Path) -> str:
+    """Write the three files into `out`, once all of them are there; gives a line about them.
+
+    Raises:
+        UserError: There is no finished run in `folder`, or it was measured on other images than those of `data`.
+    """
+    run = Run.read(folder)
+    check(run, data)
+    model, card = load_weights(run.folder.weights)
+    name = f"{card.arch}.{tag}"
+    out.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=out) as aside:
+        file = Path(aside) / f"{name}.safetensors"
+        save_weights(model, card, file, torch.float16)
+        facts = measure(file, run, data, device)
+        file.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n")
+        file.with_suffix(".md").write_text(card_text(name, facts), encoding="utf-8")
+        for each in sorted(Path(aside).iterdir()):
+            each.replace(out / each.name)
+    accuracy, images = 100 * facts["test_accuracy"], facts["test_images"]
+    return f"{out / file.name}: {facts['megabytes']} MB, {accuracy:.2f} % of {images:,} images"
+
+
 def measure(file: Path, run: Run, data: str, device: torch.device) -> dict[str, Any]:
     """The contents of the .json: where the weights come from, and what was measured with those in the file."""
     facts, recipe = run.facts, run.folder.recipe()
     test = load_data(data, device="cpu").valid_ds
-    if test.digest() != facts.data_digest[1]:
-        raise SystemExit(f"the test images of {data} are not those that the run was measured on")
     hashes = [hashlib.blake2b(image.numpy().tobytes(), digest_size=8).hexdigest() for image in test.images]
     sample = sorted(range(len(test)), key=hashes.__getitem__)[:SAMPLE]
     right, labels = correct(file, data, device)
@@ -119,16 +151,11 @@ def main() -> None:
     parser.add_argument("--device", type=choose_device, default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--out", type=Path, default=PRETRAINED, help="folder of the weights")
     args = parser.parse_args()
-    run = Run.read(args.run)
-    model, card = load_weights(run.folder.weights)
-    name = f"{card.arch}.{args.tag}"
-    args.out.mkdir(parents=True, exist_ok=True)
-    file = args.out / f"{name}.safetensors"
-    save_weights(model, card, file, torch.float16)
-    facts = measure(file, run, args.data, args.device)
-    file.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n")
-    file.with_suffix(".md").write_text(card_text(name, facts), encoding="utf-8")
-    print(f"{file}: {facts['megabytes']} MB, {100 * facts['test_accuracy']:.2f} % of {facts['test_images']:,} images")
+    try:
+        print(release(args.run, args.tag, args.data, args.device, args.out))
+    except UserError as error:
+        print(error.message, file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

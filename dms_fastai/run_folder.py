@@ -340,11 +340,11 @@ def own_data(source: Path, purpose: str) -> str:
         UserError: There is no run, or its images have no name by which they are found.
     """
     folder = RunFolder(source if source.is_dir() else source.parent)
-    name = folder.facts().data if source.exists() and folder.facts_file.is_file() else None
-    if name not in DATA_SETS:
-        why = f"{source} does not say which" if name is None else f"where {name} lies is not known"
+    facts = folder.facts() if source.exists() and folder.facts_file.is_file() else None
+    if facts is None or facts.data not in DATA_SETS or facts.place is not None:  # a folder may be called as they are
+        why = f"{source} does not say which" if facts is None else f"where {facts.data} lies is not known"
         raise UserError(f"no images to {purpose}: {why}; give --data a data set, a folder or a file")
-    return name
+    return facts.data
 
 
 def _numbers(text: str) -> list[Row]:

@@ -298,14 +298,17 @@ def test_a_report_says_what_a_run_began_from(dms, cached, folder, tmp_path):  # 
 # Evaluation
 
 
-def by_hand(folder, model, tta):
-    """Accuracy and loss of the test images; with `tta`, of the mean probabilities of each and its mirror image."""
-    right, losses = 0, []
+def by_hand(folder, model, tta, side=160):
+    """Accuracy and loss of the test images; with `tta`, of the mean probabilities of each and its mirror image.
+
+    They are resized to `side` pixels, of which the middle 160 are seen.
+    """
+    right, losses, seen = 0, [], slice((side - 160) // 2, (side - 160) // 2 + 160)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in HALF)
     for label, name in enumerate(SYNSETS):
         for file in sorted((folder / "test" / name).iterdir()):
             with Image.open(file) as image:
-                pixels = np.asarray(image.resize((160, 160), Image.Resampling.BILINEAR))
+                pixels = np.asarray(image.resize((side, side), Image.Resampling.BILINEAR))[seen, seen]
             x = (torch.tensor(pixels).permute(2, 0, 1) / 255 - mean) / std
             with torch.no_grad():
                 one, other = (model.eval()(view[None].double())[0].softmax(0) for view in (x, x.flip(2)))
@@ -326,6 +329,19 @@ def test_timms_networks_are_evaluated_at_their_own_size(dms, cached, folder):  #
     assert code == 0
     assert f"loss: {expected[1]:.4f}, averaged with mirror images (--tta), of 6 images" in out
     assert "mirror" not in dms("evaluate", "timm:test_resnet", "--data", folder, "--device", "cpu")[1]
+
+
+def test_timms_networks_see_the_middle_that_timm_crops_to(cached, folder, tmp_path):
+    for file in folder.rglob("*.png"):
+        larger = tmp_path / "larger" / file.relative_to(folder)
+        larger.parent.mkdir(parents=True, exist_ok=True)
+        with Image.open(file) as image:
+            image.resize((400, 400), Image.Resampling.NEAREST).save(larger)
+    side = round(160 / timm.get_pretrained_cfg("test_resnet").crop_pct)
+    found = evaluate_model("timm:test_resnet", tmp_path / "larger")
+    assert (found.accuracy, found.loss) == pytest.approx(
+        by_hand(tmp_path / "larger", network().double(), False, side), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Commands that people look for: evaluate, show, lr-find, help and version, `run --keep-best` and `run --from`."""
 
 import inspect
+import json
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -16,7 +18,7 @@ from fastai.torch_core import set_seed
 from PIL import Image
 from safetensors import safe_open
 
-from dms_fastai import UserError, dms_learner, load_data, load_recipe
+from dms_fastai import UserError, dms_learner, load_data, load_recipe, release
 from dms_fastai.evaluate import evaluate_model
 from dms_fastai.export import predict_files
 from dms_fastai.models.weights import load_weights, save_weights
@@ -117,14 +119,15 @@ def test_evaluate_prints_the_worst_classes_first(dms, run, monkeypatch):  # noqa
 
 
 def test_what_cannot_be_evaluated_is_said_in_a_line(dms, run, tmp_path):  # noqa: F811
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    (elsewhere / "model.safetensors").write_bytes(run.weights.read_bytes())
-    facts = replace(run.facts(), data="holiday")
-    RunFolder(elsewhere).write_facts(facts)
+    elsewhere, called = tmp_path / "elsewhere", tmp_path / "called"
+    for folder, own in ((elsewhere, {"data": "holiday"}), (called, {"place": "a1b2c3"})):  # a folder called digits
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(run.weights.read_bytes())
+        RunFolder(folder).write_facts(replace(run.facts(), **own))
     for command, words in (
         (("dmsresnet",), "dmsresnet does not say which; give --data"),
         ((elsewhere,), "where holiday lies is not known; give --data"),
+        ((called,), "where digits lies is not known; give --data"),
         ((run.path, "--split", "val"), "digits has no split 'val'; give --split"),
         ((run.path, "--split", "vall"), "split is 'vall'; it must be test, val or train"),
         ((run.path, "--data", "nowhere"), "'nowhere'"),
@@ -140,6 +143,31 @@ def test_what_cannot_be_evaluated_is_said_in_a_line(dms, run, tmp_path):  # noqa
     code, _, err = dms("evaluate", elsewhere)
     assert code == 0
     assert err == "dms-fastai: the run was validated on other images that are called digits, too\n"
+
+
+# release
+
+
+def test_weights_are_replaced_once_all_of_them_is_known(run, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "pretrained"
+    command = ["release", str(run.path), "--tag", "x", "--data", "digits", "--device", "cpu", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", command)
+    release.main()
+    names = [f"test_dmsresnet.x.{ending}" for ending in ("json", "md", "safetensors")]
+    assert sorted(file.name for file in out.iterdir()) == names
+    facts, rows = json.loads((out / names[0]).read_text()), run.rows()
+    assert facts["test_accuracy"] == pytest.approx(rows[-1]["valid_accuracy"], abs=0.01)  # in float16
+    before = {file: file.read_bytes() for file in out.iterdir()}
+    other = tmp_path / "other"
+    shutil.copytree(run.path, other)
+    RunFolder(other).write_facts(replace(run.facts(), data_digest=["0" * 16] * 2))
+    for folder, said in ((other, "the test images of digits are not those"), (tmp_path, "holds no run")):
+        command[1] = str(folder)
+        with pytest.raises(SystemExit) as ended:
+            release.main()
+        err = capsys.readouterr().err.splitlines()[-1:]
+        assert (ended.value.code, said in "".join(err)) == (2, True)
+    assert {file: file.read_bytes() for file in out.iterdir()} == before
 
 
 # show

@@ -7,8 +7,10 @@ from contextlib import redirect_stdout
 import onnxruntime
 import pytest
 
-from dms_fastai import load_data
+from dms_fastai import UserError, load_data, load_recipe
 from dms_fastai.cli import app
+from dms_fastai.data import Data
+from dms_fastai.edge import check_student
 from dms_fastai.models.prune import mid_widths_of
 from dms_fastai.models.weights import load_weights
 from dms_fastai.run_folder import RunFolder
@@ -114,3 +116,9 @@ def test_a_missing_package_is_said_before_anything_is_trained(dms, tmp_path, mon
     assert (code, err.count("\n")) == (2, 1), err
     assert "kd.int8.onnx needs more packages: pip install onnx onnxscript onnxruntime" in err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_student_whose_pruned_self_no_file_could_name_is_refused_before_anything_is_trained(monkeypatch):
+    monkeypatch.setattr("dms_fastai.edge.widths_within", lambda *_: [8] * 66)
+    with pytest.raises(UserError, match=r"model\.args\.mid_widths is .*, with which no file of weights can be read"):
+        check_student(load_recipe("kd", "digits", "test_dmsresnet"), Data().open("digits"), 0.5)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,16 @@ import torch
 from fastai.learner import Learner
 from fastai.losses import MSELossFlat
 from PIL import Image
+from torch import nn
 
-from dms_fastai import UserError, load_data
-from dms_fastai.export import classifier, classify, export_model, export_run, formats, predict_files
+from dms_fastai import UserError, dms_learner, load_data
+from dms_fastai.bench import _accuracies
+from dms_fastai.evaluate import evaluate_model
+from dms_fastai.export import classifier, classify, export_model, export_run, formats, open_model, predict_files
+from dms_fastai.export.formats import Exported, open_exported
+from dms_fastai.models.card import ModelCard
 from dms_fastai.run_folder import RunFolder
+from tests.conftest import quiet
 from tests.test_runs import dms  # noqa: F401  (a fixture)
 
 
@@ -128,3 +135,68 @@ def test_the_command(dms, folder, tmp_path):  # noqa: F811
     code, _, err = dms("export", folder, "kd.bin")
     assert code == 2
     assert err.count("\n") == 1
+
+
+class Brightness(nn.Module):
+    """Logits of "dark" and "bright": the second's is the greater where the mean of the pixels, 0...1, is above 0.5."""
+
+    def forward(self, x):
+        mean = x.mean((1, 2, 3))
+        return torch.stack([torch.zeros_like(mean), 8 * (mean - 0.5)], 1)
+
+
+def sees_the_middle_of_12_bits(file):
+    """A file of `Brightness`, for 8 pixels of the middle half of images in which 4095 is white."""
+    images = {"white": 4095.0, "middle": 0.5}
+    card = ModelCard("brightness", ["dark", "bright"], (0.0,) * 3, (1.0,) * 3, (3, 8, 8), **images)
+    file.write_bytes(classifier.content_of(Brightness(), card, file.suffix))
+    return file
+
+
+def framed(file, inside, frame):
+    """An image of 64 pixels with a frame that is more than half of it, and of which the middle half has nothing."""
+    pixels = np.full((64, 64), frame, np.uint16)
+    pixels[12:52, 12:52] = inside
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(file)
+    return file
+
+
+@pytest.mark.parametrize("ending", [".onnx", ".pt2", ".pte"])
+def test_a_file_is_shown_what_its_network_has_seen(tmp_path, ending):
+    if ending == ".pte":
+        pytest.importorskip("executorch", reason="executorch, of the extra of this name, is not installed")
+    file, image = sees_the_middle_of_12_bits(tmp_path / f"x{ending}"), framed(tmp_path / "x.png", 512, 1000)
+    _, [probabilities] = predict_files(file, [image], trust=True)
+    assert probabilities[1] == pytest.approx(1 / (1 + np.exp(-8 * (32 / 255 - 0.5))), abs=1e-4)
+
+
+def test_evaluate_and_bench_show_a_file_what_its_network_has_seen(tmp_path):
+    images = tmp_path / "images"
+    for split in ("train", "test"):
+        framed(images / split / "dark" / "0.png", 512, 4095)
+        framed(images / split / "bright" / "0.png", 3584, 0)
+    file = sees_the_middle_of_12_bits(tmp_path / "x.pt2")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = evaluate_model(file, images, trust=True)
+    assert found.accuracy == 1
+    assert found.loss == pytest.approx(np.log([1 + np.exp(8 * (d / 255 - 0.5)) for d in (32, 31)]).mean(), abs=1e-4)
+    assert not [each for each in said if "is white here" in str(each.message)]
+    exported = open_exported(file, trust=True)
+    assert _accuracies([exported], [exported.card(file.name)], images) == [1]
+
+
+@pytest.mark.parametrize("images", [{"middle": "0"}, {"middle": "2"}, {"white": "-1"}, {"white": '"255"'}], ids=str)
+def test_a_file_cannot_say_that_its_images_are_what_none_are(images):
+    exported = Exported(lambda x: x, (3, 8, 8), {"classes": '["a", "b"]', **images})
+    with pytest.raises(ValueError, match=f"'{next(iter(images))}' of its card is"):
+        exported.card("x.onnx")
+
+
+def test_a_stock_learner_says_what_its_images_are(dls):
+    learn = Learner(dls, timm.create_model("test_dmsresnet"))
+    dls.train_ds.white, dls.valid_ds.middle = 4095.0, 0.875
+    for source in (learn, quiet(dms_learner(dls, "se"))):
+        _, card = open_model(source)
+        assert (card.white, card.middle) == (4095.0, 0.875)

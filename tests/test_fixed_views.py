@@ -1,5 +1,12 @@
 """Fixed views: the same batches again, a teacher that is asked once, and networks that do not notice."""
 
+import errno
+import os
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from threading import Barrier, BrokenBarrierError
+
+import numpy as np
 import pytest
 import timm
 import torch
@@ -8,7 +15,8 @@ from fastai.callback.core import Callback
 from dms_fastai import FixedViews, UserError, dms_learner, load_data, load_teacher
 from dms_fastai.random_states import seed_everything
 from dms_fastai.run_folder import Run
-from dms_fastai.trained import KeptLogits
+from dms_fastai.trained import KeptLogits, Teacher, ensemble
+from dms_fastai.trained.network import averaged
 from tests.conftest import quiet
 from tests.test_runs import dms, same_run  # noqa: F401  (a fixture)
 
@@ -96,6 +104,26 @@ def test_a_teacher_is_asked_once_and_never_by_a_later_run():
     assert Counting.asked == 4 * steps  # and another teacher
 
 
+def test_whatever_decides_an_answer_tells_it_from_others():
+    torch.manual_seed(0)
+    network = load_teacher(Counting()).model
+    network.network.insert(0, torch.nn.AdaptiveAvgPool2d(8))  # of any size
+
+    def asked_by(teacher, seen=None, **loaded):
+        dls, Counting.asked = load_data("digits", bs=1024, **loaded), 0
+        dls.train_ds.seen = seen
+        settings = {"fixed_views.count": 1, "progressive_resize.smallest": 1.0}
+        quiet(dms_learner(dls, "kd", teacher, TINY, settings)).fit_recipe(1)
+        return Counting.asked
+
+    one, other = Teacher(network, (0.5,) * 3, (0.5,) * 3), Teacher(network, (0.1,) * 3, (0.2,) * 3)
+    two, three = ensemble([one, other]), ensemble([one, other], of="probabilities")
+    assert [asked_by(each) for each in (one, one, other, two, three)] == [1, 0, 1, 2, 2]
+    assert averaged(ensemble([three, one]).model) == ["logits", ["probabilities", None, None], None]
+    assert [asked_by(one, **loaded) for loaded in ({"flip": 0.5}, {"balance": True})] == [1, 1]
+    assert [asked_by(one, size=16, seen=seen) for seen in (None, 8)] == [1, 1]
+
+
 def test_what_is_recalled_is_what_the_teacher_says_of_the_same_batch():
     torch.manual_seed(0)
     teacher, told = load_teacher(Counting()), []
@@ -129,6 +157,40 @@ def test_answers_are_kept_as_they_come(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be kept"):
         KeptLogits(tmp_path / "file" / "c", (1, 1, 1, 1))
+
+
+def test_of_processes_that_begin_together_one_makes_the_files(tmp_path, monkeypatch):
+    """Two threads, each with a lock of its own, would both be making the file where nothing keeps one back."""
+    make, both, files = np.lib.format.open_memmap, Barrier(2), []
+
+    def slowly(file, mode, *args):
+        if mode == "w+":
+            files.append(file)
+            with suppress(BrokenBarrierError):
+                both.wait(0.2)
+        return make(file, mode, *args)
+
+    monkeypatch.setattr(np.lib.format, "open_memmap", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(lambda _: KeptLogits(tmp_path / "a", (2, 3, 4, 5)), range(2))
+    assert len(files) == 2  # logits, and what has been said
+    one.put(0, 1, torch.ones(4, 5))
+    assert torch.equal(other.get(0, 1), torch.ones(4, 5).half())
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system reserves no room")
+def test_room_on_the_disk_is_reserved(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(UserError, match=r"cannot be kept in .* \(No space left on device\)"):
+            KeptLogits(tmp_path / "a", (2, 50, 64, 10))
+    assert not list((tmp_path / "a").glob("*.np*"))
+    KeptLogits(tmp_path / "a", (2, 50, 64, 10))
+    found = (tmp_path / "a" / "logits.npy").stat()
+    assert found.st_blocks * 512 >= found.st_size
 
 
 def test_a_stopped_run_ends_as_one_without_interruption(dms, tmp_path):  # noqa: F811

@@ -1,7 +1,9 @@
 """Files in int8: what is computed in integers, what stays in float, what is refused, and how files are compared."""
 
 import json
+from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -12,8 +14,9 @@ from onnx import TensorProto, helper
 from PIL import Image
 from torch import nn
 
-from dms_fastai import UserError, load_data
-from dms_fastai.evaluate import evaluate_model
+from dms_fastai import UserError, bench, dms_learner, load_data
+from dms_fastai.bench import _told_apart
+from dms_fastai.evaluate import evaluate_model, split_images
 from dms_fastai.export import export_model, export_run, formats, open_model, predict_files
 from dms_fastai.export.calibrate import Calibration, sets_of
 from dms_fastai.export.formats import FORMATS, Exported, open_exported
@@ -160,6 +163,8 @@ def test_predict_and_evaluate_take_an_exported_file(files, valid, tmp_path, endi
         ("dmsresnet x.int8.onnx", "no images to calibrate with: dmsresnet does not say which; give --data"),
         ("dmsresnet x.int8.onnx --data digit", "unknown data set"),
         ("dmsresnet x.onnx --data digits", "--data is for int8, and x.onnx is not; call it x.int8.onnx"),
+        ("dmsresnet x.onnx --calibrate 50", "--calibrate is for int8, and x.onnx is not; call it x.int8.onnx"),
+        ("dmsresnet x.pte --tolerance 0", "--tolerance is for int8, and x.pte is not; call it x.int8.pte, or leave"),
         ("dmsresnet x.int8.tflite", "the formats are .onnx, .int8.onnx, .pt2, .pte or .int8.pte"),
     ],
 )
@@ -167,6 +172,22 @@ def test_what_int8_lacks_is_said_in_a_line(dms, words, said):  # noqa: F811
     code, _, err = dms("export", *words.split())
     assert (code, err.count("\n")) == (2, 1)
     assert said in err
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "said"),
+    [
+        ("x.onnx", {"data": "digits"}, "data is for int8, and .*x.onnx is not; call it x.int8.onnx, or leave data out"),
+        ("x.onnx", {"tolerance": 0.0}, "tolerance is for int8"),
+        ("x.int8.onnx", {"calibrate": 0}, "calibrate is 0; it must be at least 1"),
+        ("x.int8.onnx", {"calibrate": -1}, "calibrate is -1; it must be at least 1"),
+        ("x.int8.onnx", {"tolerance": float("nan")}, "tolerance is nan; it must be a finite number"),
+    ],
+)
+def test_what_int8_is_not_made_with_is_refused(dls, tmp_path, name, given, said):
+    with pytest.raises(UserError, match=said):
+        export_model(dms_learner(dls, "se", arch="test_dmsresnet"), tmp_path / name, **given)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_runtime_is_named_with_the_extra(teacher, files, tmp_path, monkeypatch):
@@ -233,6 +254,30 @@ def test_bench_puts_files_beside_one_another(dms, files, tmp_path, monkeypatch):
         assert image.width > 500
     code, _, err = dms("bench", *given, "--png", "plot.png")
     assert (code, err.count("\n")) == (2, 1)
+
+
+def test_files_of_one_name_are_told_apart_by_their_folders():
+    files = [Path(file) for file in ("a/seed0/kd.onnx", "a/seed1/kd.onnx", "/b/seed1/kd.onnx", "x.onnx", "a/y/x.onnx")]
+    assert _told_apart(files) == ["seed0/kd.onnx", "a/seed1/kd.onnx", "b/seed1/kd.onnx", "x.onnx", "y/x.onnx"]
+    assert _told_apart([*files[:1], *files[:1]]) == ["kd.onnx"] * 2  # the same file
+
+
+def test_images_are_read_once_for_files_that_see_them_alike(monkeypatch):
+    read = []
+    monkeypatch.setattr(bench, "split_images", lambda *args: read.append(args[3].middle) or split_images(*args))
+    zero = Exported(lambda x: np.eye(10)[np.zeros(len(x), int)], (3, 8, 8), {"classes": json.dumps(list("0123456789"))})
+    cards = [zero.card("x.onnx"), zero.card("y.onnx"), replace(zero.card("z.onnx"), middle=0.5)]
+    share = (load_data("digits").valid_ds.labels == 0).double().mean().item()
+    assert bench._accuracies([zero] * 3, cards, "digits") == pytest.approx([share] * 3)
+    assert read == [1.0, 0.5]
+
+
+def test_an_untrained_network_is_made_for_the_images_whatever_its_name_is_tagged(monkeypatch):
+    """timm's test_vit takes images of 160 pixels, and has no weights of this tag."""
+    made = []
+    monkeypatch.setattr(bench, "content_of", lambda model, *_: made.append(model) or b"")
+    bench._untrained("test_vit.nosuch", Exported(None, (3, 64, 64), {"classes": '["a", "b"]'}))
+    assert made[0](torch.zeros(1, 3, 64, 64)).shape == (1, 2)
 
 
 def test_contenders_take_turns():

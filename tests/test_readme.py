@@ -19,7 +19,6 @@ SHORT = {
     "run": ["--epochs", "1", "--set", "data.size=8"],
     "lr-find": ["--set", "data.size=8"],
     "tune": ["--epochs", "1", "--trials", "2", "--set", "data.size=8"],
-    "export": ["--tolerance", "100"],  # after one epoch
 }
 TINY = ["--arch", "test_dmsresnet"]
 
@@ -43,6 +42,8 @@ def shortened(command):
     _, *words = shlex.split(command)
     words = ["digits" if word == "cifar10" else word for word in words]
     words += SHORT.get(words[0], [])
+    if words[0] == "export" and ".int8." in command:
+        words += ["--tolerance", "100"]  # after one epoch
     if words[0] == "run":
         words += [] if "--arch" in words else TINY
         if words[1] in ("kd", "ablation", "small/kd", "edge") and "--teacher" not in words:

@@ -16,6 +16,7 @@ from fastai.callback.mixup import MixUp as StockMixUp
 from safetensors.torch import save
 
 from dms_fastai import UserError, dms_learner, load_data, load_recipe, load_teacher
+from dms_fastai.models.build import Model
 from dms_fastai.models.card import ModelCard
 from dms_fastai.models.weights import KEY, load_weights, save_weights
 from tests.conftest import quiet
@@ -146,6 +147,33 @@ def test_what_is_no_card_is_refused(tmp_path, content):
 def test_start_weights_are_a_key_of_their_own(args):
     with pytest.raises(UserError, match=r"model\.weights"):
         quiet(dms_learner(load_data("digits"), "se", settings={"model.args": args}))
+
+
+@pytest.mark.parametrize(
+    ("arch", "args"),
+    [
+        ("test_plain_cnn", {"hidden": 9000}),
+        ("dmsresnet", {"depths": (22, 22, 22), "widths": (8, 8, 8), "mid_widths": [8] * 66}),
+    ],
+)
+def test_what_no_file_could_be_read_with_is_refused_before_anything_is_trained(tmp_path, arch, args):
+    last = list(args)[-1]
+    with pytest.raises(UserError, match=rf"model\.args\.{last} is .*, with which no file of weights can be read; numb"):
+        Model(arch, args=args).create(10, (3, 32, 32))
+    card = ModelCard(arch, ["a", "b"], (0.5,), (0.25,), (3, 32, 32), args)
+    with pytest.raises(UserError, match=r"x\.safetensors could not be read again \('args' of its card is"):
+        save_weights(torch.nn.Linear(1, 1), card, tmp_path / "x.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_object_builds_a_network_that_no_file_can_name(tmp_path):
+    args = {"act_layer": torch.nn.ReLU6}
+    model = Model("test_resnet", args=args).create(2, (3, 32, 32))
+    assert any(isinstance(module, torch.nn.ReLU6) for module in model.modules())
+    with pytest.raises(UserError, match=r"x\.safetensors could not be read again"):
+        save_weights(
+            model, ModelCard("test_resnet", ["a", "b"], (0.5,), (0.25,), (3, 32, 32), args), tmp_path / "x.safetensors"
+        )
 
 
 def test_a_run_that_began_from_given_weights_opens_without_them(dms, tmp_path):  # noqa: F811

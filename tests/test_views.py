@@ -24,8 +24,9 @@ from dms_fastai import (
     load_data,
     load_teacher,
 )
-from dms_fastai.data import Data
+from dms_fastai.data import Data, Sets
 from dms_fastai.errors import Notice
+from dms_fastai.export.calibrate import SEED, Calibration
 from dms_fastai.models.card import ModelCard
 from dms_fastai.models.cct import checkpoint_filter_fn
 from dms_fastai.models.dmsresnet import MEAN, STD
@@ -119,6 +120,16 @@ def test_what_the_teacher_sees_made_smaller_is_what_the_student_sees(photos, mix
     shown, _ = learn.get_preds(0)
     assert len(shown) == 24
     assert student.valid_shapes == {(3, STUDENT, STUDENT)}
+
+
+def test_int8_is_calibrated_with_what_the_student_sees(photos):
+    """Of the training images that a teacher sees larger."""
+    larger = load_data(photos, bs=8, size=STUDENT, view=OWN)
+    calibration = Calibration(Sets(larger.train_ds, larger.valid_ds), 5)
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(SEED))[:5]
+    seen = resized(load_data(photos, bs=8, size=OWN).train_ds.images[order].float(), STUDENT)
+    assert calibration.chosen.shape == (5, 3, STUDENT, STUDENT)
+    torch.testing.assert_close(calibration.chosen.float(), seen, rtol=0, atol=1)
 
 
 def test_without_larger_images_the_students_are_enlarged(dls):

@@ -1,6 +1,7 @@
 """Knowledge distillation: a teacher whose logits enter the loss."""
 
 import math
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from ..data.imageset import ImageSet
 from ..data.loader import BatchLoader, statistics, unlabelled_images, vocabulary
 from ..errors import UserError, notice
 from ..trained import KeptLogits, check_teacher, images_of, load_teacher, renormalize
-from ..trained.network import Ensemble, folded
+from ..trained.network import Ensemble, averaged, folded
 from ..training.losses import DMSLoss, Targets, Teaching
 from ..training.parts import PARTS, order_of
 from .bf16 import has_bf16
@@ -126,10 +127,11 @@ class TeacherDistill(Callback):
             return None
         tables = recipe.to_table()
         del tables["data"]["where"]  # batches are the same
+        teacher, sizes = self.teacher, self.network.sizes if isinstance(self.network, Ensemble) else [self.size]
         facts = {
-            "teacher": [self.teacher.digest, self.teacher.sizes],
+            "teacher": [teacher.digest, sizes, teacher.mean, teacher.std, averaged(teacher.model)],
             "images": [loader.dataset.digest(), [len(loader.dataset), *loader.dataset.stored.shape]],
-            "statistics": [loader.mean, loader.std],
+            "loader": [loader.mean, loader.std, asdict(loader.crops), loader.balance],
             "batches": {table: found for table, found in tables.items() if table in OF_A_BATCH},
             "callbacks": sorted(type(cb).__qualname__ for cb in learn.cbs if hasattr(type(cb), "before_batch")),
         }

@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ..errors import UserError, either, unknown
-from ..names import INT8, TIMM, architectures, check_device, check_format, is_architecture, source_name
+from ..names import TIMM, architectures, check_device, check_format, check_int8, is_architecture, source_name
 from ..run_folder import own_data
 from ..schema import choices_of
 from .app import app, console, errors
@@ -170,8 +170,12 @@ def export(
         str | None,
         typer.Option(help="For int8: the images, as in run. A run has its own.", autocompletion=data_words),
     ] = None,
-    calibrate: Annotated[int, typer.Option(min=1, help="For int8: how many training images to calibrate with.")] = 200,
-    tolerance: Annotated[float, typer.Option(min=0, max=100, help="For int8: points of accuracy it may lose.")] = 0.5,
+    calibrate: Annotated[
+        int | None, typer.Option(min=1, help="For int8: how many training images to calibrate with; 200 by default.")
+    ] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(min=0, max=100, help="For int8: points of accuracy it may lose; 0.5 by default.")
+    ] = None,
     trust_pickle: Annotated[bool, TRUST] = False,
 ) -> None:
     """Write a model for other runtimes: pixels go in, probabilities come out.
@@ -181,10 +185,7 @@ def export(
     """
     learner, file = home(learner), home(file)
     there, formats = check_model(learner), choices_of("export.formats:FORMATS")
-    int8 = check_format(file, formats).startswith(INT8)
-    if not int8 and data is not None:
-        small = next((e for e in formats if e.startswith(INT8) and e.endswith(file.suffix)), f"{INT8}onnx")
-        raise UserError(f"--data is for int8, and {file} is not; call it {file.stem}{small}, or leave --data out")
+    int8 = check_int8(file, formats, {"--data": data, "--calibrate": calibrate, "--tolerance": tolerance})
     if int8 and there:
         data = own_data(learner, "calibrate with") if data is None else os.path.expanduser(data)
         source_name(data)  # refuses what is no data set

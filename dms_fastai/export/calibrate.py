@@ -11,6 +11,7 @@ import torch
 from fastai.learner import Learner
 
 from ..data import Data, ImageSet, Sets
+from ..data.images import resize
 from ..data.known import check_square, known_classes
 from ..data.sources import load_splits
 from ..errors import UserError
@@ -62,9 +63,12 @@ class Calibration:
 
     @property
     def chosen(self) -> torch.Tensor:
-        """The training images to calibrate with, drawn by `SEED` alone: uint8, shape (N, C, H, W)."""
+        """The training images to calibrate with, drawn by `SEED` alone: uint8, shape (N, C, H, W).
+
+        Of images that are held larger, for a teacher, they are what the student sees.
+        """
         order = torch.randperm(len(self.sets.train), generator=torch.Generator().manual_seed(SEED))
-        return self.sets.train.gathered(order[: self.images])
+        return resize(self.sets.train.gathered(order[: self.images]), self.sets.size)
 
     def metadata(self) -> dict[str, str]:
         """What the file is to say about it."""

@@ -48,7 +48,9 @@ def content_of(model: nn.Module, card: ModelCard, ending: str) -> bytes:
 def traced(
     model: nn.Module, card: ModelCard, batch: int | None = None
 ) -> tuple[torch.export.ExportedProgram, dict[str, str]]:
-    """A network as the graph of a classifier of pixels, and the texts that go with it: "classes" and "macs".
+    """A network as the graph of a classifier of pixels, and the texts that go with it.
+
+    These are "classes" and "macs"; and "white" and "middle" of the card, where they are not None and 1.
 
     Args:
         model, card: The network, and what it is.
@@ -56,6 +58,10 @@ def traced(
     """
     classifier = Classifier(model, card).cpu().float().to(memory_format=torch.contiguous_format).eval()
     texts = {"classes": json.dumps(card.vocab)}
+    if card.white is not None:
+        texts["white"] = json.dumps(card.white)
+    if card.middle != 1:
+        texts["middle"] = json.dumps(card.middle)
     with suppress(Exception):  # what cannot be counted can still be written
         texts["macs"] = str(macs(classifier.model, card.shape))
     example = torch.zeros(batch or 2, *card.shape, dtype=torch.uint8)

@@ -19,7 +19,7 @@ from .int8 import quiet
 __all__ = ["lowered", "open_program", "quantized"]
 
 WEIGHTED = ("conv", "linear", "matmul")  # parts of operations' names
-TEXTS = ("classes", "macs", "calibration")
+TEXTS = ("classes", "macs", "calibration", "white", "middle")
 KIND = slice(4, 6), b"ET"  # of a file; the runtime ends the process where these bytes are no text
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ..errors import UserError, damage
+from ..models.card import ModelCard, check_fields
 from ..names import check_format
 from .executorch import lowered, open_program, quantized
 from .int8 import quantize, quiet
@@ -27,7 +28,7 @@ class Exported:
     Attributes:
         classify: Gives the probabilities, float32 of shape (B, classes), of uint8 images, shape (B, C, H, W).
         shape: Channels, height and width of the images.
-        metadata: What the file says: "classes", and perhaps "macs" and "calibration".
+        metadata: What the file says: "classes", and perhaps "macs", "calibration", "white" and "middle".
     """
 
     classify: Callable[[np.ndarray], np.ndarray]
@@ -38,6 +39,17 @@ class Exported:
     def vocab(self) -> list[str]:
         """Names of the classes."""
         return json.loads(self.metadata["classes"])
+
+    def card(self, name: str) -> ModelCard:
+        """What the file, called `name`, expects of its images, as a network of pixels 0...1.
+
+        Raises:
+            ValueError: "white" or "middle" is no number, or out of bounds.
+        """
+        images = {key: json.loads(self.metadata[key]) for key in ("white", "middle") if key in self.metadata}
+        check_fields(images)
+        mean, std = (0.0,) * self.shape[0], (1.0,) * self.shape[0]
+        return ModelCard(name, self.vocab, mean, std, self.shape, **images)
 
 
 def open_exported(file: Path, trust: bool = False) -> Exported:
@@ -65,6 +77,7 @@ def open_exported(file: Path, trust: bool = False) -> Exported:
             raise UserError(f"{file} does not name its classes; it was not written by dms-fastai export")
         if len(found.shape) != 3 or not all(isinstance(length, int) for length in found.shape):
             raise UserError(f"{file} does not take images of one size; it was not written by dms-fastai export")
+        found.card(file.name)
         blank = np.zeros((1, *found.shape), np.uint8)
         if found.classify(blank).shape != (1, len(found.vocab)):
             raise UserError(f"{file} does not give a probability for each of its {len(found.vocab)} classes")

@@ -17,6 +17,7 @@ from ..learner import DMSLearner
 from ..models.card import ModelCard
 from ..models.weights import all_finite, load_weights
 from ..trained import Inputs, find_file, inputs_of, open_learner
+from ..trained.inputs import seen_of
 from .formats import Exported, is_exported, open_exported
 
 __all__ = ["find_source", "open_model", "read_model", "vocab_of"]
@@ -60,8 +61,7 @@ def read_model(file: Path, trust: bool) -> tuple[nn.Module, ModelCard]:
     if not is_exported(file):
         return load_weights(file)
     exported = open_exported(file, trust)
-    mean, std = (0.0,) * exported.shape[0], (1.0,) * exported.shape[0]
-    return _InRuntime(exported), ModelCard(file.name, exported.vocab, mean, std, exported.shape)
+    return _InRuntime(exported), exported.card(file.name)
 
 
 class _InRuntime(nn.Module):
@@ -99,7 +99,7 @@ def _card_of(learn: Learner) -> ModelCard:
         )
     if isinstance(dls.train_ds, ImageSet):
         images = inputs_of(dls)
-        return ModelCard(name, vocab, images.mean, images.std, images.shape)
+        return ModelCard(name, vocab, images.mean, images.std, images.shape, **seen_of(dls))
     small, large = (_made_of_grey(dls, size) for size in ((61, 97), (120, 80)))
     if any(len(dl.dataset) for dl in dls.loaders):
         images = inputs_of(dls)

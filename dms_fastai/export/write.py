@@ -10,8 +10,9 @@ from ..errors import UserError
 from ..files import whole
 from ..learner import DMSLearner
 from ..models.weights import save_weights
-from ..names import check_format
+from ..names import check_format, check_int8
 from ..run_folder import RunFolder
+from ..settings import Count, NotNegative, convert
 from .calibrate import Calibration, Compared, sets_of
 from .classifier import content_of, expressible, traced
 from .formats import FORMATS, check_packages, is_exported
@@ -33,8 +34,8 @@ def export_model(
     file: str | Path,
     trust: bool = False,
     data: str | Path | Sets | None = None,
-    calibrate: int = 200,
-    tolerance: float = 0.5,
+    calibrate: int | None = None,
+    tolerance: float | None = None,
     compared: Callable[[Sequence[Compared]], None] = lambda rows: None,
 ) -> Path:
     """Write a model that runs without this package: pixels 0...255 go in, probabilities of the classes come out.
@@ -42,7 +43,8 @@ def export_model(
     The input "pixels" is uint8 of shape (batch, channels, height, width), in RGB order. The output "probabilities" is
     float32 of shape (batch, classes). A .pte takes a batch of one image. The file holds the names of the classes as
     JSON, and the multiply-accumulates for one image: an .onnx in its metadata "classes" and "macs", a .pt2 in its extra
-    files "classes.json" and "macs.json", a .pte in methods of these names, which return them.
+    files "classes.json" and "macs.json", a .pte in methods of these names, which return them. So it holds "white" and
+    "middle" of the `ModelCard`, where they are not None and 1.
 
     Weights and activations of an .int8.onnx or .int8.pte are 8-bit integers. It is compared with the float file on the
     validation images, and says in "calibration" which images it was calibrated with.
@@ -54,17 +56,20 @@ def export_model(
         trust: As in `predict_files`.
         data: For int8, the data set with the images to calibrate with and to compare on, or the images. None: the
             Learner's own, or those of the run's data set.
-        calibrate: For int8, how many training images to calibrate with.
-        tolerance: For int8, how many points of accuracy it may lose.
+        calibrate: For int8, how many training images to calibrate with; None: 200.
+        tolerance: For int8, how many points of accuracy it may lose; None: 0.5.
         compared: For int8, gets the figures of the float file and of the int8 file.
 
     Raises:
         UserError: As in `predict_files`; or `file` has another ending, the Learner does not say what images its model
-            takes, weights are NaN or infinite, packages are missing or cannot express the network, or int8 has no
-            images or loses too much.
+            takes, weights are NaN or infinite, packages are missing or cannot express the network, int8 has no images
+            or loses too much, or something is given that is for int8 alone, or out of range.
     """
     file = Path(file)
     ending = check_format(file, FORMATS)
+    check_int8(file, FORMATS, {"data": data, "calibrate": calibrate, "tolerance": tolerance})
+    own = {} if calibrate is None else {"images": convert(calibrate, Count, "calibrate")}
+    own |= {} if tolerance is None else {"tolerance": convert(tolerance, NotNegative, "tolerance")}
     written = FORMATS[ending]
     check_packages(file, written.packages, written.extra)
     if not isinstance(source, Learner) and is_exported(source):
@@ -73,7 +78,7 @@ def export_model(
     if written.quantize is None:
         content = content_of(model, card, ending)
     else:
-        calibration = Calibration(sets_of(source, card, data, trust), calibrate, tolerance, compared)
+        calibration = Calibration(sets_of(source, card, data, trust), compared=compared, **own)
         with expressible(card, ending):
             content = calibration.quantize(*traced(model, card, written.batch), written, card, file)
     file.parent.mkdir(parents=True, exist_ok=True)

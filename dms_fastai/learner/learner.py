@@ -31,7 +31,7 @@ from ..models.staged import StagedNet
 from ..recipes import Recipe, load_recipe
 from ..schema import load
 from ..trained import Inputs, answers, begin_from, check_teacher, expected_by, inputs_of, load_teacher, pruned
-from ..trained.inputs import shortest
+from ..trained.inputs import seen_of, shortest
 from ..training.losses import DMSLoss, check_class_weights
 from ..training.optimizers import optimizer, parameters_called
 from ..training.parts import PARTS
@@ -178,10 +178,8 @@ class DMSLearner(EventLearner):
         inputs = inputs_of(dls) if there else self.exported_inputs
         args = {"drop_rate": model.drop_rate, **model.build().args_for(inputs.shape)}
         vocab = vocabulary(dls) or [str(index) for index in range(dls.c)]
-        white = getattr(dls.train_ds, "white", None)
         note = self.model.note if isinstance(self.model, StagedNet) else None
-        middle = min(getattr(images, "middle", 1.0) for images in (dls.train_ds, dls.valid_ds))
-        return ModelCard(model.name, vocab, inputs.mean, inputs.std, inputs.shape, args, white, note, middle)
+        return ModelCard(model.name, vocab, inputs.mean, inputs.std, inputs.shape, args, note=note, **seen_of(dls))
 
     def export(self, fname: str | Path = "export.pkl", pickle_module: Any = PORTABLE, pickle_protocol: int = 2) -> None:
         """`Learner.export`, whole or not at all, and without the folders of this machine."""

@@ -1,6 +1,7 @@
 """A recipe's network, built for its data."""
 
 import copy
+import reprlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..settings import Momentum, checked
-from .card import START_WEIGHTS, channels_of
+from .card import BOUNDS, START_WEIGHTS, channels_of, unreadable
 
 __all__ = ["Model", "described", "needs_more_than_one", "try_network"]
 
@@ -43,8 +44,8 @@ class Model:
             shape: Channels, height and width of the images. The network is tried on one.
 
         Raises:
-            UserError: The architecture does not take the `args`, or such images; or its name has the tag of weights
-                that nobody asked for.
+            UserError: The architecture does not take the `args`, or such images; a file of weights could not be read
+                with them; or its name has the tag of weights that nobody asked for.
         """
         bare, _, tag = self.name.partition(".")
         if tag and self.weights is None:
@@ -56,6 +57,10 @@ class Model:
         for key in START_WEIGHTS:
             if key in args:
                 raise UserError(f"model.args.{key} chooses weights to begin from; say that with model.weights")
+        if key := unreadable(args):
+            raise UserError(
+                f"model.args.{key} is {reprlib.repr(args[key])}, with which no file of weights can be read; {BOUNDS}"
+            )
         try:
             sized = args | self.args_for(shape)
             built = timm.create_model(self.name, num_classes=num_classes, drop_rate=self.drop_rate, **sized)

@@ -5,6 +5,8 @@ The file may be a stranger's, so nothing in the card is trusted: to build its mo
 
 import json
 import math
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import nn
 
 from ..names import is_architecture
 
-__all__ = ["START_WEIGHTS", "ModelCard", "channels_of", "read_card"]
+__all__ = ["START_WEIGHTS", "ModelCard", "channels_of", "check_fields", "read_card", "unreadable"]
 
 # Arguments of timm's that choose the weights to begin with: they fetch, read or unpickle what they name.
 START_WEIGHTS = (
@@ -28,6 +30,7 @@ START_WEIGHTS = (
 LONGEST, DEEPEST = 64, 2  # of texts and lists, and lists in lists
 LARGEST = 8192  # a number, or the sum of a list: what takes longer to build than to read is no network of anybody's
 CLASSES = 100_000
+BOUNDS = f"numbers and sums of lists are at most {LARGEST:,}, and lists and texts have at most {LONGEST} parts"
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,15 @@ def channels_of(shape: tuple[int, int, int]) -> dict[str, int]:
     return {} if shape[0] == 3 else {"in_chans": shape[0]}
 
 
+def unreadable(args: Mapping[str, Any]) -> str | None:
+    """The first of a network's arguments that a card could name, but not be read with; None if there is none."""
+    for name, value in args.items():
+        with suppress(TypeError):  # an object, which no card can name
+            if not _args({name: json.loads(json.dumps(value))}):
+                return name
+    return None
+
+
 def read_card(text: str) -> ModelCard:
     """The card in a file, once each of its fields is known to be what a network could have.
 
@@ -98,12 +110,17 @@ def read_card(text: str) -> ModelCard:
     args = told.get("args", {})
     if isinstance(args, dict):
         args = told["args"] = {key: value for key, value in args.items() if key not in START_WEIGHTS}
-    for name, sound in _CHECKS.items():
-        if name in told and not sound(told[name]):
-            raise ValueError(f"{name!r} of its card is {_short(told[name])}")
+    check_fields(told)
     if len(told["mean"]) != len(told["std"]):
         raise ValueError("'mean' and 'std' of its card have different lengths")
     return ModelCard(**told | {name: tuple(told[name]) for name in ("mean", "std", "shape")})
+
+
+def check_fields(told: Mapping[str, Any]) -> None:
+    """Raise a ValueError if a field of a card, as JSON has it, is not what a network could have; says which."""
+    for name, sound in _CHECKS.items():
+        if name in told and not sound(told[name]):
+            raise ValueError(f"{name!r} of its card is {_short(told[name])}")
 
 
 def _whole(value: Any) -> bool:

@@ -31,16 +31,21 @@ def save_weights(
     `notes` are further entries of the file's header, which change nothing.
 
     Raises:
-        UserError: The card names no architecture of timm, from which the file could be read again.
+        UserError: The card names no architecture of timm, from which the file could be read again, or something that
+            `read_card` refuses.
     """
     if not is_architecture(card.arch):
         raise UserError(
             f"{file} would have to name an architecture of timm, and {card.arch} is none; export a .pkl, .onnx or .pt2"
         )
+    try:
+        read_card(told := card.to_json())
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{file} could not be read again ({_reason(error)}); export a .pkl, .onnx or .pt2") from None
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
     with whole(file) as partial:
-        partial.write_bytes(save(state, {**(notes or {}), KEY: card.to_json()}))
+        partial.write_bytes(save(state, {**(notes or {}), KEY: told}))
 
 
 def load_weights(file: Path) -> tuple[nn.Module, ModelCard]:

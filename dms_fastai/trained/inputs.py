@@ -13,7 +13,7 @@ from ..data.imageset import ImageSet
 from ..data.loader import statistics
 from ..errors import UserError
 
-__all__ = ["Inputs", "images_of", "inputs_of", "shortest"]
+__all__ = ["Inputs", "images_of", "inputs_of", "seen_of", "shortest"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,13 @@ def inputs_of(dls: DataLoaders) -> Inputs:
     if not getattr(dls, "c", None):
         raise UserError("the DataLoaders do not say how many classes there are; set dls.c")
     return Inputs.seen(x.shape[1:], dls)
+
+
+def seen_of(dls: DataLoaders) -> dict[str, Any]:
+    """`white` and `middle` of a `ModelCard`, for the images of DataLoaders."""
+    sets = [dl.dataset for dl in dls.loaders[:2] if isinstance(dl.dataset, ImageSet)]
+    white = sets[0].white if sets else None
+    return {"white": white, "middle": min((images.middle for images in sets), default=1.0)}
 
 
 def _first_item(dls: DataLoaders) -> tuple[Any, ...]:

@@ -1,6 +1,8 @@
 """What a teacher has said, kept on disk, so that it need not be asked again."""
 
+import errno
 import json
+import os
 import shutil
 from hashlib import blake2b
 from pathlib import Path
@@ -8,10 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from ..data.decoded import cache_dir
 from ..errors import UserError
+from ..files import whole
 
 __all__ = ["KeptLogits"]
 
@@ -22,7 +26,8 @@ class KeptLogits:
     """A teacher's logits by view and step, in float16, shape (views, steps, B, C), in two files of a folder.
 
     They are written as they come, mapped into memory, and several processes may share them: all write the same. What
-    has been written is marked afterwards, so that a killed process leaves nothing half said.
+    has been written is marked afterwards, so that a killed process leaves nothing half said. Of processes that begin
+    together, one makes the files.
     """
 
     def __init__(self, folder: Path, shape: tuple[int, int, int, int]):
@@ -32,21 +37,23 @@ class KeptLogits:
             shape: Views, steps, images in a batch, classes.
 
         Raises:
-            UserError: There is no room for them.
+            UserError: There is no room for them, or they cannot be kept there.
         """
         self.folder, self.nbytes = folder, 2 * int(np.prod(shape))
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(folder).free
-            if not (folder / "said.npy").exists() and free < self.nbytes:
-                raise UserError(
-                    f"the teacher's answers take {self.nbytes / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB; set "
-                    f"DMS_FASTAI_CACHE to another folder, or take a smaller --set fixed_views.count"
-                )
-            self.logits = _mapped(folder / "logits.npy", np.float16, shape)
-            self.said = _mapped(folder / "said.npy", np.bool_, shape[:2])
-        except OSError as error:
-            raise UserError(f"the teacher's answers cannot be kept in {folder} ({error.strerror})") from None
+            with FileLock(folder / ".lock"):
+                free = shutil.disk_usage(folder).free
+                if not (folder / "logits.npy").exists() and free < self.nbytes:
+                    raise UserError(
+                        f"the teacher's answers take {self.nbytes / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB; "
+                        f"set DMS_FASTAI_CACHE to another folder, or take a smaller --set fixed_views.count"
+                    )
+                self.logits = _mapped(folder / "logits.npy", np.float16, shape)
+                self.said = _mapped(folder / "said.npy", np.bool_, shape[:2])
+        except (OSError, NotImplementedError) as error:  # the second, where the disk has no locks
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"the teacher's answers cannot be kept in {folder} ({reason})") from None
 
     @classmethod
     def of(cls, facts: dict[str, Any], shape: tuple[int, int, int, int]) -> "KeptLogits":
@@ -72,7 +79,19 @@ class KeptLogits:
 def _mapped(file: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
     """An array in a file, of zeros where it is new, mapped into memory."""
     if not file.exists():
-        partial = file.with_name(f"{file.name}.partial")
-        np.lib.format.open_memmap(partial, "w+", dtype, shape).flush()
-        partial.replace(file)
+        with whole(file) as partial:
+            np.lib.format.open_memmap(partial, "w+", dtype, shape).flush()
+            _reserve(partial)
     return np.lib.format.open_memmap(file, "r+")
+
+
+def _reserve(file: Path) -> None:
+    """Have the disk keep room for all of a new file: where it is full, writing to mapped memory ends the process."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    with file.open("r+b") as opened:
+        try:
+            os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # of disks that cannot
+                raise

@@ -18,7 +18,7 @@ from ..models.weights import all_finite
 from ..settings import Pixels, convert
 from .inputs import Inputs, shortest
 
-__all__ = ["Ensemble", "Teacher", "check_classes", "check_teacher", "folded", "renormalize"]
+__all__ = ["Ensemble", "Teacher", "averaged", "check_classes", "check_teacher", "folded", "renormalize"]
 
 
 @dataclass
@@ -119,6 +119,11 @@ class Ensemble(nn.Module):
 def members_of(model: nn.Module) -> list[nn.Module]:
     """The networks of an ensemble, and of the ensembles in it; any other network alone."""
     return [each for m in model.members for each in members_of(m)] if isinstance(model, Ensemble) else [model]
+
+
+def averaged(model: nn.Module) -> list | None:
+    """What an ensemble averages, and then the same of each member, which may be another; None of any other network."""
+    return [model.of, *map(averaged, model.members)] if isinstance(model, Ensemble) else None
 
 
 def folded(model: nn.Module) -> nn.Module:
