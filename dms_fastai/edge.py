@@ -12,7 +12,7 @@ from .data import Sets
 from .errors import UserError
 from .export import export_model
 from .export.formats import FORMATS, check_packages
-from .files import whole
+from .files import amount, whole
 from .models.dmsresnet import DMSResNet
 from .models.prune import widths_within
 from .recipes import Recipe
@@ -57,7 +57,7 @@ def files_of(folders: Sequence[RunFolder], sets: Sets, say: Callable[[str], None
             if not file.is_file():
                 own = {"data": sets, "tolerance": ANY} if FORMATS[ending].quantize else {}
                 export_model(folder.path, file, **own)
-                say(f"{file}: {file.stat().st_size / 1e6:.2f} MB")
+                say(f"{file}: {amount(file.stat().st_size)}")
             files.append(file)
     if figures.is_file():
         found = json.loads(figures.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Files that are complete or absent."""
+"""Files that are complete or absent, and how large they are, in words."""
 
 import contextlib
 import glob
@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["partials", "sweep", "whole"]
+__all__ = ["amount", "partials", "sweep", "whole"]
 
 PARTIAL = ".partial"
 OLD = 24 * 3600  # seconds
@@ -75,3 +75,8 @@ def _flush_folder(folder: Path) -> None:
             os.fsync(opened)
         finally:
             os.close(opened)
+
+
+def amount(size: int) -> str:
+    """A number of bytes in words, such as 118.3 kB and 4.8 MB."""
+    return f"{size / 1e3:.1f} kB" if size < 1e6 else f"{size / 1e6:.1f} MB"

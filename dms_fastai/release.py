@@ -52,7 +52,7 @@ def check(run: Run, data: str) -> None:
         raise UserError(f"the test images of {data} are not those that the run was measured on; give its --data")
 
 
-def release(folder: Path, tag: str, data: str, device: torch.device, out: Path) -> str:
+def release(folder: Path, tag: str, data: str, device: torch.device, out: Path, note: str | None = None) -> str:
     """Write the three files into `out`, once all of them are there; gives a line about them.
 
     Raises:
@@ -66,7 +66,7 @@ def release(folder: Path, tag: str, data: str, device: torch.device, out: Path) 
     with TemporaryDirectory(dir=out) as aside:
         file = Path(aside) / f"{name}.safetensors"
         save_weights(model, card, file, torch.float16)
-        facts = measure(file, run, data, device)
+        facts = {**measure(file, run, data, device), **({"note": note} if note else {})}
         file.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n")
         file.with_suffix(".md").write_text(card_text(name, facts), encoding="utf-8")
         for each in sorted(Path(aside).iterdir()):
@@ -104,6 +104,7 @@ def measure(file: Path, run: Run, data: str, device: torch.device) -> dict[str, 
 
 def card_text(name: str, facts: dict[str, Any]) -> str:
     """The model card."""
+    note = f"\n| note | {facts['note']} |" if "note" in facts else ""
     recipe = f"`{facts['recipe']}`" + (f", taught by `{facts['teacher']}`" if facts["teacher"] else "")
     versions = ", ".join(f"{package} {version}" for package, version in facts["versions"].items())
     per_class = "\n".join(f"| {name} | {percent(share)} |" for name, share in facts["class_accuracy"].items())
@@ -120,7 +121,7 @@ file of {facts["megabytes"]} MB (float16). Colour images of 32x32 pixels in, ten
 | test accuracy | **{percent(accuracy)}** of {n:,} images (standard error {percent(error)}), computed in float32 |
 | in training | last epoch {percent(facts["last_epoch"])}, best epoch on the test set {percent(best)} |
 | data | {facts["data"]}, all {facts["training_images"]:,} training images |
-| recipe | {recipe}; {facts["epochs"]} epochs, {facts["schedule"]}; the last epoch's weights |
+| recipe | {recipe}; {facts["epochs"]} epochs, {facts["schedule"]}; the last epoch's weights |{note}
 | seed | {facts["seed"]}, one run |
 | code | commit {facts["commit"]}; {versions} |
 | hardware | {facts["device"]}, {facts["threads"]} threads, {hours:.1f} hours, {facts["started"][:10]} |
@@ -149,10 +150,11 @@ def main() -> None:
     parser.add_argument("--tag", required=True, help="tells these weights from others of the architecture")
     parser.add_argument("--data", default="cifar10", help="data set with the test images")
     parser.add_argument("--device", type=choose_device, default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument("--note", help="a sentence for the card, about what the run does not say")
     parser.add_argument("--out", type=Path, default=PRETRAINED, help="folder of the weights")
     args = parser.parse_args()
     try:
-        print(release(args.run, args.tag, args.data, args.device, args.out))
+        print(release(args.run, args.tag, args.data, args.device, args.out, args.note))
     except UserError as error:
         print(error.message, file=sys.stderr)
         sys.exit(2)

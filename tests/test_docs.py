@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from dms_fastai.models.dmsresnet import PRETRAINED
 from dms_fastai.recipes import all_keys
 from dms_fastai.report.page import write_report
 from dms_fastai.report.rows import sections
-from dms_fastai.run_folder import find_runs
+from dms_fastai.run_folder import Run, find_runs
 from docs.build import CELL, TUTORIAL, cells
 
 ROOT = Path(__file__).parent.parent
@@ -35,6 +36,25 @@ def test_the_tutorial_runs_to_a_student_that_has_left():
     assert shown == set(drawn)
     printed = [number for number, cell in enumerate(ran, start=1) if cell.printed]
     assert len(printed) == text.count("```text")
+
+
+@pytest.mark.parametrize("file", sorted(PRETRAINED.glob("*.json")), ids=lambda f: f.stem)
+def test_the_readme_says_how_good_the_trained_networks_are(file):
+    facts = json.loads(file.read_text())
+    [line] = [line for line in README.splitlines() if line.startswith(f"| `{facts['model']}`, ")]
+    assert f"| {facts['parameters']:,} |" in line
+    assert f"**{100 * facts['test_accuracy']:.2f}**" in line
+
+
+@pytest.mark.parametrize("group", ["dmsresnet", "teachers"])
+def test_the_results_are_those_of_the_runs(group):
+    for file in (ROOT / "artifacts" / f"cifar10-cpu-{group}").rglob("run.json"):
+        facts = Run.read(file.parent).facts
+        folder = file.relative_to(ROOT / "artifacts" / f"cifar10-cpu-{group}").parts[0]
+        [line] = [line for line in DETAILS.splitlines() if line.endswith(f"| `{folder}` |")]
+        assert f"| {100 * facts.last.valid_accuracy:.2f} |" in line
+        if facts.train_pflop is not None:  # which the first runs do not say
+            assert f"| {float(f'{facts.train_pflop.total:.2g}'):g} |" in line
 
 
 @pytest.mark.parametrize("file", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda f: f.name)

@@ -131,7 +131,7 @@ def test_what_cannot_be_written_is_said(folder, dls, tmp_path, monkeypatch):
 def test_the_command(dms, folder, tmp_path):  # noqa: F811
     code, out, _ = dms("export", folder, "kd.pt2")
     assert code == 0
-    assert out == f"kd.pt2: {(tmp_path / 'kd.pt2').stat().st_size / 1e6:.1f} MB\n"
+    assert out == f"kd.pt2: {(tmp_path / 'kd.pt2').stat().st_size / 1e3:.1f} kB\n"
     code, _, err = dms("export", folder, "kd.bin")
     assert code == 2
     assert err.count("\n") == 1

@@ -11,6 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ..errors import UserError, either, unknown
+from ..files import amount
 from ..names import TIMM, architectures, check_device, check_format, check_int8, is_architecture, source_name
 from ..run_folder import own_data
 from ..schema import choices_of
@@ -194,7 +195,7 @@ def export(
 
     say_what_is_read(learner, trust_pickle)
     written = export_model(learner, file, trust_pickle, data, calibrate, tolerance, _show_compared)
-    console.say(f"{written}: {written.stat().st_size / 1e6:.1f} MB")
+    console.say(f"{written}: {amount(written.stat().st_size)}")
 
 
 def _show_compared(rows: "Sequence[Compared]") -> None:
@@ -249,17 +250,15 @@ def bench(
     from ..export.measure import BATCH
 
     rows = measured(files, archs, data, trust_pickle)
-    listing = Table(
-        "file", "format", "MB", "MACs", "accuracy, %", "ms", "p95", f"ms of {BATCH}", "p95", box=SIMPLE_HEAD
-    )
-    listing.columns[0].overflow = "fold"
-    for column in listing.columns[2:]:
+    listing = Table("file", "MB", "M MACs", "accuracy, %", "ms", "p95", f"ms of {BATCH}", "p95", box=SIMPLE_HEAD)
+    listing.padding, listing.show_edge, listing.columns[0].overflow = 0, False, "fold"
+    for column in listing.columns[1:]:
         column.justify = "right"
     for row in rows:
-        macs = "" if row.macs is None else f"{row.macs / 1e6:,.1f} M"
+        macs = "" if row.macs is None else f"{row.macs / 1e6:,.1f}"
         right = "untrained" if not row.trained else "" if row.accuracy is None else f"{100 * row.accuracy:.2f}"
         times = (f"{np.percentile(taken, share):.3g}" for taken in (row.one, row.many) for share in (50, 95))
-        listing.add_row(row.name, row.format, f"{row.size / 1e6:.2f}", macs, right, *times)
+        listing.add_row(row.name, f"{row.size / 1e6:.2f}", macs, right, *times)
     console.print(listing)
     console.say(
         f"ms: processor time of one image on one thread, alone and in a batch of {BATCH}; the median of several calls, "

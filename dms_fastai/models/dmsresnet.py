@@ -223,14 +223,14 @@ def _trained(name: str) -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs(
     {
-        "dmsresnet.fast_e10_cifar10": _trained("dmsresnet.fast_e10_cifar10"),
+        "dmsresnet.fast_e15_cifar10": _trained("dmsresnet.fast_e15_cifar10"),
         "dmsresnet_plain.untrained": _cfg(),
         "dmsresnet_seblocks.untrained": _cfg(),
         "dmsresnet_lite.untrained": _cfg(),
         "dmsresnet50.untrained": _cfg(pool_size=(4, 4)),
         "dmsresnet_wide.untrained": _cfg(),
         "dmsresnet_small.untrained": _cfg(),
-        "dmsresnet_mini.untrained": _cfg(),
+        "dmsresnet_mini.kd_in1k_cifar10": _trained("dmsresnet_mini.kd_in1k_cifar10"),
         "dmsresnet_tiny.untrained": _cfg(),
         "dmsresnet_tiny_plain.untrained": _cfg(),
         "test_dmsresnet.untrained": _cfg(),
