@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dms_fastai import load_data
 from dms_fastai.data import BatchLoader, Crops, Data, ImageSet, decoded, memory, npz, placed, rows
@@ -453,6 +454,18 @@ def test_images_are_where_they_fit(monkeypatch, free, wanted, where):
     monkeypatch.setattr(placed, "free_memory", lambda device: free)
     images = Squares([torch.zeros(100, 3, SIZE, SIZE, dtype=torch.uint8)])
     assert placed.place_for(images, [], Crops(), CPU, wanted) == where
+
+
+@pytest.mark.parametrize("crops", [Crops(), Crops(border="mirror", alternate=True), Crops(0.0, 0.0, min_area=0.5)])
+def test_square_images_on_a_gpu_are_found_by_an_order_that_is_drawn_on_the_cpu(crops):
+    """torch's fake tensors have a device and a shape, and no values: they need no GPU."""
+    gpu = torch.device("cuda", 0)
+    with FakeTensorMode():
+        order = torch.arange(12).split(4)
+        there = placed.Placed(Squares([torch.zeros(12, 3, SIZE, SIZE, dtype=torch.uint8)]), crops, gpu, "device")
+        for index, gathered in zip(order, there.batches(order), strict=True):
+            x = there.take(index.to(gpu), gathered=gathered)
+            assert (x.device, x.shape) == (gpu, (4, 3, SIZE, SIZE))
 
 
 def test_what_does_not_fit_is_refused_before_training(dms, monkeypatch):  # noqa: F811
