@@ -17,7 +17,17 @@ from PIL import Image
 from torch import nn
 from torchvision.models import resnet18
 
-from dms_fastai import DMSLoss, MixUp, Teacher, TeacherDistill, UserError, dms_learner, ensemble, load_teacher
+from dms_fastai import (
+    DMSLoss,
+    MixUp,
+    Teacher,
+    TeacherDistill,
+    UserError,
+    dms_learner,
+    ensemble,
+    load_data,
+    load_teacher,
+)
 from dms_fastai.export import export_run
 from dms_fastai.models.card import ModelCard
 from dms_fastai.models.fold import fold_batch_norms
@@ -127,6 +137,22 @@ def test_a_teacher_gets_its_own_normalisation(dls, mean):
     torch.testing.assert_close(theirs, pixels(images.seen[0], dls.train.mean, dls.train.std))
     assert 0 <= theirs.min() + 1e-5
     assert theirs.max() <= 1 + 1e-5
+
+
+def test_after_an_interrupt_a_teacher_sees_other_images_in_its_own_normalisation(dls):
+    def interrupt(cb):
+        raise KeyboardInterrupt
+
+    witness, images, stop = Witness(), Images(), Callback(after_step=interrupt)
+    learn = quiet(dms_learner(dls, "kd", Teacher(witness, (0.0,) * 3, (1.0,) * 3), cbs=[images, stop]))
+    with pytest.raises(KeyboardInterrupt):
+        learn.fit(1)
+    learn.remove_cb(stop)
+    learn.dls, std = load_data("digits", bs=512, mean=(0.5,) * 3, std=(0.25,) * 3), 0.25
+    witness.seen.clear(), images.seen.clear()
+    learn.fit(1)
+    _, (x, *_), *_ = witness.seen  # the first are the black images that it is tried on
+    torch.testing.assert_close(x, images.seen[0] * std + 0.5)
 
 
 def predictions_of(source, x):

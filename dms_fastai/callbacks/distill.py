@@ -169,6 +169,10 @@ class TeacherDistill(Callback):
             self.learn.yb = self.learn.yb[:1]
 
     def after_fit(self) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Give the teacher's copy up. A Learner calls this if an exception ends a fit without an event."""
         self.network = self.made_of = self.logits = self.answers = None
 
     def show_batch(self, max_n: int = 4) -> None:
