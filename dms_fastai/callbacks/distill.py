@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from fastai.callback.core import Callback
+from fastai.callback.mixup import MixHandler
 from fastai.torch_core import show_image
 from fastai.vision.data import get_grid
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from ..trained.network import Ensemble, averaged, folded
 from ..training.losses import DMSLoss, Targets, Teaching
 from ..training.parts import PARTS, order_of
 from .bf16 import has_bf16
+from .mixup import MixUp
 from .progressive_resize import students_shape
 
 __all__ = ["TeacherDistill"]
@@ -160,9 +162,18 @@ class TeacherDistill(Callback):
             self.learn.yb = self.learn.yb[:1]
             return
         distillation = self.distillation.at(self.learn.pct_train)
-        soft = distillation.soft(self.learn.pred, self.logits, Targets(self.learn.yb[0]))
+        soft = distillation.soft(self.learn.pred, self.logits, self.targets())
         self.learn.loss_grad = distillation.total(self.learn.loss_grad, soft)
         self.learn.loss = self.learn.loss_grad.detach().clone()
+
+    def targets(self) -> Targets:
+        """The classes of the batch, with those of the partners where `MixUp`, or fastai's own, has mixed it."""
+        for cb in self.learn.cbs:
+            if isinstance(cb, MixUp) and cb.run:
+                return Targets(self.learn.yb[0], *cb.second)
+            if isinstance(cb, MixHandler) and cb.run and cb.stack_y:
+                return Targets(self.learn.yb[0], *cb.yb1, cb.lam)
+        return Targets(self.learn.yb[0])
 
     def after_cancel_batch(self) -> None:
         if isinstance(self.learn.loss_func, DMSLoss):
