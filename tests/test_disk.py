@@ -468,6 +468,13 @@ def test_square_images_on_a_gpu_are_found_by_an_order_that_is_drawn_on_the_cpu(c
             assert (x.device, x.shape) == (gpu, (4, 3, SIZE, SIZE))
 
 
+def test_a_thread_that_gathers_ahead_knows_which_gpu_is_this_process_s(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    images = Squares([torch.zeros(4, 3, SIZE, SIZE, dtype=torch.uint8)])
+    for device, meant in (("cuda", "cuda:1"), ("cuda:0", "cuda:0"), ("cpu", "cpu")):
+        assert placed.Placed(images, Crops(), torch.device(device), "disk").device == torch.device(meant)
+
+
 def test_what_does_not_fit_is_refused_before_training(dms, monkeypatch):  # noqa: F811
     monkeypatch.setattr(placed, "free_memory", lambda device: 1e5)
     code, _, err = dms("run", "se", "--data", "digits", "--device", "cpu", "--set", "data.where=device", "--epochs", 1)
