@@ -90,5 +90,5 @@ def place_for(train: Stored, others: Sequence[Stored], crops: Crops, device: tor
     where = "memory" if device.type == "cpu" else "the GPU's memory"
     raise UserError(
         f"data.where is 'device', and the images take {gigabytes(needed)}; {where} has {gigabytes(free)} free; leave "
-        f"them on the disk, --set data.where=disk, or give a smaller --set data.size"
+        f"them on the disk, --set data.where=disk, or give a smaller --set data.size, or distill.size for a teacher's"
     )
