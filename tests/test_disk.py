@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dms_fastai import load_data
-from dms_fastai.data import BatchLoader, Crops, Data, ImageSet, decoded, memory, npz, placed, rows
+from dms_fastai.data import BatchLoader, Crops, Data, ImageSet, Sets, decoded, memory, npz, placed, rows
 from dms_fastai.data.ahead import ahead
 from dms_fastai.data.boxes import resized_parts
 from dms_fastai.data.images import read_image, read_whole
@@ -455,6 +456,25 @@ def test_images_are_where_they_fit(monkeypatch, free, wanted, where):
     assert placed.place_for(images, [], Crops(), CPU, wanted) == where
 
 
+@pytest.mark.parametrize("crops", [Crops(), Crops(border="mirror", alternate=True), Crops(0.0, 0.0, min_area=0.5)])
+def test_square_images_on_a_gpu_are_found_by_an_order_that_is_drawn_on_the_cpu(crops):
+    """torch's fake tensors have a device and a shape, and no values: they need no GPU."""
+    gpu = torch.device("cuda", 0)
+    with FakeTensorMode():
+        order = torch.arange(12).split(4)
+        there = placed.Placed(Squares([torch.zeros(12, 3, SIZE, SIZE, dtype=torch.uint8)]), crops, gpu, "device")
+        for index, gathered in zip(order, there.batches(order), strict=True):
+            x = there.take(index.to(gpu), gathered=gathered)
+            assert (x.device, x.shape) == (gpu, (4, 3, SIZE, SIZE))
+
+
+def test_a_thread_that_gathers_ahead_knows_which_gpu_is_this_process_s(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    images = Squares([torch.zeros(4, 3, SIZE, SIZE, dtype=torch.uint8)])
+    for device, meant in (("cuda", "cuda:1"), ("cuda:0", "cuda:0"), ("cpu", "cpu")):
+        assert placed.Placed(images, Crops(), torch.device(device), "disk").device == torch.device(meant)
+
+
 def test_what_does_not_fit_is_refused_before_training(dms, monkeypatch):  # noqa: F811
     monkeypatch.setattr(placed, "free_memory", lambda device: 1e5)
     code, _, err = dms("run", "se", "--data", "digits", "--device", "cpu", "--set", "data.where=device", "--epochs", 1)
@@ -462,6 +482,22 @@ def test_what_does_not_fit_is_refused_before_training(dms, monkeypatch):  # noqa
     assert "the images take 0.3 MB; memory has 0.1 MB free" in " ".join(err.split())
     assert "--set data.where=disk" in err
     assert "--set data.size" in " ".join(err.split())
+
+
+def test_images_without_labels_count_with_their_copies(monkeypatch):
+    """20 images with labels and 100 without: 768 bytes each, and 2,400 with borders and mirror images."""
+    monkeypatch.setattr(placed, "free_memory", lambda device: 3e5)  # of which images may take 180,000 bytes
+    train, valid, unlabelled = (
+        ImageSet(torch.zeros(n, 3, SIZE, SIZE, dtype=torch.uint8), torch.full((n,), label), ["a", "b"], split_idx=split)
+        for n, label, split in ((20, 0, 0), (10, 0, 1), (100, -100, 0))
+    )
+    alone, both = Sets(train, valid), Sets(train, valid, unlabelled)
+    batches(alone.loaders(8), 1)
+    assert [key for key in train._resident if Crops() in key]
+    assert (alone.loaders(8).train.where, both.loaders(8).train.where) == ("copies", "device")
+    assert not [key for key in train._resident if Crops() in key], "those of a stage before leave"
+    assert both.held_bytes(Crops(), "device") == 120 * 768
+    assert both.held_bytes(Crops(), "copies") == 120 * (768 + 2400)
 
 
 def test_the_second_of_two_stages_keeps_what_is_there(monkeypatch):

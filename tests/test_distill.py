@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from fastai.callback import mixup as fastai
 from fastai.callback.core import Callback
 from fastai.data.transforms import Normalize, parent_label
 from fastai.learner import Learner, load_learner
@@ -17,12 +18,24 @@ from PIL import Image
 from torch import nn
 from torchvision.models import resnet18
 
-from dms_fastai import DMSLoss, MixUp, Teacher, TeacherDistill, UserError, dms_learner, ensemble, load_teacher
+from dms_fastai import (
+    CutMix,
+    DMSLoss,
+    MixUp,
+    Teacher,
+    TeacherDistill,
+    UserError,
+    dms_learner,
+    ensemble,
+    load_data,
+    load_teacher,
+)
 from dms_fastai.export import export_run
 from dms_fastai.models.card import ModelCard
 from dms_fastai.models.fold import fold_batch_norms
 from dms_fastai.models.weights import save_weights
 from dms_fastai.run_folder import RunFolder
+from dms_fastai.training.losses import dkd_divergence
 from tests.conftest import quiet
 
 
@@ -99,6 +112,17 @@ def test_any_other_loss_gives_the_same_training(dls, teacher, mixed):
     torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("mixer", [MixUp, CutMix])
+def test_with_any_other_loss_a_mixed_image_has_two_true_classes(mixer):
+    losses, teaching = [], {"alpha": 0.7, "T": 3.0, "divergence": "dkd"}
+    for loss_func, kwargs in ((DMSLoss(**teaching), {}), (CrossEntropyLossFlat(), teaching)):
+        torch.manual_seed(0)
+        learn = stock(load_data("digits", bs=512), [TeacherDistill(Witness(), **kwargs), mixer()], loss_func)
+        learn.fit(1)
+        losses.append(torch.stack(list(learn.recorder.losses)))
+    torch.testing.assert_close(*losses)
+
+
 def test_two_places_for_one_setting_are_refused(dls, teacher):
     with pytest.raises(UserError) as error:
         stock(dls, [TeacherDistill(teacher, alpha=0.5)]).fit(1)
@@ -127,6 +151,22 @@ def test_a_teacher_gets_its_own_normalisation(dls, mean):
     torch.testing.assert_close(theirs, pixels(images.seen[0], dls.train.mean, dls.train.std))
     assert 0 <= theirs.min() + 1e-5
     assert theirs.max() <= 1 + 1e-5
+
+
+def test_after_an_interrupt_a_teacher_sees_other_images_in_its_own_normalisation(dls):
+    def interrupt(cb):
+        raise KeyboardInterrupt
+
+    witness, images, stop = Witness(), Images(), Callback(after_step=interrupt)
+    learn = quiet(dms_learner(dls, "kd", Teacher(witness, (0.0,) * 3, (1.0,) * 3), cbs=[images, stop]))
+    with pytest.raises(KeyboardInterrupt):
+        learn.fit(1)
+    learn.remove_cb(stop)
+    learn.dls, std = load_data("digits", bs=512, mean=(0.5,) * 3, std=(0.25,) * 3), 0.25
+    witness.seen.clear(), images.seen.clear()
+    learn.fit(1)
+    _, (x, *_), *_ = witness.seen  # the first are the black images that it is tried on
+    torch.testing.assert_close(x, images.seen[0] * std + 0.5)
 
 
 def predictions_of(source, x):
@@ -224,6 +264,29 @@ def native_dls(tmp_path_factory):
     return ImageDataLoaders.from_path_func(
         root, files, parent_label, valid_pct=0.25, seed=0, bs=8, num_workers=0, batch_tfms=stats, device="cpu"
     )
+
+
+@pytest.mark.parametrize("mixer", [fastai.MixUp(0.4), fastai.CutMix(1.0)])
+def test_beside_fastais_own_mixers_an_image_has_two_true_classes(native_dls, mixer):
+    compared = []
+
+    class Compare(Callback):
+        order, run_valid = 6, False  # after TeacherDistill
+
+        def before_train(self):
+            self.plain = self.learn.loss_func  # with fastai's mixture in it
+
+        def after_loss(self):
+            learn, logits = self.learn, self.learn.teacher_distill.logits
+            soft_a, soft_b = (dkd_divergence(learn.pred, logits, y, 4.0, 8.0, "none") for y in (*learn.yb, *mixer.yb1))
+            soft = (mixer.lam * soft_a + (1 - mixer.lam) * soft_b).mean()
+            torch.testing.assert_close(learn.loss, 0.5 * soft + 0.5 * self.plain(learn.pred, *learn.yb))
+            compared.append(float((soft_a.mean() - soft).detach()))
+
+    cbs = [mixer, TeacherDistill(Witness(4), alpha=0.5, T=4.0, divergence="dkd"), Compare()]
+    model = timm.create_model("test_dmsresnet", num_classes=4)
+    quiet(Learner(native_dls, model, CrossEntropyLossFlat(), opt_func=SGD, cbs=cbs)).fit(1)
+    assert any(compared)
 
 
 def test_in_a_stock_learner_with_stock_data(native_dls):

@@ -184,6 +184,7 @@ def test_an_exception_leaves_no_hooks_behind():
     with pytest.raises(KeyboardInterrupt):
         quiet(learn).fit_recipe(1, cbs=Stop())
     assert not any(module._forward_pre_hooks for module in learn.model.modules())
+    assert learn.feature_distill.projection is None  # the next fit begins with another
 
 
 def test_what_cannot_be_is_said_before_the_first_step():

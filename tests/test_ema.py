@@ -132,6 +132,15 @@ def test_after_an_interrupt_training_goes_on_with_what_the_optimizer_knows():
     assert all(not torch.equal(a, b) for a, b in zip(before, learn.model.parameters(), strict=True))
 
 
+def test_an_interrupted_validation_leaves_the_weights_that_are_trained(dls):
+    learn = quiet(dms_learner(dls, "se", settings={"ema.decay": 0.9}, cbs=Interrupt()))
+    network = learn.model
+    with pytest.raises(KeyboardInterrupt):
+        learn.fit(1)
+    assert learn.model is network
+    assert learn.ema.average is None
+
+
 def test_a_run_that_was_cut_goes_on_with_its_average(dms, tmp_path):  # noqa: F811
     args = ("run", "se", "--epochs", 3, "--set", "ema.decay=0.9", "--set", "data.batch_size=256", "--device", "cpu")
     assert dms(*args, "--out", "whole")[0] == 0

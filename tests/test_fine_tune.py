@@ -127,6 +127,7 @@ def test_what_never_learns_stays_so_and_an_interrupt_leaves_nothing_frozen():
     with pytest.raises(KeyboardInterrupt):
         learn.fit(2, LR)
     learn.remove_cb(stop)
+    assert [name for name, p in learn.model.named_parameters() if not p.requires_grad] == ["conv1.weight"]
     learn.fine_tune.freeze_epochs = 0
     first = learn.model.stages[0][0].residual[0].weight.clone()
     learn.fit(1, LR)

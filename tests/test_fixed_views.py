@@ -11,8 +11,20 @@ import pytest
 import timm
 import torch
 from fastai.callback.core import Callback
+from fastai.learner import Learner
 
-from dms_fastai import FixedViews, UserError, dms_learner, load_data, load_teacher
+from dms_fastai import (
+    Cutout,
+    DMSLoss,
+    FixedViews,
+    MixUpOrCutMix,
+    TeacherDistill,
+    UserError,
+    dms_learner,
+    load_data,
+    load_teacher,
+)
+from dms_fastai.errors import Notice
 from dms_fastai.random_states import seed_everything
 from dms_fastai.run_folder import Run
 from dms_fastai.trained import KeptLogits, Teacher, ensemble
@@ -38,7 +50,7 @@ class Batches(Callback):
         super().__init__()
         self.seen, self.targets, self.draws = [], [], []
 
-    def before_batch(self):
+    def after_pred(self):
         self.seen.append(self.learn.xb[0])
         self.targets.append([torch.as_tensor(y) for y in self.learn.yb])
         self.draws.append(torch.rand(()).item())
@@ -122,6 +134,24 @@ def test_whatever_decides_an_answer_tells_it_from_others():
     assert averaged(ensemble([three, one]).model) == ["logits", ["probabilities", None, None], None]
     assert [asked_by(one, **loaded) for loaded in ({"flip": 0.5}, {"balance": True})] == [1, 1]
     assert [asked_by(one, size=16, seen=seen) for seen in (None, 8)] == [1, 1]
+
+
+def test_the_settings_of_callbacks_tell_answers_apart_in_any_learner():
+    torch.manual_seed(0)
+    teacher, own = load_teacher(Counting()), type("Own", (Cutout,), {})
+
+    def asked_beside(*cbs):
+        dls, Counting.asked = load_data("digits", bs=128), 0
+        dls.loaders = [dl.new(dl.dataset.subset(torch.arange(128))) for dl in dls.loaders]
+        cbs = [*cbs, FixedViews(1), TeacherDistill(teacher)]
+        quiet(Learner(dls, timm.create_model(TINY), DMSLoss(), cbs=cbs)).fit(1)
+        return Counting.asked
+
+    assert [asked_beside(Cutout(size)) for size in (0.25, 0.25, 0.9)] == [1, 0, 1]
+    assert [asked_beside(MixUpOrCutMix(cutmix_alpha=a)) for a in (1.0, 1.0, 0.1)] == [1, 0, 1]
+    for cb in (own(0.25), Callback(before_batch=lambda cb: None)):
+        with pytest.warns(Notice, match=f"asked in every step, because {type(cb).__name__} may change the images"):
+            assert [asked_beside(cb) for _ in range(2)] == [1, 1]
 
 
 def test_what_is_recalled_is_what_the_teacher_says_of_the_same_batch():

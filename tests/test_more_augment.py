@@ -21,6 +21,7 @@ from dms_fastai import (
     RandAugment,
     RandomAffine,
     RandomErasing,
+    TrivialAugment,
     UserError,
     dms_learner,
     load_data,
@@ -197,6 +198,22 @@ def test_a_moved_image_ends_in_the_mean_of_the_data(dls):
     assert mean.round().flatten().tolist() == list(FILL)
     colours = RandAugment(num_ops=1, prob=1.0).change(x, mean).permute(0, 2, 3, 1).reshape(-1, 3).unique(dim=0)
     assert list(FILL) in colours.int().tolist()
+
+
+@pytest.mark.parametrize("make", [TrivialAugment, RandAugment])
+@pytest.mark.parametrize("mean", [(0.4,), (0.0, 0.0, 0.0)], ids=["own", "fastai's without any"])
+def test_grey_images_are_changed_as_three_equal_channels_and_stay_grey(make, mean):
+    grey, std, shown = smooth_images(60)[:, :1], (0.5,) * len(mean), []
+    for channels in (1, 3):
+        callback, dls = make(), SimpleNamespace(train=SimpleNamespace(mean=mean, std=std))
+        x = ((grey / 255 - mean[0]) / 0.5).expand(-1, channels, -1, -1)
+        callback.learn = SimpleNamespace(xb=(x,), dls=dls)
+        torch.manual_seed(1)
+        callback.before_batch()
+        shown.append(callback.learn.xb[0])
+    assert shown[0].shape == grey.shape
+    torch.testing.assert_close(shown[0], shown[1][:, :1])
+    assert (shown[0] != x[:, :1]).flatten(1).any(1).float().mean() > 0.5
 
 
 # --- Affine maps

@@ -213,6 +213,13 @@ def test_all_end_with_one_line(launcher, tmp_path, args, words):
 # Python
 
 
+def test_lr_find_is_refused_before_it_waits_for_the_others(dls, tmp_path, monkeypatch):
+    learn = quiet(dms_learner(dls, "se", path=tmp_path))
+    monkeypatch.setattr(processes, "_size", 2)
+    with pytest.raises(UserError, match=r"lr_find\(\) is for one process; call it without torchrun"):
+        learn.lr_find(show_plot=False)
+
+
 def test_variables_of_a_scheduler_alone_change_nothing(monkeypatch):
     """Without torchrun nobody is there to gather from, as fastai would."""
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -70,6 +70,22 @@ def test_the_whole_recipe_with_sam(dls, teacher):
     assert learn.sam.targets is None
 
 
+def test_an_interrupt_of_the_second_pass_leaves_no_weights_uphill():
+    learn = stock_learner(DMSLoss(), [SAM(rho=1.0)], n=8, bs=8)
+    before, passes = [p.detach().clone() for p in learn.model.parameters()], []
+
+    def interrupt(*_):
+        passes.append(1)
+        if len(passes) == 2:
+            raise KeyboardInterrupt
+
+    learn.model.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        learn.fit(1)
+    for weight, old in zip(learn.model.parameters(), before, strict=True):
+        torch.testing.assert_close(weight, old, rtol=0, atol=1e-6)
+
+
 class CPUMixedPrecision(MixedPrecision):
     """fastai's, which knows GPUs alone, for the CPU."""
 

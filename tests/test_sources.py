@@ -576,6 +576,23 @@ def test_a_table_labels_images(tmp_path, header, name, options):
     assert "1 images are not in train.csv" in words
 
 
+def test_a_table_with_paths_never_takes_a_file_of_another_folder(tmp_path):
+    root = tmp_path / "images"
+    for file in ("a/1.png", "b/1.png", "b/2.png", "c/d/3.png"):
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(root / file)
+
+    def files(*names):
+        table = write_table(tmp_path / "t.csv", [(name, "xy"[index % 2]) for index, name in enumerate(names)])
+        return load_splits(root, 8, table)["train"].files
+
+    assert files("a/1.png", "images/b/1.png", "b/2", "d/3.png") == ["a/1.png", "b/1.png", "b/2.png", "c/d/3.png"]
+    assert files("/old/images/b/1", "./2.png") == ["b/1.png", "b/2.png"]
+    for name in ("a/2.png", "a/2", "c/3.png", "images/d/1.png"):
+        with pytest.raises(UserError, match=rf"line 3: .* has no image '{name}'"):
+            files("a/1.png", name)
+
+
 def test_a_table_may_have_splits(dms, tmp_path):  # noqa: F811
     root, rows = tmp_path / "images", []
     root.mkdir()

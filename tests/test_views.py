@@ -24,7 +24,7 @@ from dms_fastai import (
     load_data,
     load_teacher,
 )
-from dms_fastai.data import Data, Sets
+from dms_fastai.data import Data, Sets, memory
 from dms_fastai.errors import Notice
 from dms_fastai.export.calibrate import SEED, Calibration
 from dms_fastai.models.card import ModelCard
@@ -297,24 +297,33 @@ def test_a_size_that_a_teacher_cannot_take_is_refused_with_both(photos, make, se
     assert "\n" not in error.value.message
 
 
-def test_a_size_that_memory_or_an_untrained_teacher_cannot_take_is_refused_before_training(
-    dms,  # noqa: F811
-    photos,
-    tmp_path,
-    monkeypatch,
-):
+def test_a_size_that_an_untrained_teacher_cannot_take_is_refused_before_training(dms, photos, tmp_path):  # noqa: F811
     args = ["run", "kd", "--data", photos, "--arch", "test_dmsresnet", "--epochs", 1, "--set", f"data.size={STUDENT}"]
     args += ["--set", "data.batch_size=8", "--device", "cpu"]
     code, _, err = dms(*args, "--set", "teacher.model.name=mixer_s32_224", "--set", "teacher.data.size=224", "--set",
                        "distill.size=96")  # fmt: skip
     assert code == 2
     assert "MlpMixer, does not take images of 96x96 pixels, made of the student's images of 16x16 pixels" in err
-    monkeypatch.setattr("dms_fastai.data.sets.machine_memory", lambda: 1e5)
-    code, _, err = dms(*args, "--set", "teacher.data.size=48", "--set", "teacher.model.name=test_dmsresnet")
-    assert code == 2
-    assert "at the 48x48 pixels that the teacher sees, 24 training images take" in err
-    assert "nearer to the student's 16" in err
     assert not (tmp_path / "artifacts").exists()
+
+
+def test_larger_images_than_memory_takes_stay_on_the_disk(dms, tmp_path, monkeypatch):  # noqa: F811
+    """16 images of 48 pixels take 110,592 bytes, and the machine has 90,000."""
+    rng = np.random.default_rng(0)
+    for split, n in {"train": 8, "test": 2}.items():
+        for name in "01":
+            (tmp_path / "files" / split / name).mkdir(parents=True)
+            for index in range(n):
+                image = Image.fromarray(rng.integers(0, 256, (OWN, OWN, 3), dtype=np.uint8))
+                image.save(tmp_path / "files" / split / name / f"{index}.png")
+    monkeypatch.setattr(memory.os, "sysconf", lambda name: 300, raising=False)
+    dls = load_data(tmp_path / "files", bs=8, size=STUDENT, view=OWN, device="cpu")
+    assert (dls.train.where, dls.train.one_batch()[0].shape[2:]) == ("disk", (OWN, OWN))
+    args = ["run", "kd", "--data", tmp_path / "files", "--arch", "test_dmsresnet", "--epochs", 1, "--device", "cpu"]
+    args += ["--set", f"data.size={STUDENT}", "--set", "data.batch_size=8", "--dry-run"]
+    code, out, err = dms(*args, "--teacher", teacher_file(tmp_path, "test_dmsresnet", OWN))
+    assert code == 0, err
+    assert "held at 48x48 pixels for the teacher, in 0.1 MB on the disk" in " ".join(out.split())
 
 
 def test_a_teacher_that_is_trained_on_larger_images_shows_them_to_itself_later(dms, photos, tmp_path):  # noqa: F811

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from fastai.callback.core import Callback
+from fastai.callback.mixup import MixHandler
+from fastai.learner import Learner
 from fastai.torch_core import show_image
 from fastai.vision.data import get_grid
 from torch import Tensor, nn
@@ -18,15 +20,12 @@ from ..errors import UserError, notice
 from ..trained import KeptLogits, check_teacher, images_of, load_teacher, renormalize
 from ..trained.network import Ensemble, averaged, folded
 from ..training.losses import DMSLoss, Targets, Teaching
-from ..training.parts import PARTS, order_of
+from ..training.parts import order_of
 from .bf16 import has_bf16
+from .mixup import MixUp
 from .progressive_resize import students_shape
 
 __all__ = ["TeacherDistill"]
-
-TABLES = [part.table for part in PARTS]
-# Those that decide what a teacher sees of a batch: it comes before the student's resize.
-OF_A_BATCH = {"data", *TABLES[TABLES.index("augment") : TABLES.index("progressive_resize")]}
 
 
 class TeacherDistill(Callback):
@@ -120,20 +119,20 @@ class TeacherDistill(Callback):
         return self.answers.get(view, step).to(self.learn.pred.device)
 
     def kept(self) -> KeptLogits | None:
-        """What the teacher has said of these views, in any run; None in a Learner without a recipe."""
-        learn = self.learn
-        recipe, loader = getattr(learn, "recipe", None), learn.dls.train
-        if recipe is None or not isinstance(loader, BatchLoader):
+        """What the teacher has said of these views, in any run; None where nobody knows what they depend on."""
+        learn, loader = self.learn, self.learn.dls.train
+        if not isinstance(loader, BatchLoader):
             return None
-        tables = recipe.to_table()
-        del tables["data"]["where"]  # batches are the same
+        changes, strange = changes_of(learn)
+        if strange:
+            notice(f"the teacher is asked in every step, because {strange[0]} may change the images in before_batch")
+            return None
         teacher, sizes = self.teacher, self.network.sizes if isinstance(self.network, Ensemble) else [self.size]
         facts = {
             "teacher": [teacher.digest, sizes, teacher.mean, teacher.std, averaged(teacher.model)],
             "images": [loader.dataset.digest(), [len(loader.dataset), *loader.dataset.stored.shape]],
-            "loader": [loader.mean, loader.std, asdict(loader.crops), loader.balance],
-            "batches": {table: found for table, found in tables.items() if table in OF_A_BATCH},
-            "callbacks": sorted(type(cb).__qualname__ for cb in learn.cbs if hasattr(type(cb), "before_batch")),
+            "loader": [loader.mean, loader.std, asdict(loader.crops), loader.balance, loader.shuffle],
+            "changes": changes,
         }
         if processes.count() > 1:
             facts["rows"] = [processes.rank(), processes.count()]
@@ -160,15 +159,28 @@ class TeacherDistill(Callback):
             self.learn.yb = self.learn.yb[:1]
             return
         distillation = self.distillation.at(self.learn.pct_train)
-        soft = distillation.soft(self.learn.pred, self.logits, Targets(self.learn.yb[0]))
+        soft = distillation.soft(self.learn.pred, self.logits, self.targets())
         self.learn.loss_grad = distillation.total(self.learn.loss_grad, soft)
         self.learn.loss = self.learn.loss_grad.detach().clone()
+
+    def targets(self) -> Targets:
+        """The classes of the batch, with those of the partners where `MixUp`, or fastai's own, has mixed it."""
+        for cb in self.learn.cbs:
+            if isinstance(cb, MixUp) and cb.run:
+                return Targets(self.learn.yb[0], *cb.second)
+            if isinstance(cb, MixHandler) and cb.run and cb.stack_y:
+                return Targets(self.learn.yb[0], *cb.yb1, cb.lam)
+        return Targets(self.learn.yb[0])
 
     def after_cancel_batch(self) -> None:
         if isinstance(self.learn.loss_func, DMSLoss):
             self.learn.yb = self.learn.yb[:1]
 
     def after_fit(self) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Give the teacher's copy up. A Learner calls this if an exception ends a fit without an event."""
         self.network = self.made_of = self.logits = self.answers = None
 
     def show_batch(self, max_n: int = 4) -> None:
@@ -204,6 +216,33 @@ class TeacherDistill(Callback):
         if theirs[0] is None or theirs == ours:
             return None
         return tuple(t.to(device) for t in renormalize(ours, theirs))
+
+
+def changes_of(learn: Learner) -> tuple[list, list[str]]:
+    """What changes a batch before a teacher sees it: this package's callbacks, in order, each with its settings.
+
+    They come before the student's resize. Then the names of others that change a batch, or may: neither this package's
+    nor fastai's, or fastai's MixUp and CutMix.
+    """
+    found, strange = [], []
+    for cb in learn.cbs.sorted("order"):
+        if not cb.run or not (hasattr(type(cb), "before_batch") or "before_batch" in vars(cb)):
+            continue
+        home = "" if "before_batch" in vars(cb) else type(cb).__module__.partition(".")[0]
+        if home == __package__.partition(".")[0]:
+            found += [_settings(cb)] if cb.order < order_of("progressive_resize") else []
+        elif home != "fastai" or isinstance(cb, MixHandler):
+            strange.append(type(cb).__name__)
+    return found, strange
+
+
+def _settings(cb: Callback) -> list:
+    """A callback's class and what it was made with; of callbacks in it, the same."""
+    own = {name: value for name, value in vars(cb).items() if name not in ("learn", "run", *cb._stateattrs)}
+    return [
+        type(cb).__name__,
+        {name: _settings(value) if isinstance(value, Callback) else value for name, value in own.items()},
+    ]
 
 
 def cast_weights(network: nn.Module, dtype: torch.dtype) -> None:

@@ -71,6 +71,11 @@ class EMA(Callback):
         self.put_back()
         if self.average is not None:  # None if another callback cancelled the fit before it began
             self.learn.model.load_state_dict(self.average.state_dict())
+        self.release()
+
+    def release(self) -> None:
+        """Give the average up. A Learner calls this if an exception ends a fit without an event."""
+        self.put_back()
         self.average = self.pairs = None
 
     def put_back(self) -> None:

@@ -93,14 +93,13 @@ class FeatureDistill(Callback):
 
     def after_fit(self) -> None:
         self.release()
-        self.projection = self.project = self.adam = None
 
     def release(self) -> None:
-        """Take the hooks off the networks. A Learner calls this if an exception ends a fit without an event."""
+        """Leave the networks and the projection. A Learner calls this if an exception ends a fit without an event."""
         for pooled in (self.ours, self.theirs):
             if pooled is not None:
                 pooled.remove()
-        self.ours = self.theirs = None
+        self.ours = self.theirs = self.projection = self.project = self.adam = None
 
     def state(self) -> dict[str, Any] | None:
         """What `restore` needs to resume the projection."""

@@ -65,6 +65,10 @@ class FineTune(Callback):
     def after_fit(self) -> None:
         self.thaw()
 
+    def release(self) -> None:
+        """Thaw the body. A Learner calls this if an exception ends a fit without an event."""
+        self.thaw()
+
     def freeze(self) -> None:
         """Have the body get no gradients, except for its norms."""
         norms = norm_bias_params(self.learn.model, with_bias=False) if self.learn.train_bn else ()

@@ -6,13 +6,17 @@ from fastai.callback.core import Callback
 from torch import Tensor
 
 from ..data.augment import affine, normalize
-from ..data.loader import statistics
+from ..data.stored import CHANNELS
+from ..trained import Inputs
 
 __all__ = ["OnPixels"]
 
 
 class OnPixels(Callback, ABC):
-    """Change the training images as whole numbers 0...255. What builds on this says how, in `change`."""
+    """Change the training images as whole numbers 0...255. What builds on this says how, in `change`.
+
+    Grey images are changed as images in colour, of three equal channels, and stay grey.
+    """
 
     run_valid = False
     scaling: tuple[Tensor, Tensor] | None = None
@@ -24,10 +28,14 @@ class OnPixels(Callback, ABC):
     def before_batch(self) -> None:
         x, *rest = self.learn.xb
         if self.scaling is None or self.scaling[0].device != x.device:
-            self.scaling = affine(*statistics(self.learn.dls), 1, x.device)
+            seen = Inputs.seen(x.shape[1:], self.learn.dls)
+            self.scaling = affine(seen.mean, seen.std, 1, x.device)
         scale, shift = self.scaling
-        pixels = ((x - shift) / scale).round().clamp(0, 255)
-        self.learn.xb = (normalize(self.change(pixels, -shift / scale), scale, shift), *rest)
+        pixels, mean = ((x - shift) / scale).round().clamp(0, 255), -shift / scale
+        if x.shape[1] == 1:
+            pixels, mean = (each.expand(-1, CHANNELS, -1, -1) for each in (pixels, mean))
+        changed = self.change(pixels, mean)[:, : x.shape[1]]
+        self.learn.xb = (normalize(changed, scale, shift), *rest)
 
     @abstractmethod
     def change(self, pixels: Tensor, mean: Tensor) -> Tensor:

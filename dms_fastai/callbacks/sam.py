@@ -66,11 +66,13 @@ class SAM(Callback):
             uphill = torch._foreach_mul(gradients, self.rho / (norm + 1e-12))
             torch._foreach_add_(weights, uphill)
         learn.opt.zero_grad()
-        with statistics_kept(learn.model), self.precision():
-            pred = learn.model(*learn.xb)
-        learn.loss_func(pred.float(), *self.targets).backward()
-        with torch.no_grad():
-            torch._foreach_sub_(weights, uphill)
+        try:
+            with statistics_kept(learn.model), self.precision():
+                pred = learn.model(*learn.xb)
+            learn.loss_func(pred.float(), *self.targets).backward()
+        finally:  # an exception leaves no weights uphill, either
+            with torch.no_grad():
+                torch._foreach_sub_(weights, uphill)
         self.targets = None
 
     def precision(self) -> contextlib.AbstractContextManager:

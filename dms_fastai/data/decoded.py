@@ -195,7 +195,7 @@ def write_rows(
         raise UserError(
             f"{source}: the images take {gigabytes(needed)}; {cache_dir()} has {gigabytes(free)} free ({reason}), and "
             f"memory {gigabytes(memory)}; set DMS_FASTAI_CACHE to a folder on another disk, or give a smaller --set "
-            f"data.size"
+            f"data.size, or distill.size for a teacher's"
         )
     rows = Rows.in_memory()
     write(rows)

@@ -187,13 +187,17 @@ class ImageSet:
 
         Those that are on a device for other crops leave it.
         """
-        kept = (crops, NO_CROPS, "labels", "digest")
         for images in (self, *others):
-            images._resident = {key: value for key, value in images._resident.items() if key[0] in kept}
+            images.leave(crops)
         there = [key[2] for key in self._resident if key[:2] == (crops, device)]
         if wanted != "disk" and there:
             return there[0]
         return place_for(self.stored, [each.stored for each in others], crops, device, wanted)
+
+    def leave(self, *but: Crops) -> None:
+        """Take the images off all devices, except those for some crops and those without any."""
+        kept = (*but, NO_CROPS, "labels", "digest")
+        self._resident = {key: value for key, value in self._resident.items() if key[0] in kept}
 
     def _keep(self, key: tuple, make: Callable[[], Any]) -> Any:
         if key not in self._resident:

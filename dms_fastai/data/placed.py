@@ -30,6 +30,8 @@ class Placed:
             where: "copies": they are on the device, with borders and mirror images, if they are square; "device": they
                 are there as they are; "disk": they stay where they are stored, and each batch is gathered there.
         """
+        if device.type == "cuda" and device.index is None:  # which is another GPU to a thread that gathers ahead
+            device = torch.device("cuda", torch.cuda.current_device())
         self.device, self.streamed, self.cropper = device, where == "disk", None
         if where == "copies" and isinstance(images, Squares):
             self.cropper = Cropper(images, crops, device)
@@ -88,5 +90,5 @@ def place_for(train: Stored, others: Sequence[Stored], crops: Crops, device: tor
     where = "memory" if device.type == "cpu" else "the GPU's memory"
     raise UserError(
         f"data.where is 'device', and the images take {gigabytes(needed)}; {where} has {gigabytes(free)} free; leave "
-        f"them on the disk, --set data.where=disk, or give a smaller --set data.size"
+        f"them on the disk, --set data.where=disk, or give a smaller --set data.size, or distill.size for a teacher's"
     )

@@ -19,7 +19,7 @@ from .augment import NO_CROPS, Cropper, Crops
 from .images import MIDDLE
 from .imageset import ImageSet
 from .loader import BatchLoader, ImageLoaders
-from .memory import machine_memory
+from .placed import Where
 from .sources import load_splits, split_by_class
 from .splits import Splits, UnlabelledError
 
@@ -56,12 +56,24 @@ class Sets:
 
     @property
     def held_size(self) -> int:
-        """Height and width of the training images in memory."""
+        """Height and width of the training images as they are held, in memory or on the disk."""
         return self.train.held_size
 
-    def held_bytes(self, crops: Crops) -> int:
-        """Bytes of the training images, and of their copy with borders and mirror images on the device."""
-        return self.train.stored.nbytes + Cropper.nbytes(self.train.stored, crops)
+    @cached_property
+    def trained(self) -> ImageSet:
+        """All images to train on where somebody distils."""
+        return self.train if self.unlabelled is None else self.train.joined(self.unlabelled)
+
+    def place(self, crops: Crops, device: torch.device, wanted: str) -> Where:
+        """Choose where batches are made of the images; arguments and errors as in `place_for`."""
+        if self.unlabelled is not None:
+            self.train.leave()  # without the others, they would be there twice
+        return self.trained.place([self.valid], crops, device, wanted)
+
+    def held_bytes(self, crops: Crops, where: Where) -> int:
+        """Bytes of the training images and, where there are any, of their copies with borders and mirror images."""
+        images = self.trained.stored
+        return images.nbytes + (Cropper.nbytes(images, crops) if where == "copies" else 0)
 
     @property
     def vocab(self) -> list[str]:
@@ -112,9 +124,7 @@ class Sets:
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         wanted, bs, crops = bs, min(bs, len(self.train)), crops or Crops()
-        others = [self.valid] if self.unlabelled is None else [self.valid, self.unlabelled]
-        place = self.train.place(others, crops, device, where)
-        own = {"crops": crops, "mean": mean, "std": std, "device": device, "where": place}
+        own = {"crops": crops, "mean": mean, "std": std, "device": device, "where": self.place(crops, device, where)}
         train = BatchLoader(self.train, bs, shuffle=True, drop_last=True, balance=balance, **own)
         valid = BatchLoader(self.valid, max(bs, VALID_BATCH.get(device.type, bs)), **own)
         loaders = ImageLoaders(train, valid, device=device)
@@ -192,10 +202,9 @@ class Data:
             seed: As in `open`.
 
         Raises:
-            UserError: As in `held_size`.
+            UserError: They fit neither on the disk nor into memory.
         """
-        held = self.held_size(sets, data, size)
-        if held <= sets.size:
+        if size <= sets.size or (held := min(size, _own_size(sets.train))) <= sets.size:
             return sets
         classes = None if sets.train.labelled else sets.vocab
         splits = load_splits(data, held, self.labels, classes, sets.train.middle)
@@ -205,26 +214,6 @@ class Data:
         for images in filter(None, (train, unlabelled)):
             images.seen, images.split_idx = sets.size, 0
         return Sets(train, sets.valid, unlabelled, splits, plain=sets)
-
-    def held_size(self, sets: Sets, data: str | Path, size: int) -> int:
-        """Height and width of the training images that `enlarged` would give; arguments as there.
-
-        Raises:
-            UserError: They do not fit into this machine's memory.
-        """
-        if size <= sets.size:
-            return sets.size
-        held = max(min(size, _own_size(sets.train)), sets.size)
-        images = [each for each in (sets.train, sets.unlabelled) if each is not None]
-        needed, there = sum(each.stored.nbytes for each in images) * (held / sets.size) ** 2, machine_memory()
-        if needed > there:
-            count = sum(map(len, images))
-            raise UserError(
-                f"{data}: at the {held}x{held} pixels that the teacher sees, {count:,} training images take "
-                f"{needed / 1e9:,.1f} GB, and this machine has {there / 1e9:,.1f} GB; set distill.size nearer to the "
-                f"student's {sets.size}"
-            )
-        return held
 
     def _split(self, splits: Splits, seed: int, data: str | Path) -> tuple[ImageSet, ImageSet]:
         """The training and the validation set out of the splits that there are."""

@@ -129,12 +129,12 @@ class Squares(Stored):
         rows = index if self.rows is None else self.rows[index]
         if len(self.parts) == 1:
             return _selected(self.parts[0], rows, pinned)
-        shape = (len(rows), *self._last().shape[1:])
-        found = torch.empty(shape, dtype=torch.uint8, device=rows.device, pin_memory=pinned)
+        shape, device = (len(rows), *self._last().shape[1:]), self.parts[0].device
+        found = torch.empty(shape, dtype=torch.uint8, device=device, pin_memory=pinned)
         ends = [0, *torch.tensor([len(part) for part in self.parts]).cumsum(0).tolist()]
         for part, (first, end) in zip(self.parts, pairwise(ends), strict=True):
             own = ((rows >= first) & (rows < end)).nonzero().flatten()
-            found[own] = _selected(part, rows[own] - first).permute(0, 2, 3, 1)
+            found[_sent(own, device)] = _selected(part, rows[own] - first).permute(0, 2, 3, 1)
         return found.permute(0, 3, 1, 2)
 
 
@@ -143,8 +143,13 @@ def _selected(part: Tensor, rows: Tensor, pinned: bool = False) -> Tensor:
     planes = part.is_contiguous()
     pixels = part if planes else part.permute(0, 2, 3, 1)
     found = torch.empty(len(rows), *pixels.shape[1:], dtype=torch.uint8, device=part.device, pin_memory=pinned)
-    torch.index_select(pixels, 0, rows, out=found)
+    torch.index_select(pixels, 0, _sent(rows, part.device), out=found)
     return found if planes else found.permute(0, 3, 1, 2)
+
+
+def _sent(index: Tensor, device: torch.device) -> Tensor:
+    """An index, which is drawn on the CPU, on the images' device; nothing waits until a GPU has it."""
+    return index.to(device, non_blocking=device.type != "cpu")
 
 
 class Wholes(Stored):

@@ -26,8 +26,8 @@ def read_table(folder: Path, table: Path, size: int, middle: float = 1.0) -> Spl
     Args:
         folder: Where the files are, at any depth. Those in its unlabelled/ that the table does not name have no label.
         table: A table with a column of files, such as "file" or "id", one of labels, such as "label" or "class", and
-            perhaps one of splits, "split". Files are named relative to the folder, or by their name alone, with or
-            without its ending.
+            perhaps one of splits, "split". Files are named relative to the folder, to one above or below it, or by
+            their name alone, with or without its ending.
         size: Height and width of what is given out of each image.
         middle: As in `decoded_image_set`.
 
@@ -117,7 +117,7 @@ def _column(columns: dict[str, str], names: tuple[str, ...], table: Path) -> str
 
 
 class _Files:
-    """The image files of a folder, found by path, by name, or by name without its ending."""
+    """The image files of a folder, found by path, by the end of it, or by name; with or without its ending."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -131,12 +131,12 @@ class _Files:
         """The path of a file, relative to the folder.
 
         Raises:
-            UserError: There is none by that name, or several.
+            UserError: There is none by that path or the end of it, or several.
         """
         path = str(Path(name))
         if path in self.paths:
             return path
-        found = sorted(self._by_name.get(Path(name).name, ()))
+        found = sorted(path for path in self._by_name.get(Path(name).name, ()) if _agree(path, name))
         if not found:
             raise UserError(f"{where}: {self.folder} has no image {name!r}")
         if len(found) > 1:
@@ -144,3 +144,10 @@ class _Files:
                 f"{where}: {name!r} could be {found[0]} or {found[1]}; write its path relative to {self.folder}"
             )
         return found[0]
+
+
+def _agree(path: str, name: str) -> bool:
+    """Whether the folders of one of two paths to a file are the last ones of the other's."""
+    folders, others = Path(path).parts[:-1], Path(name).parts[:-1]
+    both = min(len(folders), len(others))
+    return folders[len(folders) - both :] == others[len(others) - both :]

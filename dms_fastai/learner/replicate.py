@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from fastai.callback.core import Callback
+from fastai.callback.schedule import LRFinder
 from fastai.learner import AvgMetric
 from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -37,6 +38,8 @@ class Rows(Callback):
     order, run_valid = 1.5, False  # after all that changes or mixes the whole batch, before the student's resize (2)
 
     def before_fit(self) -> None:
+        if any(isinstance(cb, LRFinder) for cb in self.learn.cbs):  # whose weights one process alone saves and loads
+            raise UserError("lr_find() is for one process; call it without torchrun, and give the rate to the Learner")
         for loader in self.learn.dls.loaders:
             if not isinstance(loader, BatchLoader):
                 kind = type(loader).__name__

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from fastai.callback.core import Callback, CancelFitException
 
-from ..data import Crops, Sets
+from ..data import Sets
 from ..learner import dms_learner
 from ..models.macs import macs
 from ..recipes import Recipe
@@ -72,14 +72,22 @@ def estimate(recipe: Recipe, sets: Sets, device: torch.device, teacher: Teacher 
     )
 
 
-def held(sets: Sets, crops: Crops, at_least: int = 0) -> str:
-    """What a larger view of the training images takes, in words; "" if there is none, or if it takes fewer bytes."""
-    needed = sets.held_bytes(crops)
-    if sets.plain is None or needed < at_least:
+def held(recipe: Recipe, sets: Sets, device: torch.device, at_least: int = 0) -> str:
+    """What a larger view of the training images takes, in words; "" if there is none, or if it takes fewer bytes.
+
+    Raises:
+        UserError: They are to be on the device, and do not fit.
+    """
+    if sets.plain is None:
+        return ""
+    crops, side = recipe.augment.build(), sets.held_size
+    where = sets.place(crops, device, recipe.data.where)
+    needed = sets.held_bytes(crops, where)
+    if needed < at_least:
         return ""
     amount = f"{needed / 1e9:,.1f} GB" if needed >= 1e9 else f"{needed / 1e6:,.1f} MB"
-    side = sets.held_size
-    return f"training images are held at {side}x{side} pixels for the teacher, in {amount} of memory"
+    there = "on the disk" if where == "disk" else "of memory"
+    return f"training images are held at {side}x{side} pixels for the teacher, in {amount} {there}"
 
 
 class _Stamp(Callback):

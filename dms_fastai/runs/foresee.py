@@ -42,7 +42,7 @@ def foreseen(
         plain = sets.plain or sets
         if id(plain.train) not in said or sets.unlabelled is not None:
             said[id(plain.train)] = _described(sets, size_of_weights(recipe, opened.data) and recipe.model.name)
-        if line := held(sets, recipe.augment.build()):
+        if line := held(recipe, sets, device):
             said[id(sets.train)] = line
         if finished:
             table.add_row(recipe.title, recipe.model.name, "", "", "", "", "", "finished")

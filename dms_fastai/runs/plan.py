@@ -69,10 +69,6 @@ class Opened:
             self._splits[key] = load_splits(self.data, wanted.size, wanted.labels, classes, middle)
         return wanted.open(self.data, classes=classes, splits=self._splits[key])
 
-    def check_room(self, recipe: Recipe, view: int) -> None:
-        """Raise a UserError if there is too little memory for the images that a teacher of `view` pixels expects."""
-        data_of(recipe, self.data).held_size(self.sets(recipe), self.data, view)
-
     def teacher(self, source: str | Path, size: int | None = None) -> Teacher:
         """The teacher at `source`, for images of `size`; None: of those that it was trained on."""
         key = (str(source), size)
@@ -222,7 +218,6 @@ def _with_teacher(recipe: Recipe, recipes: list[Recipe], seed: int, fits: _Fits)
             origin = {"data_digest": sets.digest}
             refuse_other_origin(origin, first.folder, or_else="--restart")
             there = opened.teacher(first.folder.path, recipe.distill.size)
-            opened.check_room(recipe, there.largest)
             recipe = fits.student(recipe, there, share=0.5)
         teaching = first.folder.path
     elif teaching is not None:  # refuse one that is missing or does not fit now, not after stages are trained
@@ -231,7 +226,6 @@ def _with_teacher(recipe: Recipe, recipes: list[Recipe], seed: int, fits: _Fits)
         check_pretrained(teaching, len(sets.vocab), _same_images(wanted, sets))
         images, there = Inputs(_shape(sets), *normalisation_of(recipe)), opened.teacher(teaching, recipe.distill.size)
         check_teacher(there, len(sets.vocab), images, sets.vocab)
-        opened.check_room(recipe, there.largest)
         recipe = fits.student(recipe, there)
     else:
         recipe = fits.student(recipe)
@@ -241,7 +235,6 @@ def _with_teacher(recipe: Recipe, recipes: list[Recipe], seed: int, fits: _Fits)
 def _check_untrained(teaching: Recipe, student: Recipe, sets: Sets, opened: Opened) -> None:
     """Raise a UserError if a teacher that is to be trained on `sets` could not see the student's images as wanted."""
     size = student.distill.size
-    opened.check_room(student, size or sets.size)
     if size is not None:
         images = Inputs(_shape(opened.sets(student)), *normalisation_of(student))
         network = teaching.model.build().create(len(sets.vocab), _shape(sets))

@@ -130,7 +130,7 @@ def run_stage(stage: Stage, opened: Opened, manner: Manner | None = None, consol
             torch.set_num_threads(_threads(folder, manner.threads))
         gc.collect()  # free the Learner of the stage before, which its callbacks refer to
         torch.compiler.reset()  # and its graphs, which hold gigabytes of a GPU's memory
-        if line := held(sets, recipe.augment.build(), at_least=LARGE):
+        if line := held(recipe, sets, torch.device(manner.device), at_least=LARGE):
             notice(f"{recipe.title}: {line}")
         dls = loaders_of(recipe, sets, manner.device)
         seed_everything(stage.seed)  # only after fastai's loaders have drawn from Python's generator

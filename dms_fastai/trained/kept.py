@@ -19,7 +19,7 @@ from ..files import whole
 
 __all__ = ["KeptLogits"]
 
-MAKING = "1"  # to be counted up when batches are made in another way, so that older answers are not used
+MAKING = "2"  # to be counted up when batches are made in another way, so that older answers are not used
 
 
 class KeptLogits:
