@@ -11,6 +11,8 @@ import pytest
 import timm
 import torch
 from fastai.callback.core import Callback
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
 from fastai.learner import Learner
 
 from dms_fastai import (
@@ -91,6 +93,25 @@ def test_the_batches_come_again_after_so_many_epochs_and_in_runs_with_other_seed
     assert all(map(torch.equal, other.seen, one.seen[: views * steps]))
     assert not torch.equal(one.seen[0], one.seen[steps])  # two views differ
     assert not torch.equal(one.seen[0], one.seen[1])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_so_they_do_over_fastais_own_loaders(workers):
+    def drawn(item):
+        x, y = item
+        return x + torch.rand(()), y
+
+    items, seen = [(torch.full((3, 8, 8), float(index)), torch.tensor(index % 10)) for index in range(24)], []
+    for seed in (0, 1):
+        seed_everything(seed)
+        loader = DataLoader(items, bs=6, shuffle=True, after_item=drawn, num_workers=workers)
+        dls, batches = DataLoaders(loader, DataLoader(items, bs=24), device=torch.device("cpu")), Batches()
+        cbs = [FixedViews(2), batches]
+        quiet(Learner(dls, timm.create_model(TINY), torch.nn.CrossEntropyLoss(), cbs=cbs)).fit(4)
+        seen.append(torch.stack(batches.seen).view(4, 24, -1))
+    assert torch.equal(*seen)
+    assert torch.equal(seen[0][:2], seen[0][2:])
+    assert not torch.equal(seen[0][0], seen[0][1])
 
 
 def test_what_the_network_draws_does_not_come_again():

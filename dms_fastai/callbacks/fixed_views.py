@@ -45,7 +45,10 @@ class FixedViews(Callback):
     def before_train(self) -> None:
         if self.network_states is None:
             self.network_states = get_random_states()
-        self.learn.dls.train.passes = self.view  # which images are mirrored, where that alternates
+        loader = self.learn.dls.train
+        loader.passes = self.view  # which images are mirrored, where that alternates
+        if hasattr(loader, "rng"):  # from which fastai's own loaders draw the order
+            loader.rng.seed(self.view)
         self.seed(step=0)
 
     def before_batch(self) -> None:
