@@ -157,7 +157,7 @@ def test_images_stay_channels_last(change):
 
 
 def test_all_of_it_by_recipe():
-    settings = {"augment.cutout": 0.25, "augment.border": "mirror", "cutmix.share": 0.3, "label_smoothing": 0.1}
+    settings = {"augment.cutout": 0.25, "cutmix.share": 0.3, "label_smoothing": 0.1}
     dls = load_data("digits", bs=256, border="mirror")
     learn = quiet(dms_learner(dls, "mixup", settings=settings))
     assert learn.mix_up_or_cut_mix.share == 0.3

@@ -16,7 +16,7 @@ from tests.conftest import quiet
 from tests.test_runs import dms, same_run  # noqa: F401  (a fixture)
 
 LR, SHARE = 0.02, 0.25
-FEW = {"data.batch_size": 512, "bf16": False, "model.drop_rate": 0.0, "optimizer.lr": LR}
+FEW = {"bf16": False, "model.drop_rate": 0.0, "optimizer.lr": LR}
 
 
 def three_groups(model):

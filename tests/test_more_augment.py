@@ -41,7 +41,6 @@ from tests.test_speed import FromTheSecondStepToTheLast, Waits
 from tests.test_trivial_augment import smooth_images
 
 ALL = {
-    "augment.min_area": 0.6,
     "affine": True,
     "rand_augment": True,
     "erasing.prob": 0.5,
@@ -328,7 +327,7 @@ def test_random_partners_draw_as_before():
 
 
 def test_all_of_it_by_recipe_and_none_by_default():
-    recipe = load_recipe("mixup", settings=ALL)
+    recipe = load_recipe("mixup", settings=ALL | {"augment.min_area": 0.6})
     assert recipe.augment.min_area == 0.6
     assert recipe.mixup_or_cutmix.partner == "reversed"
     plain = load_recipe("kd")
@@ -381,7 +380,7 @@ def test_nothing_waits_for_the_device():
 
 def test_a_stopped_run_ends_as_if_it_had_not_stopped(dms, tmp_path):  # noqa: F811
     args = ["run", "mixup", "--epochs", 2, "--device", "cpu", "--set", "data.batch_size=512"]
-    for key, value in ALL.items():
+    for key, value in {"augment.min_area": 0.6, **ALL}.items():
         args += ["--set", f"{key}={str(value).lower()}"]
     assert dms(*args, "--out", "whole")[0] == 0
     for _ in range(3):

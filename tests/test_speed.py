@@ -101,7 +101,6 @@ def test_a_training_epoch_never_waits_for_the_device(dls, teacher, recipe, sched
 BEYOND_THE_PAPER = {
     "augment.trivial": True,
     "augment.cutout": 0.25,
-    "augment.alternate": True,
     "cutmix.share": 0.5,
     "ema.decay": 0.99,
     "label_smoothing": 0.1,

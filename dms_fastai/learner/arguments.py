@@ -8,9 +8,18 @@ from fastai.callback.mixup import MixHandler
 from torch import nn
 
 from ..errors import UserError
-from ..recipes import Recipe
+from ..recipes import Recipe, all_keys, flat
+from ..training.losses import DMSLoss
 
-__all__ = ["check_kinds", "ends", "listed", "refuse_stock_mixers", "refuse_two_of_one", "with_own"]
+__all__ = [
+    "check_kinds",
+    "ends",
+    "listed",
+    "refuse_stock_mixers",
+    "refuse_two_of_one",
+    "refuse_without_effect",
+    "with_own",
+]
 
 # Tables and keys of a recipe that an argument takes the place of.
 REPLACES = {
@@ -21,6 +30,10 @@ REPLACES = {
     "lr": ("optimizer.lr",),
     "wd": ("optimizer.weight_decay",),
 }
+# Tables of a recipe that a Learner has no use for, and what to do.
+LOADED = "the DataLoaders have their own; give {name}={value!r} to load_data"
+WITHOUT_EFFECT = {"data": LOADED, "augment": LOADED, "budget": "only a command fits a recipe to a budget; leave it out"}
+NAMES = {"batch_size": "bs"}  # of load_data's arguments, where they are not those of the recipe
 
 
 def check_kinds(arch: Any, loss_func: Any, opt_func: Any) -> None:
@@ -48,6 +61,19 @@ def refuse_two_of_one(given: dict[str, Any], settings: dict[str, Any] | None) ->
         for key in settings or {}:
             if given[name] is not None and any(f"{key}.".startswith(f"{place}.") for place in places):
                 raise UserError(f"{name} takes the place of {key!r} in settings; leave out one of the two")
+    if isinstance(given["loss_func"], DMSLoss):  # which has alpha, T and the rest of its own
+        for key in flat(settings or {}):
+            if key.startswith("distill.") and key != "distill.size":
+                raise UserError(f"loss_func takes the place of {key!r} in settings; give it to DMSLoss")
+
+
+def refuse_without_effect(settings: dict[str, Any] | None) -> None:
+    """Raise a UserError if a key of `settings`, all of which a recipe has, would change nothing in a Learner."""
+    for key, value in flat(settings or {}).items():
+        table, _, name = key.partition(".")
+        if table in WITHOUT_EFFECT and key in all_keys():  # others are older names of what is elsewhere now
+            why = WITHOUT_EFFECT[table].format(name=NAMES.get(name, name), value=value)
+            raise UserError(f"{key} is {value!r} in settings, which has no effect here: {why}")
 
 
 def with_own(recipe: Recipe, network: nn.Module | None, lr: float | slice | None, wd: float | None) -> Recipe:

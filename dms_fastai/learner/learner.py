@@ -35,7 +35,15 @@ from ..trained.inputs import seen_of, shortest
 from ..training.losses import DMSLoss, check_class_weights
 from ..training.optimizers import optimizer, parameters_called
 from ..training.parts import PARTS
-from .arguments import check_kinds, ends, listed, refuse_stock_mixers, refuse_two_of_one, with_own
+from .arguments import (
+    check_kinds,
+    ends,
+    listed,
+    refuse_stock_mixers,
+    refuse_two_of_one,
+    refuse_without_effect,
+    with_own,
+)
 from .events import EventLearner
 from .memory import Trimmer
 from .portable import PORTABLE
@@ -239,13 +247,15 @@ def dms_learner(
         teacher: For recipes that distil: a model, a Learner, a run's folder, a .safetensors or .pkl file, "timm:NAME".
         arch: Architecture in place of the recipe's: any timm entry, or a module of your own that gives logits, in place
             of all of the recipe's [model].
-        settings: Recipe values by dotted key, such as {"optimizer.lr": 0.05}.
+        settings: Recipe values by dotted key, such as {"optimizer.lr": 0.05}. Those of [data] and [augment] are for
+            `load_data`.
         cbs: Further callbacks.
         metrics: As in fastai; they are also measured in training.
         path: Where the Learner saves and exports; the current folder by default.
         begun: Leave the weights fresh where the recipe begins from trained ones: others will be put in their place.
         pretrained: Begin from timm's weights; short for settings={"model.weights": "timm"}.
-        loss_func: In place of [loss]. MixUp, CutMix and a teacher work with it, too, as they do in any Learner.
+        loss_func: In place of [loss]; a `DMSLoss` also of [distill], except for its size. MixUp, CutMix and a teacher
+            work with it, too, as they do in any Learner.
         opt_func: In place of [optimizer] and [lookahead]. Where it is given without `lr`, that is fastai's 0.001. The
             recipe's schedule still has the momentum of [optimizer].
         lr: Highest learning rate, in place of optimizer.lr; a slice gives each group of parameters its own.
@@ -256,8 +266,8 @@ def dms_learner(
 
     Raises:
         UserError: DataLoaders of anything but images with one class each, an unknown recipe, key or architecture, a
-            value out of range, a teacher or weights to begin from that are missing or do not fit, or two arguments for
-            one thing.
+            value out of range, a teacher or weights to begin from that are missing or do not fit, two arguments for one
+            thing, or one without effect.
     """
     inputs = inputs_of(dls)
     check_kinds(arch, loss_func, opt_func)
@@ -269,6 +279,7 @@ def dms_learner(
         if pretrained:
             settings = {**(settings or {}), "model.weights": "timm"}
         recipe = load_recipe(recipe, dls.train_ds.name if own else "", name, settings)
+        refuse_without_effect(settings)
     elif name or settings or pretrained:
         raise UserError("arch, settings and pretrained are for recipes by name; change the Recipe itself instead")
     recipe = with_own(recipe if module is not None else pruned(recipe), module, lr, wd)
