@@ -29,6 +29,7 @@ from dms_fastai import (
 from dms_fastai.errors import Notice
 from dms_fastai.random_states import seed_everything
 from dms_fastai.run_folder import Run
+from dms_fastai.runs.profile import FirstOfAll
 from dms_fastai.trained import KeptLogits, Teacher, ensemble
 from dms_fastai.trained.network import averaged
 from tests.conftest import quiet
@@ -170,6 +171,7 @@ def test_the_settings_of_callbacks_tell_answers_apart_in_any_learner():
         return Counting.asked
 
     assert [asked_beside(Cutout(size)) for size in (0.25, 0.25, 0.9)] == [1, 0, 1]
+    assert asked_beside(Cutout(0.25), FirstOfAll(lambda name, learn: None)) == 0  # which only takes the time
     assert [asked_beside(MixUpOrCutMix(cutmix_alpha=a)) for a in (1.0, 1.0, 0.1)] == [1, 0, 1]
     for cb in (own(0.25), Callback(before_batch=lambda cb: None)):
         with pytest.warns(Notice, match=f"asked in every step, because {type(cb).__name__} may change the images"):

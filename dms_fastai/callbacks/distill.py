@@ -219,19 +219,19 @@ class TeacherDistill(Callback):
 
 
 def changes_of(learn: Learner) -> tuple[list, list[str]]:
-    """What changes a batch before a teacher sees it: this package's callbacks, in order, each with its settings.
+    """What changes a batch before a teacher sees it: the callbacks of this folder, in order, each with its settings.
 
-    They come before the student's resize. Then the names of others that change a batch, or may: neither this package's
-    nor fastai's, or fastai's MixUp and CutMix.
+    They come before the student's resize. Then the names of others that change a batch, or may: neither this package's,
+    which look on or keep some rows, nor fastai's, or fastai's MixUp and CutMix.
     """
-    found, strange = [], []
+    here, found, strange = __package__.split("."), [], []
     for cb in learn.cbs.sorted("order"):
         if not cb.run or not (hasattr(type(cb), "before_batch") or "before_batch" in vars(cb)):
             continue
-        home = "" if "before_batch" in vars(cb) else type(cb).__module__.partition(".")[0]
-        if home == __package__.partition(".")[0]:
+        home = [] if "before_batch" in vars(cb) else type(cb).__module__.split(".")
+        if home[:2] == here:
             found += [_settings(cb)] if cb.order < order_of("progressive_resize") else []
-        elif home != "fastai" or isinstance(cb, MixHandler):
+        elif home[:1] not in (here[:1], ["fastai"]) or isinstance(cb, MixHandler):
             strange.append(type(cb).__name__)
     return found, strange
 
