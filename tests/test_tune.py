@@ -78,13 +78,12 @@ def test_images_that_stand_in_for_others_are_no_less_the_test_images(dms, tmp_pa
 
 
 def test_values_that_cannot_be_trained_do_not_stand_in_the_way_of_others(dms, tmp_path):  # noqa: F811
-    over = 'model.name=["dmsresnet_tiny", "swin_tiny_patch4_window7_224"]'  # the latter takes no images of 8 pixels
-    words = ["tune", "se", *SMALL[2:], "--epochs", 1, "--set", "augment.pad=0", "--over", over, "--out", tmp_path / "s"]
-    code, out, _ = dms(*words, "--trials", 6)
+    over = "model.args.widths=[[8, 16, 32], [8, 16]]"  # the latter are too few
+    code, out, _ = dms("tune", "se", *SMALL, "--epochs", 1, "--over", over, "--out", tmp_path / "s", "--trials", 6)
     assert code == 0
     assert "this trial ends here: " in out
     assert "refused" in out
-    assert "--set model.name=dmsresnet_tiny" in out
+    assert "--set 'model.args.widths=[8, 16, 32]'" in out
 
 
 def test_a_search_whose_trials_all_fail_says_why(dms, tmp_path):  # noqa: F811
