@@ -64,8 +64,8 @@ def commands_of(wanted: Wanted) -> list[Command]:
             if isinstance(teaching, Recipe):
                 teaching = next((other for other in recipes if other.name == teaching.name), teaching)
                 _refuse_budget(teaching)
-                own = teaching in recipes
-                after = (_add(found, wanted, _sized(recipe, teaching, wanted), seed, teacher=not own),)
+                sized = _sized(recipe, teaching, wanted)
+                after = (_add(found, wanted, sized, seed, teacher=teaching not in recipes),)
             number = _add(found, wanted, recipe, seed, after)
             if EDGE in wanted.recipes and [recipe.name] == recipes_of(EDGE):
                 words = (*_words(wanted), "--seed", str(seed), "--wait")  # what is left: pruning, files and a table

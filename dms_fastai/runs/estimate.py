@@ -7,6 +7,7 @@ import torch
 from fastai.callback.core import Callback, CancelFitException
 
 from ..data import Sets
+from ..data.memory import gigabytes
 from ..learner import dms_learner
 from ..models.macs import macs
 from ..recipes import Recipe
@@ -85,9 +86,8 @@ def held(recipe: Recipe, sets: Sets, device: torch.device, at_least: int = 0) ->
     needed = sets.held_bytes(crops, where)
     if needed < at_least:
         return ""
-    amount = f"{needed / 1e9:,.1f} GB" if needed >= 1e9 else f"{needed / 1e6:,.1f} MB"
     there = "on the disk" if where == "disk" else "of memory"
-    return f"training images are held at {side}x{side} pixels for the teacher, in {amount} {there}"
+    return f"training images are held at {side}x{side} pixels for the teacher, in {gigabytes(needed)} {there}"
 
 
 class _Stamp(Callback):
