@@ -4,11 +4,13 @@ import copy
 
 import numpy as np
 import pytest
+import timm
 import torch
 from fastai.learner import load_learner
 from torch import nn
 
 from dms_fastai import UserError, dms_learner
+from dms_fastai.training.muon import COEFFICIENTS, StackedMuon
 from dms_fastai.training.optimizers import OPTIMIZERS, SGD, AdamW, Lookahead, Muon, optimizer, parameters_called
 from dms_fastai.training.schedules import triangle
 from tests.conftest import quiet
@@ -45,6 +47,27 @@ def test_muon_moves_a_convolution_by_an_orthogonal_matrix():
     assert inside.diagonal().max() < 0.1 * 1.4
     assert (inside - inside.diagonal().diag()).abs().max() < 0.1 * 0.05  # the iteration runs in bf16
     assert (step - u @ inside @ vt).abs().max() < 0.1 * 0.01
+
+
+def test_a_stack_of_matrices_moves_as_each_alone():
+    """`StackedMuon`, which a GPU has, against timm's: all of a network's parameters, with some that get no gradient."""
+    settings = dict(lr=0.06, weight_decay=0.05, momentum=0.9, nesterov=True, ns_steps=3)
+    settings |= dict(ns_coefficients=COEFFICIENTS, adjust_lr_fn="original", fallback_lr_scale=0.1)
+    torch.manual_seed(0)
+    network = timm.create_model("dmsresnet_mini")
+    both = [copy.deepcopy(network) for _ in range(2)]
+    one, stacked = (made(net.parameters(), **settings) for made, net in zip((timm.optim.Muon, StackedMuon), both, strict=True))
+    pairs = list(zip(*(net.parameters() for net in both), strict=True))
+    for step in range(4):
+        for number, (p, q) in enumerate(pairs):
+            grad = None if number == step else torch.randn(p.shape)
+            p.grad, q.grad = grad, None if grad is None else grad.clone()
+        one.step(), stacked.step()
+        assert all((p.grad is None) == (q.grad is None) for p, q in pairs)
+    for (name, start), (p, q) in zip(network.named_parameters(), pairs, strict=True):
+        assert not torch.equal(start, q), name
+        torch.testing.assert_close(q, p, rtol=1e-4, atol=1e-5)
+    assert stacked.state_dict()["state"].keys() == one.state_dict()["state"].keys()
 
 
 def test_muon_leaves_norms_to_nadam_at_a_rate_of_its_own():

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..errors import UserError, unknown
 from ..settings import Count, Momentum, Names, NotNegative, Positive, Share, checked
+from .muon import COEFFICIENTS, StackedMuon
 
 __all__ = [
     "OPTIMIZERS",
@@ -118,15 +119,17 @@ class Muon:
     no_decay: Names = ()
 
     def over(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
-        """timm's optimiser for these parameter groups."""
-        return timm.optim.Muon(
+        """timm's optimiser for these parameter groups. On a CPU, one matrix after another is faster than a stack."""
+        on_cpu = all(p.device.type == "cpu" for group in groups for p in group["params"])
+        made = timm.optim.Muon if on_cpu else StackedMuon
+        return made(
             groups,
             lr,
             weight_decay=self.weight_decay,
             momentum=self.momentum,
             nesterov=True,
             ns_steps=self.steps,
-            ns_coefficients="original",
+            ns_coefficients=COEFFICIENTS,
             adjust_lr_fn="original",
             fallback_lr_scale=self.rest,
         )
