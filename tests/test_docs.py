@@ -17,7 +17,7 @@ from docs.build import CELL, TUTORIAL, cells
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results"
-RUNS = ROOT / "artifacts" / "cifar10-cpu"
+REPORTED = {"cifar10-cpu": RESULTS, "cifar10-h200": RESULTS / "h200"}  # folders of runs, and where their reports are
 README = (ROOT / "README.md").read_text()
 DETAILS = (ROOT / "docs" / "results.md").read_text()
 
@@ -64,31 +64,39 @@ def test_links_and_images_are_there(file):
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory):
-    """A fresh report of the runs that the README quotes."""
-    out = tmp_path_factory.mktemp("report")
-    runs, problems = find_runs([RUNS])
-    write_report(sections(runs), problems, out)
-    return out
+def reports(tmp_path_factory):
+    """Fresh reports of the committed runs."""
+    found = {}
+    for name in REPORTED:
+        found[name] = tmp_path_factory.mktemp(name)
+        runs, problems = find_runs([ROOT / "artifacts" / name])
+        write_report(sections(runs), problems, found[name])
+    return found
 
 
-def test_the_results_are_those_of_the_committed_runs(report):
-    """`dms-fastai report artifacts/cifar10-cpu --out docs/results` writes them."""
-    assert (RESULTS / "report.md").read_text() == (report / "report.md").read_text()
+@pytest.mark.parametrize("name", REPORTED)
+def test_the_results_are_those_of_the_committed_runs(reports, name):
+    report, kept_in = reports[name], REPORTED[name]
+    assert f"dms-fastai report artifacts/{name} --out {kept_in.relative_to(ROOT)}" in DETAILS
+    assert (kept_in / "report.md").read_text() == (report / "report.md").read_text()
     for file in sorted(report.glob("*.png")):
-        with Image.open(file) as fresh, Image.open(RESULTS / file.name) as kept:
+        with Image.open(file) as fresh, Image.open(kept_in / file.name) as kept:
             assert json.loads(kept.info["Description"]) == json.loads(fresh.info["Description"]), file.name
             assert kept.size == fresh.size
 
 
-def test_the_readme_quotes_the_report(report):
-    text = (report / "report.md").read_text()
+def test_the_readme_quotes_the_report(reports):
+    text = (reports["cifar10-h200"] / "report.md").read_text()
     table = text[text.index("| stage") : text.index("\n\n", text.index("| stage"))]
     assert table in README
-    assert "(docs/results/cifar10-ablation.png)" in README
-    assert "dms-fastai report artifacts/cifar10-cpu --out docs/results" in DETAILS
-    differences = [line for line in text.splitlines() if " points, 3 shared seeds" in line]
-    assert len(differences) == 5
+    assert "(docs/results/h200/cifar10-ablation.png)" in README
+
+
+@pytest.mark.parametrize(("name", "count"), [("cifar10-cpu", 5), ("cifar10-h200", 1)])
+def test_the_details_quote_the_differences(reports, name, count):
+    text = (reports[name] / "report.md").read_text()
+    differences = [line for line in text.splitlines() if re.search(r" points, (3 shared seeds|one seed)", line)]
+    assert len(differences) == count
     for line in differences:
         assert re.search(r"[+-]\d+\.\d\d \([^)]*\)", line).group() in DETAILS
 
