@@ -407,6 +407,20 @@ def test_a_resumed_fit_is_compiled_as_it_was_begun(dls, monkeypatch):
     assert compiled == [learn.model, learn.loss_func]
 
 
+@pytest.mark.parametrize(("enough", "count"), [(0, 2), (1, 0)])
+def test_each_size_of_the_images_needs_its_steps(monkeypatch, enough, count):
+    """Digits of 32 pixels that begin with 16: five sizes."""
+    compiled = []
+    monkeypatch.setattr(torch_compile, "can_compile", lambda device: True)
+    monkeypatch.setattr(torch_compile, "rehearse", lambda device, mode: None)
+    monkeypatch.setattr(torch_compile, "compiled_call", lambda module, graphs: compiled.append(module))
+    settings = {"progressive_resize.smallest": 0.5}
+    learn = quiet(dms_learner(load_data("digits", bs=512, size=32), "se", arch="test_dmsresnet", settings=settings))
+    learn.torch_compile.steps = 2 * len(learn.dls.train) // 5 + enough
+    learn.fit(2)
+    assert len(compiled) == count
+
+
 @pytest.fixture
 def rehearsing(monkeypatch):
     """As on a GPU; what is rehearsed is forgotten."""

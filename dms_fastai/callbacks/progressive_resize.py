@@ -50,6 +50,10 @@ class ProgressiveResize(Callback):
         channels, *sides = whole
         return channels, *(self.side(side, progress) for side in sides)
 
+    def shapes(self, whole: tuple[int, ...]) -> set[tuple[int, ...]]:
+        """All shapes (C, H, W) that images of shape `whole` have in training."""
+        return {self.shape(whole, step / 1000) for step in range(1001)}
+
     def side(self, whole: int, progress: float) -> int:
         """Pixels of a side of `whole` pixels at a progress of 0...1."""
         if progress >= self.full_at:

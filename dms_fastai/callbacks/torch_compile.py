@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils._triton import has_triton
 
 from .. import processes
+from ..data.imageset import ImageSet
 from ..settings import Steps, checked
 from ..training.losses import DMSLoss
 from ..training.parts import order_of
@@ -49,8 +50,9 @@ class TorchCompile(Callback):
     def __init__(self, steps: Steps = 5_000, graphs: bool = True):
         """
         Args:
-            steps: Compile if the fit has at least so many training steps, and if `can_compile`. Compiling takes a
-                minute or two, and a compiled step saves milliseconds.
+            steps: Compile if the fit has at least so many training steps, for each size of its images where
+                `ProgressiveResize` changes it, and if `can_compile`. Compiling takes half a minute for each size, and a
+                compiled step saves milliseconds.
             graphs: Whether to use CUDA graphs, too.
         """
         super().__init__()
@@ -80,7 +82,7 @@ class TorchCompile(Callback):
     def worth_compiling(self) -> list[nn.Module]:
         learn = self.learn
         steps = learn.n_epoch * len(learn.dls.train)  # of the whole fit, so that a resumed one decides alike
-        if steps < self.steps or not can_compile(next(learn.model.parameters()).device):
+        if steps < self.steps * self.sizes() or not can_compile(next(learn.model.parameters()).device):
             return []
         if any(isinstance(cb, (FeatureDistill, FixedViews)) for cb in learn.cbs):
             return []  # what hooks catch would leave a graph, and graphs have random states of their own
@@ -88,6 +90,11 @@ class TorchCompile(Callback):
         loss = learn.loss_func
         # An alpha that changes would be compiled anew in every step.
         return [learn.model, *teachers, *([loss] if isinstance(loss, DMSLoss) and loss.distillation.constant else [])]
+
+    def sizes(self) -> int:
+        """How many sizes the student's images have in training: each is compiled anew."""
+        resize, data = getattr(self.learn, "progressive_resize", None), self.learn.dls.train_ds
+        return len(resize.shapes(data.shape)) if resize is not None and isinstance(data, ImageSet) else 1
 
     def before_batch(self) -> None:
         if self.compiled and self.learn.training:
