@@ -77,6 +77,9 @@ def _flush_folder(folder: Path) -> None:
             os.close(opened)
 
 
-def amount(size: int) -> str:
-    """A number of bytes in words, such as 118.3 kB and 4.8 MB."""
-    return f"{size / 1e3:.1f} kB" if size < 1e6 else f"{size / 1e6:.1f} MB"
+def amount(size: float) -> str:
+    """A number of bytes in words, such as 118.3 kB, 4.8 MB and 1.5 GB."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if size >= unit:
+            return f"{size / unit:,.1f} {name}"
+    return f"{size / 1e3:.1f} kB"

@@ -347,7 +347,7 @@ def test_images_that_no_disk_can_hold_are_in_memory_or_refused(photos, cache, mo
     again = moved.rename(photos)
     monkeypatch.setenv("DMS_FASTAI_CACHE", str(cache.with_name("other")))
     with pytest.raises(
-        UserError, match=r"the images take 0\.0 MB; .*other has 0\.0 MB free .*DMS_FASTAI_CACHE .*data\.size"
+        UserError, match=r"the images take 15\.4 kB; .*other has 0\.0 kB free .*DMS_FASTAI_CACHE .*data\.size"
     ):
         load_splits(again, SIZE)["train"]
 
@@ -479,7 +479,7 @@ def test_what_does_not_fit_is_refused_before_training(dms, monkeypatch):  # noqa
     monkeypatch.setattr(placed, "free_memory", lambda device: 1e5)
     code, _, err = dms("run", "se", "--data", "digits", "--device", "cpu", "--set", "data.where=device", "--epochs", 1)
     assert code == 2
-    assert "the images take 0.3 MB; memory has 0.1 MB free" in " ".join(err.split())
+    assert "the images take 345.0 kB; memory has 100.0 kB free" in " ".join(err.split())
     assert "--set data.where=disk" in err
     assert "--set data.size" in " ".join(err.split())
 

@@ -206,7 +206,7 @@ def test_answers_are_kept_as_they_come(tmp_path):
     assert torch.equal(again.get(1, 2), logits.half())
     assert again.get(1, 1) is None
     assert KeptLogits.of({"teacher": "x"}, (1, 1, 1, 2)).folder != KeptLogits.of({"teacher": "y"}, (1, 1, 1, 2)).folder
-    with pytest.raises(UserError, match="answers take 2000000000"):
+    with pytest.raises(UserError, match="answers take 2,000,000,000"):
         KeptLogits(tmp_path / "b", (10**9, 10**3, 10**3, 1000))
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be kept"):

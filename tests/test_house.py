@@ -17,6 +17,8 @@ import pytest
 import timm
 import torch
 from fastai.callback.core import Callback
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from dms_fastai import UserError, dms_learner, load_data, load_recipe, names
 from dms_fastai.data import sources
@@ -213,10 +215,16 @@ def test_committed_run_folders_load(folder):
 
 
 def test_weights_with_the_card_of_before_load(tmp_path):
-    """The shipped file was written then; its card has arguments that a recipe says otherwise today."""
-    file = next((ROOT / "dms_fastai" / "models" / "pretrained").glob("*.safetensors"))
-    model, card = load_weights(file)
-    assert (card.arch, len(card.vocab)) == ("dmsresnet", 10)
+    """Earlier versions wrote the side of square images, and arguments that a recipe says otherwise today."""
+    [file] = (ROOT / "dms_fastai" / "models" / "pretrained").glob("dmsresnet_mini.*.safetensors")
+    with safe_open(file, "pt") as opened:
+        [(key, text)] = opened.metadata().items()
+    card = json.loads(text)
+    before = {name: card[name] for name in ("arch", "vocab", "mean", "std")}
+    before |= {"size": card["shape"][-1], "args": {**card["args"], "pretrained": False}}
+    save_file(load_file(file), tmp_path / "old.safetensors", {key: json.dumps(before)})
+    model, read = load_weights(tmp_path / "old.safetensors")
+    assert (read.arch, len(read.vocab), read.shape) == ("dmsresnet_mini", 10, (3, 32, 32))
     with torch.no_grad():
         assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
 

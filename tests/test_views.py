@@ -186,7 +186,7 @@ def test_a_vit_teaches_a_smaller_student_from_the_command_line(dms, photos, tmp_
     code, out, _ = dms(*args, "--teacher", vit, "--dry-run")
     assert code == 0
     assert "teacher at 48x48, " in out
-    assert "training images are held at 48x48 pixels for the teacher, in 0.7 MB of memory" in " ".join(out.split())
+    assert "training images are held at 48x48 pixels for the teacher, in 684.3 kB of memory" in " ".join(out.split())
     assert dms(*args, "--teacher", vit, "--out", "whole")[0] == 0
     assert dms(*args, "--teacher", vit, "--out", "parts", "--time-limit", "0.01s")[0] == 75
     assert dms(*args, "--teacher", vit, "--out", "parts")[0] == 0
@@ -323,7 +323,7 @@ def test_larger_images_than_memory_takes_stay_on_the_disk(dms, tmp_path, monkeyp
     args += ["--set", f"data.size={STUDENT}", "--set", "data.batch_size=8", "--dry-run"]
     code, out, err = dms(*args, "--teacher", teacher_file(tmp_path, "test_dmsresnet", OWN))
     assert code == 0, err
-    assert "held at 48x48 pixels for the teacher, in 0.1 MB on the disk" in " ".join(out.split())
+    assert "held at 48x48 pixels for the teacher, in 110.6 kB on the disk" in " ".join(out.split())
 
 
 def test_a_teacher_that_is_trained_on_larger_images_shows_them_to_itself_later(dms, photos, tmp_path):  # noqa: F811

@@ -17,6 +17,7 @@ from ..data.augment import at_size
 from ..data.imageset import ImageSet
 from ..data.loader import BatchLoader, statistics, unlabelled_images, vocabulary
 from ..errors import UserError, notice
+from ..files import amount
 from ..trained import KeptLogits, check_teacher, images_of, load_teacher, renormalize
 from ..trained.network import Ensemble, averaged, folded
 from ..training.losses import DMSLoss, Targets, Teaching
@@ -140,7 +141,7 @@ class TeacherDistill(Callback):
         answers = KeptLogits.of(facts, shape)
         notice(
             f"the teacher is asked once about each of {learn.fixed_views.count} views of an image; {answers.share:.0%} "
-            f"of its answers are there, in {answers.folder} ({answers.nbytes / 1e6:,.1f} MB)"
+            f"of its answers are there, in {answers.folder} ({amount(answers.nbytes)})"
         )
         return answers
 

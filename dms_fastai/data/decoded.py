@@ -21,11 +21,11 @@ from rich.progress import track
 from torch import Tensor
 
 from ..errors import UserError, notice
-from ..files import sweep
+from ..files import amount, sweep
 from ..training.losses import UNLABELLED
 from .images import grey_white, open_image, read_image, read_whole
 from .imageset import ImageSet
-from .memory import free_memory, gigabytes
+from .memory import free_memory
 from .rows import Rows, bytes_of, read_rows
 from .stored import CHANNELS, Squares, Stored, Wholes
 from .white import BYTE, describe
@@ -193,8 +193,8 @@ def write_rows(
             reason = error.strerror or str(error)
     if needed > (memory := free_memory(torch.device("cpu"))):
         raise UserError(
-            f"{source}: the images take {gigabytes(needed)}; {cache_dir()} has {gigabytes(free)} free ({reason}), and "
-            f"memory {gigabytes(memory)}; set DMS_FASTAI_CACHE to a folder on another disk, or give a smaller --set "
+            f"{source}: the images take {amount(needed)}; {cache_dir()} has {amount(free)} free ({reason}), and "
+            f"memory {amount(memory)}; set DMS_FASTAI_CACHE to a folder on another disk, or give a smaller --set "
             f"data.size, or distill.size for a teacher's"
         )
     rows = Rows.in_memory()

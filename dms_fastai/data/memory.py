@@ -12,7 +12,7 @@ try:
 except ImportError:  # Windows
     resource = None
 
-__all__ = ["free_memory", "gigabytes", "machine_memory"]
+__all__ = ["free_memory", "machine_memory"]
 
 CGROUP, GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
@@ -31,11 +31,6 @@ def free_memory(device: torch.device) -> float:
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return float(torch.cuda.mem_get_info(device)[0] + reserved)
     return min(_system(), *_limits(), machine_memory()) if device.type == "cpu" else machine_memory()
-
-
-def gigabytes(count: float) -> str:
-    """Bytes for people to read: "2.5 GB", or "1.2 MB"."""
-    return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
 
 
 def _table(file: Path) -> dict[str, int]:

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..files import amount
 from .ahead import ahead
 from .augment import BatchCropper, Cropper, Crops
-from .memory import free_memory, gigabytes
+from .memory import free_memory
 from .stored import Squares, Stored
 
 __all__ = ["Placed", "Where", "place_for"]
@@ -89,6 +90,6 @@ def place_for(train: Stored, others: Sequence[Stored], crops: Crops, device: tor
         return "disk"
     where = "memory" if device.type == "cpu" else "the GPU's memory"
     raise UserError(
-        f"data.where is 'device', and the images take {gigabytes(needed)}; {where} has {gigabytes(free)} free; leave "
+        f"data.where is 'device', and the images take {amount(needed)}; {where} has {amount(free)} free; leave "
         f"them on the disk, --set data.where=disk, or give a smaller --set data.size, or distill.size for a teacher's"
     )

@@ -7,7 +7,7 @@ import torch
 from fastai.callback.core import Callback, CancelFitException
 
 from ..data import Sets
-from ..data.memory import gigabytes
+from ..files import amount
 from ..learner import dms_learner
 from ..models.macs import macs
 from ..recipes import Recipe
@@ -87,7 +87,7 @@ def held(recipe: Recipe, sets: Sets, device: torch.device, at_least: int = 0) ->
     if needed < at_least:
         return ""
     there = "on the disk" if where == "disk" else "of memory"
-    return f"training images are held at {side}x{side} pixels for the teacher, in {gigabytes(needed)} {there}"
+    return f"training images are held at {side}x{side} pixels for the teacher, in {amount(needed)} {there}"
 
 
 class _Stamp(Callback):

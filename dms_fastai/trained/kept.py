@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..data.decoded import cache_dir
 from ..errors import UserError
-from ..files import whole
+from ..files import amount, whole
 
 __all__ = ["KeptLogits"]
 
@@ -46,7 +46,7 @@ class KeptLogits:
                 free = shutil.disk_usage(folder).free
                 if not (folder / "logits.npy").exists() and free < self.nbytes:
                     raise UserError(
-                        f"the teacher's answers take {self.nbytes / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB; "
+                        f"the teacher's answers take {amount(self.nbytes)} and {folder} has {amount(free)}; "
                         f"set DMS_FASTAI_CACHE to another folder, or take a smaller --set fixed_views.count"
                     )
                 self.logits = _mapped(folder / "logits.npy", np.float16, shape)
