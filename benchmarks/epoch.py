@@ -2,23 +2,26 @@
 
     python -m benchmarks.epoch [--recipes se kd] [--batch-sizes 128 512] [--images 50000] [--epochs 5]
 
-`dms_learner` as it comes, with random pixels and, for `kd`, a random teacher; on a GPU compiled from the first step.
-The first epochs are not counted: kernels are chosen and compiled in them. With fewer images, the seconds are scaled up
-to 50,000.
+`dms_learner` as it comes, with random pixels and, where a recipe distils, a random teacher; on a GPU, compiled from the
+first step, too. The first epochs are not counted: kernels are chosen and compiled in them. With fewer images, the
+seconds are scaled up to 50,000.
 """
 
+import argparse
 import statistics
+from itertools import product
 
 import timm
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
+from fastai.data.core import DataLoaders
 from fastcore.basics import noop
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import arguments, now, random_images, write
-from dms_fastai import dms_learner
+from dms_fastai import DMSLearner, dms_learner, load_recipe
 
 EPOCH = 50_000
 
@@ -39,9 +42,22 @@ class TrainingTime(Callback):
         self.seconds.append(now(self.device) - self.began)
 
 
+def learner(recipe: str, dls: DataLoaders, args: argparse.Namespace, compiled: bool) -> DMSLearner:
+    """A Learner of a recipe, with a random teacher where it distils; its images do not change their size."""
+    torch.manual_seed(0)
+    settings = {"compile.steps": 0} if compiled else {"compile": False}
+    settings |= {"progressive_resize": False} if load_recipe(recipe).progressive_resize else {}
+    teacher = timm.create_model(args.teacher) if load_recipe(recipe).distill else None
+    arch = None if recipe.endswith("teacher") else args.arch
+    learn = dms_learner(dls, recipe, teacher=teacher, arch=arch, settings=settings)
+    learn.remove_cb(ProgressCallback)
+    learn.logger = noop
+    return learn
+
+
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--recipes", nargs="+", choices=["se", "kd"], default=["se", "kd"])
+    parser.add_argument("--recipes", nargs="+", default=["se", "kd"], help="se kd teacher fast ...")
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[128, 512])
     parser.add_argument("--arch", default="dmsresnet")
     parser.add_argument("--teacher", default="dmsresnet50")
@@ -55,29 +71,22 @@ def main() -> None:
     images, epochs = args.images or (EPOCH if on_gpu else 1024), args.epochs or (5 if on_gpu else 2)
     skipped = 2 if on_gpu else 1
 
-    table = Table("recipe", "batch", "ms a step", "images/s", "seconds an epoch", title=args.arch, title_justify="left")
+    table = Table(
+        "recipe", "batch", "run", "ms a step", "images/s", "seconds an epoch", title=args.arch, title_justify="left"
+    )
     rows = []
-    for batch_size in args.batch_sizes:
-        for recipe in args.recipes:
-            torch.manual_seed(0)
-            learn = dms_learner(
-                random_images(images, batch_size, args.size, args.device),
-                recipe,
-                teacher=timm.create_model(args.teacher) if recipe == "kd" else None,
-                arch=args.arch,
-                settings={"compile.steps": 0},
-            )
-            learn.remove_cb(ProgressCallback)
-            learn.logger = noop
-            clock = TrainingTime(args.device)
-            learn.fit_recipe(skipped + epochs, cbs=clock)
-            steps = len(learn.dls.train)
-            step = statistics.median(clock.seconds[skipped:]) / steps
-            row = {"recipe": recipe, "batch_size": batch_size, "milliseconds_a_step": round(1e3 * step, 3)}
-            row |= {"images_s": round(batch_size / step), "epoch_seconds": round(EPOCH // batch_size * step, 3)}
-            row |= {"all_seconds": [round(s, 3) for s in clock.seconds]}
-            rows.append(row)
-            table.add_row(recipe, *(f"{row[key]:,}" for key in list(row)[1:-1]))
+    for batch_size, recipe, compiled in product(args.batch_sizes, args.recipes, (True, False) if on_gpu else (False,)):
+        learn = learner(recipe, random_images(images, batch_size, args.size, args.device), args, compiled)
+        clock = TrainingTime(args.device)
+        learn.fit_recipe(skipped + epochs, cbs=clock)
+        step = statistics.median(clock.seconds[skipped:]) / len(learn.dls.train)
+        row = {"recipe": recipe, "batch_size": batch_size, "run": "compiled" if compiled else "eager"}
+        row |= {"milliseconds_a_step": round(1e3 * step, 3), "images_s": round(batch_size / step)}
+        row |= {"epoch_seconds": round(EPOCH // batch_size * step, 3)}
+        table.add_row(
+            recipe, *(f"{value:,}" if not isinstance(value, str) else value for value in list(row.values())[1:])
+        )
+        rows.append(row | {"all_seconds": [round(s, 3) for s in clock.seconds]})
     Console().print(table)
     facts = {"arch": args.arch, "teacher": args.teacher, "size": args.size, "images": images}
     write("epoch", {**facts, "skipped_epochs": skipped, "n": epochs, "rows": rows}, args.device, args.out)

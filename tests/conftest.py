@@ -2,7 +2,7 @@
 
 import os
 
-# What a test expects to the last digit is a CPU's. tests/test_gpu.py has what only a GPU can show, and says how to run it.
+# What a test expects to the last digit is a CPU's; tests/test_gpu.py has what only a GPU can show, and says how.
 if not os.environ.get("DMS_FASTAI_TEST_GPU"):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 

@@ -73,7 +73,11 @@ def test_compiled_training_is_eager_training(digits, teacher, recipe, graphs):
 
 
 def test_smaller_images_are_compiled_too(digits):
-    settings = {"progressive_resize.smallest": 0.5, "progressive_resize.grow_at": 0.0, "progressive_resize.full_at": 0.5}
+    settings = {
+        "progressive_resize.smallest": 0.5,
+        "progressive_resize.grow_at": 0.0,
+        "progressive_resize.full_at": 0.5,
+    }
     assert losses(learner(digits, "fast", **COMPILED, **settings)).isfinite().all()
 
 

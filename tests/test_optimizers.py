@@ -56,7 +56,9 @@ def test_a_stack_of_matrices_moves_as_each_alone():
     torch.manual_seed(0)
     network = timm.create_model("dmsresnet_mini")
     both = [copy.deepcopy(network) for _ in range(2)]
-    one, stacked = (made(net.parameters(), **settings) for made, net in zip((timm.optim.Muon, StackedMuon), both, strict=True))
+    one, stacked = (
+        made(net.parameters(), **settings) for made, net in zip((timm.optim.Muon, StackedMuon), both, strict=True)
+    )
     pairs = list(zip(*(net.parameters() for net in both), strict=True))
     for step in range(4):
         for number, (p, q) in enumerate(pairs):
