@@ -302,14 +302,17 @@ def _toml(file: Path) -> Nested:
 def _merge(table: Mapping[str, Any], layer: Mapping[str, Any], where: str = "") -> Nested:
     """Merge a later layer into a table; nested tables are merged in turn.
 
-    A layer that chooses another part by its name inherits those settings that the new part has, too. `false` in place
-    of a table switches the part off, `true` switches it on.
+    A layer that chooses another part by its name inherits those settings that the new part has, too; one that names
+    another network inherits no arguments of the one before. `false` in place of a table switches the part off, `true`
+    switches it on.
     """
     merged = dict(table)
     several = choices_of(CHOOSES[where]) if where in CHOOSES else None
     name = layer.get("name", merged.get("name"))
     if several and isinstance(name, str) and name in several and name != merged.get("name"):
         merged = {key: value for key, value in merged.items() if key in settings_of(several[name])}
+    if where == "model" and name != merged.get("name", name):
+        merged.pop("args", None)
     for key, value in layer.items():
         old, dotted = merged.get(key), f"{where}.{key}" if where else key
         if value is True and dotted in TABLES:

@@ -145,6 +145,14 @@ def test_files_extend_one_another_and_change_for_a_data_set(tmp_path):
     assert load_recipe(mine).name == "mine"
 
 
+def test_arguments_of_a_network_are_no_other_ones():
+    assert load_recipe("fast/teacher").model.args == {"widths": [128, 256, 512]}
+    assert load_recipe("fast/teacher", arch="dmsresnet").model.args == {"widths": [128, 256, 512]}
+    assert load_recipe("fast/teacher", arch="resnet18").model.args is None
+    narrow = load_recipe("fast/teacher", arch="dmsresnet_small", settings={"model.args.widths": [8, 16, 32]})
+    assert narrow.model.args == {"widths": [8, 16, 32]}
+
+
 def test_ones_own_recipe_extends_a_shipped_one_by_name(tmp_path):
     own = write(tmp_path, kd='extends = "kd"\n[distill]\nT = 3') / "kd.toml"
     assert load_recipe(own).distill.T == 3.0
