@@ -274,7 +274,8 @@ def test_the_same_network_from_scratch_has_fresh_weights_and_the_same_teacher(dm
     fresh, pruned = (RunFolder(tmp_path / "x" / name / "seed1") for name in ("se-macs50-scratch", "se-macs50"))
     ours, theirs = fresh.recipe(), pruned.recipe()
     assert ours.model.args == theirs.model.args
-    assert (ours.model.weights, ours.teacher, ours.optimizer.lr) == (None, "/".join(run.parts[-3:]), 0.1)
+    assert (ours.model.weights, ours.teacher) == (None, "/".join(run.parts[-3:]))
+    assert ours.optimizer.lr == load_recipe("fast").optimizer.lr > theirs.optimizer.lr
     assert fresh.facts().teacher_digest == pruned.facts().teacher_digest
     assert (fresh.facts().begun_from, fresh.facts().title) == (None, "Half the MACs of se, from scratch")
 
