@@ -49,7 +49,7 @@ def test_the_readme_says_how_good_the_trained_networks_are(file):
 @pytest.mark.parametrize("group", ["dmsresnet", "teachers", "devices/half"])
 def test_the_results_are_those_of_the_runs(group):
     files = sorted((ROOT / "artifacts" / f"cifar10-cpu-{group}").rglob("run.json"))
-    assert len(files) >= 2  # in a clone, too: what a run writes is ignored unless it is added by hand
+    assert len(files) >= 2
     for file in files:
         facts = Run.read(file.parent).facts
         folder = file.relative_to(ROOT / "artifacts" / f"cifar10-cpu-{group}").parts[0]
