@@ -96,7 +96,7 @@ def test_a_plan_ends_with_what_the_others_do_not_do(dms):  # noqa: F811
     ("words", "said"),
     [
         ("--arch resnet18", "only this package's residual networks can be pruned, not resnet18"),
-        ("--set prune.macs=0.01", "prune.macs is 0.01, and blocks of 8 filters still have"),
+        ("--set prune.macs=0.01", "prune.macs is 0.01, and the narrowest blocks still have"),
         ("--set prune.mac=0.5", "unknown recipe key 'prune.mac': did you mean 'prune.macs'?"),
         ("--set prune.macs=2", "prune.macs is 2"),
         ("--budget 2m", "edge has no budget"),

@@ -128,7 +128,7 @@ def test_the_weakest_filters_of_all_layers_go_first_and_no_layer_goes_whole():
     assert widths_within(dense, 0.97, SHAPE) == [16, 16, 24, 16, 32]
     kept = narrowed(dense, [16, 16, 24, 16, 32]).stages[2][0].residual[1].weight
     assert torch.equal(kept, torch.ones(16))
-    with pytest.raises(UserError, match=r"prune.macs is 0.05, and blocks of 8 filters still have 0\.\d\d of the MACs"):
+    with pytest.raises(UserError, match=r"prune.macs is 0.05, and the narrowest blocks still have 0\.\d\d of the MACs"):
         widths_within(dense, 0.05, SHAPE)
 
 
@@ -222,6 +222,21 @@ def run(tmp_path_factory):
     return run_stage(stage, opened).folder.path
 
 
+def test_wide_layers_lose_sixteen_filters_at_a_time():
+    dense = timm.create_model("dmsresnet", depths=(1, 1, 1), widths=(56, 64, 72))
+    with torch.no_grad():
+        for stage in dense.stages:
+            stage[0].residual[0].weight.fill_(1.0)
+            stage[0].residual[1].weight.copy_(torch.linspace(1.0, 2.0, stage[0].residual[1].num_features))
+    seen = {tuple(widths_within(dense, share, SHAPE)) for share in (0.99, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)}
+    first, second, third = (sorted({widths[place] for widths in seen}) for place in range(3))
+    assert any(width % 16 for width in first)
+    assert min(len(second), len(third)) > 1
+    assert all(width % 8 == 0 for width in first)
+    assert all(width % 16 == 0 for width in second)
+    assert all(width % 16 == 0 or width == 72 for width in third)  # its odd eight go first
+
+
 def test_a_run_is_pruned_trained_on_and_reported_beside_its_parent(dms, run, tmp_path):  # noqa: F811
     code, out, _ = dms("prune", run, *FEW, "--epochs", 2, "--out", "x")
     assert code == 0
@@ -291,7 +306,7 @@ def test_what_cannot_be_pruned_is_refused_in_a_line(dms, run, tmp_path):  # noqa
         ("prune", "nowhere"): "no model at nowhere",
         ("prune", "empty"): "empty holds no finished run",
         ("prune", run, "--macs", 1): "prune.macs is 1.0; it must be above 0 and below 1",
-        ("prune", run, "--macs", 0.05): "prune.macs is 0.05, and blocks of 8 filters still have",
+        ("prune", run, "--macs", 0.05): "prune.macs is 0.05, and the narrowest blocks still have",
         ("prune", run, "--set", "prune.mac=1"): "did you mean 'prune.macs'",
         ("run", "prune"): "recipe 'prune' prunes a trained network; give it: dms-fastai prune RUN",
         ("run", "prune", "--from", run, "--arch", "resnet18"): "has the network that it prunes; leave --arch out",

@@ -22,6 +22,7 @@ BATCH = 20  # images whose activations are in memory at once
 WEIGHTED = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 PREFIX = "model."  # of the names of tensors
 POOLS = {"ReduceMean", "GlobalAveragePool", "GlobalMaxPool", "ReduceMax"}
+IN_INTEGERS = "GlobalAveragePool"  # the one of them that runtimes have in integers
 
 
 def quantize(model: bytes, pixels: np.ndarray) -> bytes:
@@ -35,6 +36,7 @@ def quantize(model: bytes, pixels: np.ndarray) -> bytes:
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
     before = onnx.load_from_string(model)
+    _name_global_pools(before.graph)
     # onnxruntime would advise to optimise the graph first, which was measured to gain nothing.
     with TemporaryDirectory() as folder, quiet():
         file = Path(folder) / "int8.onnx"
@@ -56,6 +58,24 @@ def quantize(model: bytes, pixels: np.ndarray) -> bytes:
     return after.SerializeToString()
 
 
+def _name_global_pools(graph: "onnx.GraphProto") -> None:
+    """Make means over height and width the operator that has a form in integers; what they compute is the same."""
+    from onnx import helper, numpy_helper
+
+    constants = {weights.name: weights for weights in graph.initializer}
+    rank = {value.name: len(value.type.tensor_type.shape.dim) for value in graph.value_info}
+    for node in graph.node:
+        if node.op_type != "ReduceMean" or len(node.input) != 2 or rank.get(node.input[0]) != 4:
+            continue
+        axes = constants.get(node.input[1])
+        keeps = {given.name: helper.get_attribute_value(given) for given in node.attribute}.get("keepdims", 1)
+        if keeps and axes is not None and {axis % 4 for axis in numpy_helper.to_array(axes).tolist()} == {2, 3}:
+            node.CopyFrom(helper.make_node(IN_INTEGERS, [node.input[0]], node.output, node.name))
+    used = {name for node in graph.node for name in node.input}
+    for name in constants.keys() - used:
+        graph.initializer.remove(constants[name])
+
+
 def _shorten(graph: "onnx.GraphProto") -> None:
     """Leave out what a runtime does not need: an eighth of the file of a network of 74 thousand parameters."""
     del graph.value_info[:]
@@ -71,8 +91,9 @@ def float_nodes(graph: "onnx.GraphProto") -> list[str]:
     """Names of the nodes that stay in float, by their place in the graph.
 
     These are the normalisation, which is before the first weights; the softmax, and whatever else is after the last
-    weights: 256 levels would make its probabilities sum to less or more than 1; and squeeze-and-excitation, from a
-    global pool to the product that scales the pool's own input, which is itself in integers.
+    weights: 256 levels would make its probabilities sum to less or more than 1; and squeeze-and-excitation, between a
+    global pool and the product that scales the pool's own input. These two are in integers: in float, a pool would
+    need all of its input in float, which takes longer than the pool.
 
     Args:
         graph: Its nodes have names, and are in the order in which they are computed.
@@ -100,7 +121,10 @@ def _beyond_weights(nodes: "Iterable[onnx.NodeProto]", near: str, far: str) -> s
 
 
 def _gate(name: str, scaled: str, inputs: set[str], maker: "dict[str, onnx.NodeProto]") -> set[str]:
-    """Names of the nodes from a global pool of `scaled` to the tensor `name`; none if it depends on more."""
+    """Names of the nodes from a global pool of `scaled` to the tensor `name`; none if it depends on more.
+
+    The pool is among them if it has no form in integers.
+    """
     inside, ahead, pooled = set(), [name], False
     while ahead:
         tensor = ahead.pop()
@@ -109,10 +133,11 @@ def _gate(name: str, scaled: str, inputs: set[str], maker: "dict[str, onnx.NodeP
         node = maker.get(tensor)
         if node is None:  # weights
             continue
-        inside.add(node.name)
-        if node.op_type in POOLS and node.input[0] == scaled:
-            pooled = True
-        else:
+        pools = node.op_type in POOLS and node.input[0] == scaled
+        pooled |= pools
+        if not (pools and node.op_type == IN_INTEGERS):
+            inside.add(node.name)
+        if not pools:
             ahead += node.input
     return inside if pooled else set()
 

@@ -18,16 +18,17 @@ from .macs import macs
 
 __all__ = ["as_narrow_as", "mid_widths_of", "narrowed", "reestimate_batch_norms", "widths_within"]
 
-GROUP = 8  # filters that go together: runtimes compute with channels in blocks of eight, and save nothing in between
+GROUP, WIDE = 8, 64  # filters that go together, twice as many in wide layers; see `_group`
 
 Inner = tuple[nn.Conv2d, nn.BatchNorm2d, nn.Conv2d]
 
 
 def widths_within(network: DMSResNet, share: float, shape: tuple[int, ...]) -> list[int]:
-    """The inner widths of a network after pruning: the weakest groups of eight filters go until the MACs fit.
+    """The inner widths of a network after pruning: the weakest groups of filters go until the MACs fit.
 
     A filter is as strong as the L2 norm of its weights, times the scale of its batch norm, as a multiple of the mean
-    in its layer; a group, as its filters on average. Layers are ranked together, and each keeps eight filters or more.
+    in its layer; a group, as its filters on average. A group has sixteen filters in layers of 64 or more, and eight in
+    others. Layers are ranked together, and each keeps a group or more.
 
     Args:
         network: The network; it stays as it is.
@@ -35,7 +36,7 @@ def widths_within(network: DMSResNet, share: float, shape: tuple[int, ...]) -> l
         shape: Channels, height and width of its images.
 
     Returns:
-        A width for each block, multiples of eight where the block has eight filters or more.
+        A width for each block, a multiple of its group where the block has as many filters.
 
     Raises:
         UserError: Even the narrowest blocks have more MACs than that.
@@ -44,7 +45,8 @@ def widths_within(network: DMSResNet, share: float, shape: tuple[int, ...]) -> l
     for place, block in enumerate(_blocks(network)):
         strengths = torch.stack([_strengths(conv, norm).sort().values for conv, norm, _ in _inner(block)]).mean(0)
         start, width = 0, len(strengths)
-        for end in range(width % GROUP or GROUP, width - GROUP + 1, GROUP):  # an odd rest goes first
+        group = _group(width)
+        for end in range(width % group or group, width - group + 1, group):  # an odd rest goes first
             groups.append((strengths[start:end].mean().item(), place, end - start))
             start = end
     groups.sort()
@@ -61,7 +63,7 @@ def widths_within(network: DMSResNet, share: float, shape: tuple[int, ...]) -> l
     if not fits(len(groups)):
         least = macs(narrowed(network, after(len(groups))), shape) / dense
         raise UserError(
-            f"prune.macs is {share:g}, and blocks of {GROUP} filters still have {least:.2f} of the MACs; take more"
+            f"prune.macs is {share:g}, and the narrowest blocks still have {least:.2f} of the MACs; take more"
         )
     low, high = 0, len(groups)  # MACs fall with every group: the fewest that fit
     while low < high:
@@ -110,6 +112,15 @@ def reestimate_batch_norms(network: nn.Module, batches: Iterable[Tensor | Sequen
         batches: Images of shape (B, C, H, W), or sequences that begin with them.
     """
     update_bn(batches, network)
+
+
+def _group(width: int) -> int:
+    """How many filters of a layer go together: runtimes compute with channels in blocks, and save little in between.
+
+    These have eight channels, or sixteen with AVX-512, where a `dmsresnet` of half the MACs takes 6 % less time with
+    groups of sixteen than with eight. Where a layer is narrow, eight leave more to choose.
+    """
+    return 2 * GROUP if width >= WIDE else GROUP
 
 
 def _blocks(network: DMSResNet) -> list[nn.Module]:
