@@ -20,7 +20,7 @@ from dms_fastai.evaluate import evaluate_model, split_images
 from dms_fastai.export import export_model, export_run, formats, open_model, predict_files
 from dms_fastai.export.calibrate import Calibration, sets_of
 from dms_fastai.export.formats import FORMATS, Exported, open_exported
-from dms_fastai.export.int8 import float_nodes
+from dms_fastai.export.int8 import float_nodes, name_global_pools
 from dms_fastai.export.measure import Answers, milliseconds
 from dms_fastai.run_folder import RunFolder
 from tests.test_runs import dms  # noqa: F401  (a fixture)
@@ -69,6 +69,7 @@ def test_all_convolutions_but_those_of_squeeze_and_excitation_compute_in_integer
     assert sorted(node.input[1] for node in in_float) == ["se.fc1.weight", "se.fc2.weight"]
     convolutions = sum(isinstance(module, nn.Conv2d) for module in teacher.model.modules())
     assert sum(node.op_type == "QLinearConv" for node in nodes) == convolutions - 2
+    assert sum(node.op_type == "QLinearGlobalAveragePool" for node in nodes) == 2
     assert sum(node.op_type == "Softmax" for node in nodes) == 1
 
 
@@ -129,6 +130,38 @@ def test_what_stays_in_float_is_told_by_its_place():
     pixels = helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["batch", 3, 8, 8])
     graph = helper.make_graph(nodes, "", [pixels], [helper.make_tensor_value_info("p", TensorProto.FLOAT, None)])
     assert "".join(name[-1] for name in float_nodes(graph)) == "abghp"
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes", "keepdims", "pools"),
+    [
+        ([None, 3, 4, 4], [2, 3], 1, True),
+        ([None, 3, 4, 4], [-1, -2], 1, True),
+        ([None, 3, 4, 4], [2, 3], 0, False),  # without its two axes of one
+        ([None, 3, 4, 4], [1, 2], 1, False),
+        ([None, 3, 4, 4], [3], 1, False),
+        ([None, 3, 2, 2, 4], [2, 3], 1, False),
+    ],
+)
+def test_means_over_height_and_width_are_the_pools_that_they_are(shape, axes, keepdims, pools):
+    before = [node("Relu", "pixels", "x"), node("ReduceMean", "x axes", "y"), node("Relu", "y", "z")]
+    before[1].attribute.append(helper.make_attribute("keepdims", keepdims))
+    pixels, z = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("pixels", "z"))
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)
+    constants = [helper.make_tensor("axes", TensorProto.INT64, [len(axes)], axes)]
+    graph = helper.make_graph(before, "", [pixels], [z], constants, value_info=[x])
+    images = np.random.default_rng(0).normal(size=[2, *shape[1:]]).astype(np.float32)
+    name_global_pools(graph)
+    graph.output[0].type.tensor_type.ClearField("shape")
+    [answer] = run_graph(graph, images)
+    np.testing.assert_allclose(answer, images.clip(0).mean(tuple(axes), keepdims=bool(keepdims)), rtol=1e-5)
+    assert [each.op_type for each in graph.node] == ["Relu", "GlobalAveragePool" if pools else "ReduceMean", "Relu"]
+    assert [each.name for each in graph.initializer] == ([] if pools else ["axes"])
+
+
+def run_graph(graph, pixels):
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    return onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"pixels": pixels})
 
 
 def test_what_loses_too_much_is_refused(dms, files, tmp_path, monkeypatch):  # noqa: F811

@@ -16,7 +16,7 @@ import numpy as np
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["float_nodes", "quantize", "quiet"]
+__all__ = ["float_nodes", "name_global_pools", "quantize", "quiet"]
 
 BATCH = 20  # images whose activations are in memory at once
 WEIGHTED = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
@@ -36,7 +36,7 @@ def quantize(model: bytes, pixels: np.ndarray) -> bytes:
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
     before = onnx.load_from_string(model)
-    _name_global_pools(before.graph)
+    name_global_pools(before.graph)
     # onnxruntime would advise to optimise the graph first, which was measured to gain nothing.
     with TemporaryDirectory() as folder, quiet():
         file = Path(folder) / "int8.onnx"
@@ -58,7 +58,7 @@ def quantize(model: bytes, pixels: np.ndarray) -> bytes:
     return after.SerializeToString()
 
 
-def _name_global_pools(graph: "onnx.GraphProto") -> None:
+def name_global_pools(graph: "onnx.GraphProto") -> None:
     """Make means over height and width the operator that has a form in integers; what they compute is the same."""
     from onnx import helper, numpy_helper
 
