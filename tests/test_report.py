@@ -269,6 +269,26 @@ def test_what_tells_rows_apart_is_said_once(runs):
     assert [f"({number}) {note}" for number, (_, note) in enumerate(told, start=1)] == notes(section.rows)[-3:]
 
 
+def test_students_of_several_teachers_are_compared_with_the_same_network_alone(runs):
+    for name, teacher, more in (
+        ("alone", None, ""),
+        ("large", "large/seed0", "\n[distill]\nalpha = 0.5\n"),
+        ("wide", "wide/seed0", "\n[distill]\nalpha = 0.9\n"),
+    ):
+        for folder in shutil.copytree(runs / "se", runs / name / "kd").glob("seed*"):
+            rewrite(folder, recipe="kd", title="KD", teacher=teacher)
+            recipe = folder / "recipe.toml"
+            recipe.write_text(recipe.read_text().replace('name = "se"', 'name = "kd"') + more)
+    (section,) = sections(find_runs([runs])[0])
+    row = {row.first.teacher: row for row in section.rows if row.title == "KD"}
+    assert row[None].note == "without a teacher"
+    assert row["large/seed0"].note == "taught by large/seed0, alpha 0.5"
+    assert row["wide/seed0"].note == "taught by wide/seed0, alpha 0.9"
+    bases = {d.row.first.teacher: d.base for d in section.differences if d.row.title == "KD"}
+    assert bases["large/seed0"] is bases["wide/seed0"] is row[None]
+    assert bases[None].title == "+ SE + MixUp"  # which kd extends
+
+
 def test_the_band_is_the_standard_deviation_of_the_table(runs):
     (section,) = sections(find_runs([runs])[0])
     _, _, sd = by_epoch(section.rows[1], "valid_accuracy")

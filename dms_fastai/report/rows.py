@@ -160,14 +160,16 @@ class Section:
     def _base(self, row: Row) -> Row | None:
         """The row of the nearest recipe that this row's recipe extends, with the same network, images and epochs.
 
-        Of several such rows, it is the one whose recipe differs least. A teacher has none: it is another network, and
-        no step of the ablation.
+        Nearest is the same recipe without its teacher. Of several such rows, it is the one whose recipe differs least.
+        A teacher has none: it is another network, and no step of the ablation.
         """
         name = row.first.recipe
         step = name in recipe_names() and "teacher" not in name.split("/")
-        chain = ablation_of(name)[:-1] if step else []
+        chain = ablation_of(name)[: None if row.first.teacher else -1] if step else []
         for earlier in reversed(chain):
             steps = [other for other in self.rows if other.first.recipe == earlier and _comparable(other, row)]
+            if earlier == name:
+                steps = [other for other in steps if other.first.teacher is None]
             if steps:
                 return min(steps, key=lambda other: _distance(other, row))
         return None
@@ -379,10 +381,19 @@ def _images(row: Row, others: list[Row]) -> list[str]:
 
 
 def _changes(row: Row, others: list[Row]) -> list[str]:
-    """The values in the row's recipe that differ from those of one of the others."""
-    ours, *theirs = (r.recipe for r in (row, *others))
-    differ = [key for key in ours if any(ours[key] != recipe.get(key) for recipe in theirs)]
-    return [_said(key, ours[key]) for key in differ]
+    """The row's teacher, and the values in its recipe, that differ from those of one of the others.
+
+    How a teacher's answers are used is no difference to a row that has no teacher.
+    """
+    ours, teacher = row.recipe, row.first.teacher
+    differ = []
+    for key in ours.keys() - {"teacher"}:
+        compared = [other for other in others if other.first.teacher or not key.startswith("distill")]
+        if any(ours[key] != other.recipe.get(key) for other in compared):
+            differ.append(key)
+    taught = any(other.first.teacher != teacher for other in others)
+    said = [_said(key, ours[key]) for key in ours if key in differ]
+    return [f"taught by {printable(teacher)}" if teacher else "without a teacher", *said] if taught else said
 
 
 def _said(key: str, value: Any) -> str:
