@@ -325,3 +325,27 @@ def test_stochastic_depth_leaves_out_whole_residuals_of_single_images_and_more_o
     same.load_state_dict(model.state_dict())
     x = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(same(x), model(x))
+
+
+class Recurrent(torch.nn.Module):
+    """One convolution three times, with one norm or with one for each time."""
+
+    def __init__(self, norms):
+        super().__init__()
+        self.conv, self.head = torch.nn.Conv2d(3, 3, 3, padding=1), torch.nn.Linear(3, 10)
+        self.norms = torch.nn.ModuleList(torch.nn.BatchNorm2d(3) for _ in range(norms))
+
+    def forward(self, x):
+        for time in range(3):
+            x = self.norms[time % len(self.norms)](self.conv(x)).relu()
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("norms", [1, 3])
+def test_a_convolution_that_is_called_again_is_not_folded_twice(norms):
+    torch.manual_seed(0)
+    model = Recurrent(norms)
+    for _ in range(20):
+        model(3 * torch.randn(16, 3, 8, 8) + 1)
+    x = torch.randn(8, 3, 8, 8)
+    torch.testing.assert_close(fold_batch_norms(model.eval())(x), model(x))
