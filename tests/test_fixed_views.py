@@ -130,13 +130,33 @@ def test_a_teacher_is_asked_once_and_never_by_a_later_run():
     teacher, Counting.asked = load_teacher(Counting()), 0
     learn, _ = train(0, 4, recipe="kd", teacher=teacher)
     steps = len(learn.dls.train)
-    assert Counting.asked == 2 * steps
+    assert Counting.asked == 2 * steps + 1  # once more, whether it says what is recalled
     train(1, 3, recipe="kd", teacher=teacher)
-    assert Counting.asked == 2 * steps
+    assert Counting.asked == 2 * steps + 2
     train(1, 1, recipe="kd", teacher=teacher, **{"cutout.size": 0.5})
-    assert Counting.asked == 3 * steps  # other batches, other answers
+    assert Counting.asked == 3 * steps + 2  # other batches, other answers
     train(1, 1, recipe="kd", teacher=load_teacher(Counting()))
-    assert Counting.asked == 4 * steps  # and another teacher
+    assert Counting.asked == 4 * steps + 2  # and another teacher
+
+
+def test_a_teacher_that_says_something_else_with_the_same_weights_is_asked(recwarn):
+    torch.manual_seed(0)
+    network = Counting()
+    train(0, 1, recipe="kd", teacher=load_teacher(network))
+    louder, Counting.asked = load_teacher(network), 0
+    louder.model.register_forward_hook(lambda module, args, logits: 2 * logits)
+    learn, _ = train(1, 2, recipe="kd", teacher=louder)
+    assert Counting.asked == 2 * len(learn.dls.train)
+    assert any("asked in every step, because it does not say what" in str(each.message) for each in recwarn)
+
+
+def test_a_smaller_last_batch_has_no_answers_kept(recwarn):
+    teacher, dls = load_teacher(Counting()), load_data("digits", bs=1000)
+    dls.loaders[0] = dls.train.new(drop_last=False)
+    Counting.asked = 0
+    quiet(dms_learner(dls, "kd", teacher, TINY, {"fixed_views.count": 1})).fit_recipe(2)
+    assert Counting.asked == 4
+    assert any("the last batch is smaller" in str(each.message) for each in recwarn)
 
 
 def test_whatever_decides_an_answer_tells_it_from_others():
@@ -145,7 +165,7 @@ def test_whatever_decides_an_answer_tells_it_from_others():
     network.network.insert(0, torch.nn.AdaptiveAvgPool2d(8))  # of any size
 
     def asked_by(teacher, seen=None, **loaded):
-        dls, Counting.asked = load_data("digits", bs=1024, **loaded), 0
+        dls, Counting.asked = load_data("digits", bs=512, **loaded), 0
         dls.train_ds.seen = seen
         settings = {"fixed_views.count": 1, "progressive_resize.smallest": 1.0}
         quiet(dms_learner(dls, "kd", teacher, TINY, settings)).fit_recipe(1)
@@ -153,10 +173,10 @@ def test_whatever_decides_an_answer_tells_it_from_others():
 
     one, other = Teacher(network, (0.5,) * 3, (0.5,) * 3), Teacher(network, (0.1,) * 3, (0.2,) * 3)
     two, three = ensemble([one, other]), ensemble([one, other], of="probabilities")
-    assert [asked_by(each) for each in (one, one, other, two, three)] == [1, 0, 1, 2, 2]
+    assert [asked_by(each) for each in (one, one, other, two, three)] == [2, 1, 2, 4, 4]
     assert averaged(ensemble([three, one]).model) == ["logits", ["probabilities", None, None], None]
-    assert [asked_by(one, **loaded) for loaded in ({"flip": 0.5}, {"balance": True})] == [1, 1]
-    assert [asked_by(one, size=16, seen=seen) for seen in (None, 8)] == [1, 1]
+    assert [asked_by(one, **loaded) for loaded in ({"flip": 0.5}, {"balance": True})] == [2, 2]
+    assert [asked_by(one, size=16, seen=seen) for seen in (None, 8)] == [2, 2]
 
 
 def test_the_settings_of_callbacks_tell_answers_apart_in_any_learner():
@@ -165,17 +185,17 @@ def test_the_settings_of_callbacks_tell_answers_apart_in_any_learner():
 
     def asked_beside(*cbs):
         dls, Counting.asked = load_data("digits", bs=128), 0
-        dls.loaders = [dl.new(dl.dataset.subset(torch.arange(128))) for dl in dls.loaders]
+        dls.loaders = [dl.new(dl.dataset.subset(torch.arange(256))) for dl in dls.loaders]
         cbs = [*cbs, FixedViews(1), TeacherDistill(teacher)]
         quiet(Learner(dls, timm.create_model(TINY), DMSLoss(), cbs=cbs)).fit(1)
         return Counting.asked
 
-    assert [asked_beside(Cutout(size)) for size in (0.25, 0.25, 0.9)] == [1, 0, 1]
-    assert asked_beside(Cutout(0.25), FirstOfAll(lambda name, learn: None)) == 0  # which only takes the time
-    assert [asked_beside(MixUpOrCutMix(cutmix_alpha=a)) for a in (1.0, 1.0, 0.1)] == [1, 0, 1]
+    assert [asked_beside(Cutout(size)) for size in (0.25, 0.25, 0.9)] == [2, 1, 2]
+    assert asked_beside(Cutout(0.25), FirstOfAll(lambda name, learn: None)) == 1  # which only takes the time
+    assert [asked_beside(MixUpOrCutMix(cutmix_alpha=a)) for a in (1.0, 1.0, 0.1)] == [2, 1, 2]
     for cb in (own(0.25), Callback(before_batch=lambda cb: None)):
         with pytest.warns(Notice, match=f"asked in every step, because {type(cb).__name__} may change the images"):
-            assert [asked_beside(cb) for _ in range(2)] == [1, 1]
+            assert [asked_beside(cb) for _ in range(2)] == [2, 2]
 
 
 def test_what_is_recalled_is_what_the_teacher_says_of_the_same_batch():

@@ -28,6 +28,8 @@ from .progressive_resize import students_shape
 
 __all__ = ["TeacherDistill"]
 
+ROUNDING = 0.05  # of logits, as a share of them; bf16 has 0.01
+
 
 class TeacherDistill(Callback):
     """Show each training batch, as mixed, to a frozen teacher, and pass the teacher's logits to the loss.
@@ -44,6 +46,7 @@ class TeacherDistill(Callback):
     # The loss is complete before gradient accumulation (6) divides it; mixed precision is still on in after_pred.
     order, run_valid = order_of("distill"), False
     teacher = network = made_of = logits = answers = None
+    trusted = False
     _stateattrs = ("teacher", "network", "made_of", "logits", "answers")
 
     def __init__(self, teacher: Any, size: int | None = None, **distillation: Any):
@@ -94,7 +97,7 @@ class TeacherDistill(Callback):
         if hasattr(self.learn, "bf16") and has_bf16(device):
             cast_weights(self.network, torch.bfloat16)
         if hasattr(self.learn, "fixed_views"):
-            self.answers = self.kept()
+            self.answers, self.trusted = self.kept(), False
 
     def after_pred(self) -> None:
         """Run the teacher on the images that the student has just seen, or recall what it said of them."""
@@ -113,16 +116,32 @@ class TeacherDistill(Callback):
             return self.network(self.view())
 
     def recall(self) -> Tensor:
-        """The teacher's logits, asked for where nobody has asked yet; always as they are kept, in float16."""
+        """The teacher's logits, asked for where nobody has asked yet; always as they are kept, in float16.
+
+        The first time that something is recalled, the teacher is asked all the same: its weights alone tell it from
+        others, so that the answers may be those of a network that computes something else with the same weights.
+        """
         view, step = self.learn.fixed_views.view, self.learn.iter
-        if self.answers.get(view, step) is None:
+        kept = self.answers.get(view, step)
+        if kept is None:
             self.answers.put(view, step, self.ask())
-        return self.answers.get(view, step).to(self.learn.pred.device)
+            kept = self.answers.get(view, step)
+        elif not self.trusted:
+            said, folder = self.ask(), self.answers.folder
+            if not alike(kept, said):
+                self.answers = None
+                notice(f"the teacher is asked in every step, because it does not say what {folder} has; remove that")
+                return said
+            self.trusted = True
+        return kept.to(self.learn.pred.device)
 
     def kept(self) -> KeptLogits | None:
         """What the teacher has said of these views, in any run; None where nobody knows what they depend on."""
         learn, loader = self.learn, self.learn.dls.train
         if not isinstance(loader, BatchLoader):
+            return None
+        if not loader.drop_last:
+            notice("the teacher is asked in every step, because the last batch is smaller than the others")
             return None
         changes, strange = changes_of(learn)
         if strange:
@@ -134,6 +153,7 @@ class TeacherDistill(Callback):
             "images": [loader.dataset.digest(), [len(loader.dataset), *loader.dataset.stored.shape]],
             "loader": [loader.mean, loader.std, asdict(loader.crops), loader.balance, loader.shuffle],
             "changes": changes,
+            "drawn_on": (loader.device or torch.device("cpu")).type,  # its generator makes the crops
         }
         if processes.count() > 1:
             facts["rows"] = [processes.rank(), processes.count()]
@@ -217,6 +237,12 @@ class TeacherDistill(Callback):
         if theirs[0] is None or theirs == ours:
             return None
         return tuple(t.to(device) for t in renormalize(ours, theirs))
+
+
+def alike(kept: Tensor, said: Tensor) -> bool:
+    """Whether logits are the same but for rounding, which depends on precision, threads and machine."""
+    said = said.detach().float().cpu()
+    return bool((kept.float() - said).norm() <= ROUNDING * said.norm())
 
 
 def changes_of(learn: Learner) -> tuple[list, list[str]]:
