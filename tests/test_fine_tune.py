@@ -1,6 +1,7 @@
 """Fine-tuning against fastai's freeze and unfreeze, its rates by hand, and over a run that is cut short."""
 
 import math
+from contextlib import suppress
 
 import pytest
 import timm
@@ -11,6 +12,7 @@ from fastai.optimizer import SGD, Adam
 from torch import nn
 
 from dms_fastai import FineTune, UserError, dms_learner, load_data
+from dms_fastai.errors import Notice
 from dms_fastai.models.groups import body_and_head
 from tests.conftest import quiet
 from tests.test_runs import dms, same_run  # noqa: F401  (a fixture)
@@ -167,3 +169,29 @@ def test_what_cannot_be_is_refused(make, words):
 def stock_of_one_group():
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
     return quiet(Learner(load_data("digits", bs=512, device="cpu"), model, nn.CrossEntropyLoss(), cbs=FineTune()))
+
+
+class Interrupt(Callback):
+    order = 90
+
+    def after_batch(self):
+        raise KeyboardInterrupt
+
+
+def test_callbacks_of_one_fit_leave_nothing_behind_after_an_interrupt():
+    learn = quiet(dms_learner(load_data("digits", bs=256, device="cpu"), "baseline", arch="test_dmsresnet"))
+    for given in ({"cbs": [FineTune(1), Interrupt()]}, {}):
+        body = [p.clone() for p in learn.model.stages.parameters()]
+        with suppress(KeyboardInterrupt):
+            learn.fit(1, 0.1, **given)
+        assert not any(isinstance(cb, (FineTune, Interrupt)) for cb in learn.cbs)
+        assert all(p.requires_grad for p in learn.model.parameters())
+    assert not any(map(torch.equal, body, learn.model.stages.parameters()))
+
+
+def test_a_head_that_is_trained_alone_is_said(recwarn):
+    learn = quiet(dms_learner(load_data("digits", bs=256, device="cpu"), "baseline", arch="test_dmsresnet"))
+    learn.fit(2, 0.1, cbs=FineTune(1))
+    assert not [each for each in recwarn if "head alone" in str(each.message)]
+    with pytest.warns(Notice, match="the head alone is trained: freeze_epochs is 2, of 2"):
+        learn.fit(2, 0.1, cbs=FineTune(2))

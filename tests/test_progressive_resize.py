@@ -106,3 +106,11 @@ def test_what_does_not_fit_is_refused_before_the_first_step():
     settings = {"progressive_resize.smallest": 0.25}
     with pytest.raises(UserError, match=r"raise progressive_resize\.smallest"):
         dms_learner(load_data("digits", size=32), "se", arch="test_vit", settings=settings)
+
+
+def test_a_network_has_to_take_every_size():
+    """Its patches have 16 pixels a side, and 36 is between 32 and 64."""
+    dls = load_data("digits", size=64, bs=64, device="cpu")
+    arch = {"model.args": {"patch_size": 16, "dynamic_img_size": True}, "progressive_resize.smallest": 0.5}
+    with pytest.raises(UserError, match=r"raise progressive_resize\.smallest"):
+        dms_learner(dls, "se", arch="test_vit", settings=arch)

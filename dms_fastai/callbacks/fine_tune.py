@@ -4,7 +4,7 @@ from fastai.callback.core import Callback
 from fastai.torch_core import norm_bias_params
 from torch import nn
 
-from ..errors import UserError
+from ..errors import UserError, notice
 from ..settings import PositiveShare, Steps, checked
 from ..training.parts import order_of
 
@@ -46,6 +46,11 @@ class FineTune(Callback):
             raise UserError(
                 f"nothing to freeze: {type(self.learn.model).__name__} has one group of parameters; give splitter= a "
                 f"function that returns a list of parameters for each group, the head last"
+            )
+        if self.freeze_epochs >= self.learn.n_epoch:
+            notice(
+                f"the head alone is trained: freeze_epochs is {self.freeze_epochs}, of {self.learn.n_epoch}; for "
+                f"the body, too, take more --epochs, or --set fine_tune.freeze_epochs=0"
             )
         self.shares = [self.body_lr ** (1 - place / last) for place in range(last + 1)]
 

@@ -110,7 +110,15 @@ class DMSLearner(EventLearner):
             if not p.requires_grad:
                 p.grad = None  # fastai's optimisers leave zeros, and would go on to decay the weight
 
-    def fit(self, n_epoch: int, *args: Any, start_epoch: int = 0, **kwargs: Any) -> None:
+    def fit(
+        self,
+        n_epoch: int,
+        lr: Any = None,
+        wd: float | None = None,
+        cbs: Any = None,
+        reset_opt: bool = False,
+        start_epoch: int = 0,
+    ) -> None:
         """`Learner.fit`, whose skipped epochs leave no trace in the recorder. All processes that have joined share it.
 
         Raises:
@@ -122,10 +130,10 @@ class DMSLearner(EventLearner):
             raise UserError("some training images have no label; they need a teacher, whose callback is not there")
         _check_batches(self.dls.train, self.model, inputs)
         self.first_epoch = start_epoch
-        with self.added_cbs(replication()):
+        with self.added_cbs([*replication(), *listed(cbs)]):  # not by fastai: they have to be there to be released
             try:
                 with fast_kernels(getattr(self.dls, "device", None)):
-                    super().fit(n_epoch, *args, **kwargs)
+                    super().fit(n_epoch, lr, wd, reset_opt=reset_opt)
             finally:
                 if isinstance(getattr(self, "recorder", None), Recorder):
                     self.recorder.fetch()  # after an exception as well, when no event is sent
@@ -329,8 +337,8 @@ def dms_learner(
             held, seen = dls.train_ds.held_size, teaching.largest or dls.train_ds.size
             notice(f"the images are held at {held} pixels for a teacher, and this one sees {seen}; set distill.size")
     if recipe.progressive_resize is not None:
-        smallest = recipe.progressive_resize.build().shape(inputs.shape, progress=0.0)
-        try_network(module, recipe.model.name, dls.c, smallest, "raise progressive_resize.smallest")
+        for shape in sorted(recipe.progressive_resize.build().shapes(inputs.shape)):
+            try_network(module, recipe.model.name, dls.c, shape, "raise progressive_resize.smallest")
     learn.recipe = recipe
     learn.remove_cbs([learn.recorder, CastToTensor])
     return learn.add_cb(Recorder())
