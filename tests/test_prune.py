@@ -5,15 +5,17 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch import nn
 
-from dms_fastai import UserError, dms_learner, export_model, load_data, load_recipe
+from dms_fastai import Teacher, UserError, dms_learner, export_model, load_data, load_recipe
 from dms_fastai.models.card import ModelCard
 from dms_fastai.models.dmsresnet import BasicBlock
 from dms_fastai.models.prune import mid_widths_of, narrowed, reestimate_batch_norms, widths_within
 from dms_fastai.models.weights import load_weights, save_weights
 from dms_fastai.run_folder import RunFolder
 from dms_fastai.runs.plan import Opened, plan
+from dms_fastai.runs.prune import after_pruning
 from dms_fastai.runs.stage import run_stage
 from dms_fastai.runs.wanted import Wanted
 from dms_fastai.trained import begin_from
@@ -317,3 +319,25 @@ def test_what_cannot_be_pruned_is_refused_in_a_line(dms, run, tmp_path):  # noqa
         assert words in err
     with pytest.raises(UserError, match=r"give model\.weights, a finished run's folder"):
         dms_learner(load_data("digits"), "prune", teacher=run)
+
+
+def test_batch_norms_are_re_estimated_on_the_students_images_where_a_teacher_sees_larger_ones(tmp_path):
+    folder = tmp_path / "photos"
+    for index, label in enumerate(range(24)):
+        for split in ("train", "test"):
+            (folder / split / str(label % 2)).mkdir(parents=True, exist_ok=True)
+            pixels = np.random.default_rng(index).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / split / str(label % 2) / f"{index}.png")
+    dense = timm.create_model("test_dmsresnet", num_classes=2)
+    own = ModelCard("test_dmsresnet", ["0", "1"], (0.5,) * 3, (0.2,) * 3, (3, 16, 16), {})
+    save_weights(dense, own, tmp_path / "dense.safetensors")
+    large = Teacher(timm.create_model("test_dmsresnet", num_classes=2), (0.5,) * 3, (0.2,) * 3, None, (32, 32))
+    means = []
+    for view in ({}, {"view": 32}):
+        torch.manual_seed(0)
+        dls = load_data(str(folder), bs=24, size=16, device="cpu", pad=0.0, flip=0.0, **view)
+        settings = {"model.weights": str(tmp_path / "dense.safetensors"), "prune.macs": 0.8, "bf16": False}
+        learn = quiet(dms_learner(dls, "prune", large, settings=settings))
+        list(after_pruning(learn))
+        means.append(next(m.running_mean for m in learn.model.modules() if isinstance(m, nn.BatchNorm2d)))
+    torch.testing.assert_close(*means, atol=0.02, rtol=0.02)

@@ -6,6 +6,7 @@ from itertools import islice
 from torch import nn
 
 from ..callbacks.bf16 import fast_kernels
+from ..data.augment import at_size
 from ..learner import DMSLearner
 from ..models.macs import macs
 from ..models.prune import reestimate_batch_norms
@@ -33,7 +34,8 @@ def after_pruning(learn: DMSLearner) -> Iterator[str]:
     states, device = get_random_states(), learn.dls.device
     learn.model.to(device)
     with fast_kernels(device):
-        reestimate_batch_norms(learn.model, (batch[0] for batch in islice(learn.dls.train, BATCHES)))
+        batches = (at_size(batch[0], shape[1:]) for batch in islice(learn.dls.train, BATCHES))  # a teacher's are larger
+        reestimate_batch_norms(learn.model, batches)
         with learn.no_bar(), learn.no_logging():
             _, accuracy, *_ = learn.validate()
     set_random_states(states)
