@@ -9,14 +9,16 @@ import timm
 import torch
 from torch import nn
 
-from dms_fastai import Teacher, UserError, load_recipe
+from dms_fastai import ProgressiveResize, Teacher, UserError, load_recipe
 from dms_fastai.data import Data, Sets
+from dms_fastai.models.macs import macs
 from dms_fastai.run_folder import Figures, Run, RunFolder
 from dms_fastai.runs import budget, plan
 from dms_fastai.runs.advice import teacher_advice
 from dms_fastai.runs.budget import fitted
 from dms_fastai.runs.estimate import Estimate, estimate
 from dms_fastai.runs.wanted import Wanted
+from dms_fastai.runs.work import share_of_whole
 from tests.test_runs import dms  # noqa: F401  (a fixture)
 
 RUN = Run.read(next((Path(__file__).parent.parent / "artifacts").rglob("cpu/kd/seed0/run.json")).parent)
@@ -233,6 +235,35 @@ def test_a_recipe_that_stops_early_can_be_estimated():
     settings = {"early_stopping.monitor": "accuracy", "data.batch_size": 512}  # the estimate takes several epochs
     recipe = load_recipe("se", "digits", "test_dmsresnet", settings)
     assert estimate(recipe, Data(512).open("digits"), torch.device("cpu")).steps == 2
+
+
+def test_a_recipe_that_takes_features_can_be_estimated_before_its_teacher_is_trained():
+    recipe = load_recipe("kd", "digits", "test_dmsresnet", {"feature_distill": True})
+    assert estimate(recipe, Data(64).open("digits"), torch.device("cpu")).steps == 22
+
+
+def test_growing_images_take_their_share_of_the_work():
+    network, resize = timm.create_model("test_dmsresnet", num_classes=10).eval(), ProgressiveResize(0.5, 0.5, 0.5)
+    half, whole = (macs(network, (3, side, side)) for side in (16, 32))
+    assert share_of_whole(network, resize, (3, 32, 32), steps=10, epochs=4) == pytest.approx((half + whole) / 2 / whole)
+
+
+def test_an_estimate_of_kept_answers_has_the_teacher_in_the_views_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("DMS_FASTAI_CACHE", str(tmp_path))
+
+    class Slow(nn.Module):
+        def forward(self, x):
+            time.sleep(0.05)
+            return torch.zeros(len(x), 10)
+
+    settings = {"fixed_views.count": 1, "data.batch_size": 128, "schedule.epochs": 40}
+    recipe = load_recipe("kd", "digits", "test_dmsresnet", settings)
+    found = estimate(recipe, Data(128).open("digits"), torch.device("cpu"), Teacher(Slow()))
+    assert found.teacher_seconds > 0.05
+    assert not list(tmp_path.glob("answers-*"))
+    budget = 11 * 0.05 + 60 * 11 * (found.step_seconds - found.teacher_seconds)
+    chosen, _ = fitted(recipe, Data(128).open("digits"), torch.device("cpu"), budget, {"model.name"}, Teacher(Slow()))
+    assert chosen.schedule.epochs > 1.5 * budget / (11 * found.step_seconds)
 
 
 @pytest.mark.parametrize("recipe", ["table1/cct", "table1/hcgnet"])

@@ -80,6 +80,10 @@ def fitted(
         found = found[:1]
     epoch, chosen, took = found[-1]
     epochs = max(1, math.floor(seconds / epoch))
+    if recipe.fixed_views is not None and epochs > recipe.fixed_views.count:  # later ones do without the teacher
+        asked = recipe.fixed_views.count
+        alone = max(epoch - took.steps * took.teacher_seconds - teaching, 0.05 * epoch)
+        epochs = asked + math.floor((seconds - asked * epoch) / alone)
     if "schedule.epochs" not in given:
         if epochs < min(least, MOST):
             notice(f"{recipe.title}: {epochs} epochs fit into {clock(seconds)}; {least} are wanted")

@@ -14,6 +14,7 @@ from ..recipes import Recipe
 from ..trained import Teacher
 from ..training.parts import order_of
 from .images import loaders_of
+from .work import share_of_whole
 
 __all__ = ["Estimate", "estimate", "held"]
 
@@ -44,13 +45,17 @@ class Estimate:
 def estimate(recipe: Recipe, sets: Sets, device: torch.device, teacher: Teacher | None = None) -> Estimate:
     """Train a few steps of a recipe and throw them away. torch's random states stay as before.
 
-    A teacher that is there takes part. Without one, the recipe is trained as if it did not distil.
+    A teacher that is there takes part, and is asked in each step. Without one, the recipe is trained as if it did not
+    distil. Where images grow, a step is timed with whole ones, and its student's time shared out by the work.
     """
-    used = sets
+    used, resize = sets, recipe.progressive_resize
     if teacher is None:
-        recipe, used = replace(recipe, teacher=None, distill=None), replace(sets, unlabelled=None)
-    recipe = replace(recipe, compile=None, early_stopping=None)  # nothing is validated
+        recipe = replace(recipe, teacher=None, distill=None, feature_distill=None)
+        used = replace(sets, unlabelled=None)
+    recipe = replace(recipe, compile=None, early_stopping=None, fixed_views=None)  # nothing is validated, nothing kept
     recipe = replace(recipe, fine_tune=None)  # a step that trains all of the network
+    if resize is not None:
+        recipe = replace(recipe, progressive_resize=replace(resize, smallest=1.0, grow_at=0.0, full_at=0.0))
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices, device_type="cuda"):
         dls = loaders_of(recipe, used, device)
@@ -60,16 +65,20 @@ def estimate(recipe: Recipe, sets: Sets, device: torch.device, teacher: Teacher 
         learn = dms_learner(dls, recipe, teacher=teacher, cbs=cbs)
         with learn.no_bar(), learn.no_logging():
             learn.fit(1 + (WARM_UP + STEPS) // max(1, len(learn.dls.train)))  # any schedule: it costs nothing
-    step = clock.seconds_a_step
+    whole = step = clock.seconds_a_step
     teaching = [end - start for start, end in zip(before.times, after.times, strict=True)][WARM_UP:]
-    validation = step / 3 * len(sets.valid) / learn.dls.train.bs  # a forward pass is a third of a step
+    teacher_seconds = sum(teaching) / max(1, len(teaching))
+    if resize is not None:
+        share = share_of_whole(learn.model, resize.build(), sets.train.shape, steps, recipe.schedule.epochs)
+        step = teacher_seconds + share * max(0.0, whole - teacher_seconds)
+    validation = whole / 3 * len(sets.valid) / learn.dls.train.bs  # a forward pass is a third of a step
     return Estimate(
         parameters=sum(p.numel() for p in learn.model.parameters()),
         macs=macs(learn.model, sets.train.shape),
         steps=steps,
         step_seconds=step,
         epoch_seconds=steps * step + validation,
-        teacher_seconds=sum(teaching) / max(1, len(teaching)),
+        teacher_seconds=teacher_seconds,
     )
 
 

@@ -59,13 +59,16 @@ def foreseen(
             sizes, teaching = [(sees, sees)], step / 3 * (sees / own) ** 2  # a forward pass is a third of a step
             later = teaching
         step = found.step_seconds + later
-        seconds = recipe.schedule.epochs * (found.epoch_seconds + found.steps * later)
+        epochs = recipe.schedule.epochs
+        asked = epochs if recipe.fixed_views is None else min(recipe.fixed_views.count, epochs)
+        alone = found.epoch_seconds - found.steps * found.teacher_seconds
+        seconds = epochs * alone + asked * found.steps * (found.teacher_seconds + later)
         trained[str(stage.folder.path)], total = (found.step_seconds, sets.size), total + seconds
         if sizes:
             at = " and ".join(dict.fromkeys(f"{height}x{width}" for height, width in sizes))
             said[recipe.name] = f"{recipe.title}: teacher at {at}, {teaching / step:.0%} of the time of a step"
         size = (f"{found.parameters:,}", amount(found.macs), str(recipe.data.batch_size), str(found.steps))
-        table.add_row(recipe.title, recipe.model.name, *size, str(recipe.schedule.epochs), clock(seconds))
+        table.add_row(recipe.title, recipe.model.name, *size, str(epochs), clock(seconds))
     last = f"{clock(total)} in all on {device.type}, with checkpoints and exports a little more"
     return [*dict.fromkeys(said.values()), last], table
 

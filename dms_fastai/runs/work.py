@@ -5,14 +5,15 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..callbacks.progressive_resize import ProgressiveResize
 from ..learner import DMSLearner
 from ..models.macs import macs
 from ..run_folder import Compute
 
-__all__ = ["Work"]
+__all__ = ["Work", "share_of_whole"]
 
 FLOP = 2  # of a multiply-accumulate
-PASSES = 3  # a backward pass costs as much as two forward passes
+PASSES = 3  # forward, backward to the activations, and to the weights
 
 Shape = tuple[int, ...]
 
@@ -24,7 +25,8 @@ class Work:
     Attributes:
         macs: Multiply-accumulates of the trained network for one image of the data's size; None if they cannot be
             counted.
-        student: Those of each epoch, a step's mean for one image, at the sizes that it trains on; None as above.
+        student: Those of each epoch, a step's mean for one image, at the sizes that it trains on, forward and backward;
+            None as above.
         teacher: The same of its teacher, at its own size, 0 without one.
         images: Images of an epoch.
         passes: How often a step passes them through the trained network.
@@ -38,9 +40,14 @@ class Work:
 
     @classmethod
     def of_learner(cls, learn: DMSLearner) -> "Work":
-        loader, shape = learn.dls.train, learn.card.shape
-        sizes = _sizes(learn, shape)
+        loader, shape, epochs = learn.dls.train, learn.card.shape, learn.recipe.schedule.epochs
+        sizes = _sizes(getattr(learn, "progressive_resize", None), shape, len(loader), epochs)
         student = _counted(learn.model, sizes)
+        if student is not None:
+            part = learn.recipe.fine_tune
+            frozen = 0 if part is None else part.freeze_epochs
+            passes = (PASSES - (epoch < frozen) for epoch in range(epochs))  # a frozen body's weights need no gradients
+            student = tuple(cost * each for cost, each in zip(student, passes, strict=True))
         teacher = (0.0,) * len(sizes)
         if hasattr(learn, "teacher_distill"):
             teaching = learn.teacher_distill.teacher
@@ -57,17 +64,24 @@ class Work:
         """The work of the first so many epochs, without validation; None if it cannot be counted."""
         if self.student is None or self.teacher is None:
             return None
-        student = FLOP * PASSES * sum(self.student[:epochs]) * self.passes * self.images / 1e15
+        student = FLOP * sum(self.student[:epochs]) * self.passes * self.images / 1e15
         teacher = FLOP * sum(self.teacher[:epochs]) * self.images / 1e15
         return Compute(*(float(f"{pflop:.6g}") for pflop in (student, teacher, student + teacher)))
 
 
-def _sizes(learn: DMSLearner, shape: Shape) -> list[Counter[Shape]]:
+def share_of_whole(network: nn.Module, resize: ProgressiveResize, shape: Shape, steps: int, epochs: int) -> float:
+    """The multiply-accumulates of a training on growing images, as a share of those on whole ones of shape (C, H, W).
+
+    1 if they cannot be counted.
+    """
+    counted = _counted(network, _sizes(resize, shape, steps, epochs))
+    return 1.0 if counted is None else sum(counted) / (len(counted) * macs(network, shape))
+
+
+def _sizes(resize: ProgressiveResize | None, shape: Shape, steps: int, epochs: int) -> list[Counter[Shape]]:
     """How many steps of each epoch train on images of which shape (C, H, W)."""
-    steps, epochs = len(learn.dls.train), learn.recipe.schedule.epochs
-    if not hasattr(learn, "progressive_resize"):
+    if resize is None:
         return [Counter({shape: steps})] * epochs
-    resize = learn.progressive_resize
 
     def at(step: int) -> Shape:
         return resize.shape(shape, step / (epochs * steps))
