@@ -19,9 +19,11 @@ from dms_fastai.bench import _told_apart
 from dms_fastai.evaluate import evaluate_model, split_images
 from dms_fastai.export import export_model, export_run, formats, open_model, predict_files
 from dms_fastai.export.calibrate import Calibration, sets_of
+from dms_fastai.export.classifier import traced
 from dms_fastai.export.formats import FORMATS, Exported, open_exported
 from dms_fastai.export.int8 import float_nodes, name_global_pools
 from dms_fastai.export.measure import Answers, milliseconds
+from dms_fastai.models.card import ModelCard
 from dms_fastai.run_folder import RunFolder
 from tests.test_runs import dms  # noqa: F401  (a fixture)
 
@@ -162,6 +164,46 @@ def test_means_over_height_and_width_are_the_pools_that_they_are(shape, axes, ke
 def run_graph(graph, pixels):
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     return onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"pixels": pixels})
+
+
+def test_squeeze_and_excitation_that_asks_for_the_images_shape_is_no_less_one():
+    nodes = [
+        node("Conv", "pixels w1", "a"),
+        node("GlobalAveragePool", "a", "b"),
+        node("Shape", "pixels", "c"),
+        node("Reshape", "b c", "d"),
+        node("Gemm", "d w2", "e"),
+        node("Expand", "e c", "f"),
+        node("Mul", "a f", "g"),
+        node("Conv", "g w3", "h"),
+    ]
+    pixels = helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["batch", 3, 8, 8])
+    graph = helper.make_graph(nodes, "", [pixels], [helper.make_tensor_value_info("h", TensorProto.FLOAT, None)])
+    assert {"d", "e", "f"} <= {name[-1] for name in float_nodes(graph)}
+
+
+class Scaled(nn.Module):
+    """A network with a parameter that is called as the normalisation's."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor([0.5, 1.0, 2.0]).view(1, 3, 1, 1))
+        self.conv, self.head = nn.Conv2d(3, 16, 3, 2), nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.head(self.conv(x * self.scale).relu().mean((2, 3)))
+
+
+def test_a_network_may_call_its_weights_as_the_normalisation_does():
+    torch.manual_seed(0)
+    own = ModelCard("net", list("abcd"), (0.5, 0.4, 0.3), (0.25, 0.2, 0.3), (3, 16, 16), {})
+    images = np.random.default_rng(0).integers(0, 256, (64, 3, 16, 16), dtype=np.uint8)
+    network = Scaled().eval()
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (own.mean, own.std))
+    expected = network((torch.from_numpy(images) / 255 - mean) / std).softmax(1).detach()
+    for content in FORMATS[".int8.onnx"].quantize(*traced(network, own), images):
+        [answer] = onnxruntime.InferenceSession(content).run(None, {"pixels": images})
+        np.testing.assert_allclose(answer, expected, atol=0.02)
 
 
 def test_what_loses_too_much_is_refused(dms, files, tmp_path, monkeypatch):  # noqa: F811

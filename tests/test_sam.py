@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dms_fastai import SAM, DMSLoss, MixUp, UserError, dms_learner
+from dms_fastai.callbacks.sam import statistics_kept
 from tests.conftest import quiet
 from tests.test_mixup import stock_learner
 
@@ -117,3 +118,11 @@ def test_what_it_cannot_be_beside():
         stock_learner(DMSLoss(), [SAM(), GradientAccumulation(16)]).fit(1)
     with pytest.raises(UserError, match="to_bf16"):
         stock_learner(DMSLoss(), [SAM(), CPUMixedPrecision(torch.float16)]).fit(1)
+
+
+def test_a_cumulative_batch_norm_counts_a_step_once():
+    norm = nn.BatchNorm1d(3, momentum=None)
+    norm(torch.randn(4, 3))
+    with statistics_kept(norm):
+        norm(torch.randn(4, 3))
+    assert norm.num_batches_tracked == 1

@@ -70,7 +70,8 @@ class EMA(Callback):
     def after_fit(self) -> None:
         self.put_back()
         if self.average is not None:  # None if another callback cancelled the fit before it began
-            self.learn.model.load_state_dict(self.average.state_dict())
+            counters = {name: b.clone() for name, b in self.learn.model.named_buffers() if not b.is_floating_point()}
+            self.learn.model.load_state_dict(self.average.state_dict() | counters)  # batches are counted, not averaged
         self.release()
 
     def release(self) -> None:

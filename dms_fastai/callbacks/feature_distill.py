@@ -11,6 +11,7 @@ from .. import processes
 from ..errors import UserError
 from ..models.groups import classifiers
 from ..settings import NotNegative, Positive, checked
+from ..trained.network import members_of
 from ..training.losses import DMSLoss
 from ..training.parts import order_of
 from .drop_block import highest_lr
@@ -126,7 +127,7 @@ class Pooled:
             UserError: It does not say what its classifier is.
         """
         self.caught: dict[nn.Module, Tensor] = {}
-        heads = [classifiers(member)[:1] for member in getattr(original, "members", [original])]
+        heads = [classifiers(member)[:1] for member in members_of(original)]
         if not all(heads):
             raise UserError(
                 f"the {whose}, {type(original).__name__}, does not say what its classifier is (timm's get_classifier), "

@@ -89,6 +89,8 @@ def statistics_kept(model: nn.Module) -> Iterator[None]:
     """Have batch norms use the batch's statistics without updating the running ones."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
+    counters = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
+    counted = [counter.clone() for counter in counters]
     for norm in norms:
         norm.momentum = 0.0
     try:
@@ -96,3 +98,5 @@ def statistics_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
+        for counter, before in zip(counters, counted, strict=True):
+            counter.copy_(before)

@@ -79,6 +79,9 @@ def name_global_pools(graph: "onnx.GraphProto") -> None:
 def _shorten(graph: "onnx.GraphProto") -> None:
     """Leave out what a runtime does not need: an eighth of the file of a network of 74 thousand parameters."""
     del graph.value_info[:]
+    names = {name for node in graph.node for name in (*node.input, *node.output)} | {w.name for w in graph.initializer}
+    if any(name.removeprefix(PREFIX) in names for name in names if name.startswith(PREFIX)):
+        return  # two would have one name
     for node in graph.node:
         node.ClearField("name")
         for names in (node.input, node.output):
@@ -131,7 +134,7 @@ def _gate(name: str, scaled: str, inputs: set[str], maker: "dict[str, onnx.NodeP
         if tensor == scaled or tensor in inputs:
             return set()
         node = maker.get(tensor)
-        if node is None:  # weights
+        if node is None or node.op_type == "Shape":  # weights; a shape says nothing of the values
             continue
         pools = node.op_type in POOLS and node.input[0] == scaled
         pooled |= pools
