@@ -85,7 +85,8 @@ def evaluate_model(
         source, trust: As in `predict_files`; or "timm:NAME", at the size of timm's weights, and with the share of image
             files that timm crops to.
         data, labels: As in `load_data`.
-        split: "test", "val" or "train". None: "test", or "val" where there is no "test".
+        split: "test", "val" or "train". None: "test"; "val" where there is no "test"; where there is neither, the
+            training images that the run at `source` has held out.
         device: Where to compute.
         track: Gets the indices of the images, a tensor for each batch, and gives them back one by one: for progress.
         tta: Average the probabilities of each image and its mirror image.
@@ -96,9 +97,9 @@ def evaluate_model(
     """
     timms = str(source).startswith(TIMM)
     model, card = _timm_model(str(source).removeprefix(TIMM)) if timms else open_model(source, trust)
-    images = split_images(data, split, labels, card)
     weights = None if timms or is_exported(source) else find_file(source, trust)
     device, own = torch.device(device), None if weights is None else RunFolder(weights.parent)
+    images = split_images(data, split, labels, card, own)
     known = known_classes(images, card).to(device)
     bf16 = own is not None and own.recipe_file.is_file() and own.recipe().bf16 is not None and has_bf16(device)
     _note_other_images(images, own)
@@ -132,12 +133,23 @@ def _timm_model(name: str) -> tuple[nn.Module, ModelCard]:
     return model, ModelCard(name, list(names), *images, middle=min(cfg.crop_pct, 1.0))
 
 
-def split_images(data: str | Path, split: str | None, labels: str | Path | None, card: ModelCard) -> ImageSet:
-    """The images of a split, as large as the model's; arguments and errors as in `evaluate_model`."""
+def split_images(
+    data: str | Path, split: str | None, labels: str | Path | None, card: ModelCard, own: RunFolder | None = None
+) -> ImageSet:
+    """The images of a split, as large as the model's; arguments and errors as in `evaluate_model`.
+
+    `own` is the run that the model comes from.
+    """
     check_square(card)
     splits = load_splits(data, card.shape[1], labels, middle=card.middle)
-    found = split or next((name for name in ("test", "val") if name in splits), "test")
     there = [each for each in splits if each != "unlabelled"]
+    found = split or next((name for name in ("test", "val") if name in there), None)
+    if found is None and own is not None and own.facts_file.is_file() and own.facts().data == splits.name:
+        wanted = own.recipe().data.build()
+        if not isinstance(wanted.valid, str):
+            return wanted.open(data, splits=splits).valid
+    if found is None:
+        raise UserError(f"{data} has neither test nor val images; with evaluate, --split train measures on the others")
     if found not in there:
         raise UserError(f"{data} has no split {found!r}; give --split {' or '.join(there)}")
     images = splits[found]
@@ -150,10 +162,12 @@ def split_images(data: str | Path, split: str | None, labels: str | Path | None,
 
 
 def _note_other_images(images: ImageSet, own: RunFolder | None) -> None:
-    """Say so if a run was validated on other images of the same name."""
+    """Say so if a run was validated on other images of the same name, or trained on these."""
     if own is None or not own.facts_file.is_file():
         return
     facts = own.facts()
+    if (images.name, images.split) == (facts.data, "train"):
+        notice(f"the run was trained on images of {images.name}, train: that flatters it")
     same = (images.name, images.split, images.size) == (facts.data, facts.valid, facts.size)
     if same and facts.data_digest and images.digest() != facts.data_digest[1]:
         notice(f"the run was validated on other images that are called {images.name}, too")

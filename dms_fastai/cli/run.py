@@ -19,7 +19,7 @@ from ..errors import UserError, notice
 from ..names import check_device
 from ..run_folder import RunFolder, own_data
 from ..runs.threads import Load
-from ..runs.wanted import EDGE, Wanted, recipes_of
+from ..runs.wanted import ALONE, EDGE, Wanted, recipes_of
 from .app import EXIT_CODES, app, console
 from .common import choose_threads, say_what_is_read, show_runs, stopped
 from .options import (
@@ -163,7 +163,8 @@ def run(
     else:
         _train_in_turn(stages, opened, manner)
     for seed in wanted.seeds:
-        last = [stage for stage in stages if stage.seed == seed][-1].folder
+        wished = [stage for stage in stages if stage.seed == seed and not stage.recipe.name.endswith(ALONE)]
+        last = wished[-1].folder
         console.say(f"learner: {last.learner}")
         if keep_best:
             from ..runs.best import describe_best

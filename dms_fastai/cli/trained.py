@@ -171,6 +171,7 @@ def export(
         str | None,
         typer.Option(help="For int8: the images, as in run. A run has its own.", autocompletion=data_words),
     ] = None,
+    labels: Annotated[Path | None, typer.Option(help="For int8: as in run. A run has its own.")] = None,
     calibrate: Annotated[
         int | None, typer.Option(min=1, help="For int8: how many training images to calibrate with; 200 by default.")
     ] = None,
@@ -186,7 +187,9 @@ def export(
     """
     learner, file = home(learner), home(file)
     there, formats = check_model(learner), choices_of("export.formats:FORMATS")
-    int8 = check_int8(file, formats, {"--data": data, "--calibrate": calibrate, "--tolerance": tolerance})
+    int8 = check_int8(
+        file, formats, {"--data": data, "--labels": labels, "--calibrate": calibrate, "--tolerance": tolerance}
+    )
     if int8 and there:
         data = own_data(learner, "calibrate with") if data is None else os.path.expanduser(data)
         source_name(data)  # refuses what is no data set
@@ -194,7 +197,8 @@ def export(
     from ..export import export_model
 
     say_what_is_read(learner, trust_pickle)
-    written = export_model(learner, file, trust_pickle, data, calibrate, tolerance, _show_compared)
+    labels = None if labels is None else home(labels)
+    written = export_model(learner, file, trust_pickle, data, labels, calibrate, tolerance, _show_compared)
     console.say(f"{written}: {amount(written.stat().st_size)}")
 
 

@@ -30,6 +30,7 @@ __all__ = [
 SPLIT_OF = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
 NO_LABELS = ("unlabelled", "unlabeled")  # folders of images without classes
 PASSED_OVER = {"__MACOSX"}  # beside hidden files and folders
+OURS = {"recipe.toml", "run.json", "report.md"}  # where one of these is, runs and reports have left their plots
 ENDINGS = 5  # in one message
 
 
@@ -168,7 +169,7 @@ class _Tree:
 
 
 def _walk(root: Path, besides: Collection[Path] = ()) -> _Tree:
-    """List a folder without the folders `besides`. Links are followed, but not back to where they come from.
+    """List a folder without the folders `besides` and those of runs. Links are followed, but not back to their origin.
 
     Raises:
         UserError: A folder in it cannot be listed.
@@ -180,7 +181,7 @@ def _walk(root: Path, besides: Collection[Path] = ()) -> _Tree:
     tree, seen, endings = _Tree(), set(), _readable_endings()
     for where, folders, names in os.walk(root, onerror=refuse, followlinks=True):
         real = os.path.realpath(where)
-        if real in seen:
+        if real in seen or (where != str(root) and OURS.intersection(names)):
             folders.clear()
             continue
         seen.add(real)

@@ -57,6 +57,8 @@ def load_splits(
     """
     name = source_name(data)
     if str(data) in NAMED:
+        if Path(data).is_dir():
+            notice(f"{data} is the data set of that name; for the folder, give ./{data}")
         if labels is not None:
             raise UserError(f"labels is {labels}, and {data} has labels of its own")
         splits = NAMED[name](name, size or DEFAULT_SIZE.get(name, USUAL_SIZE), middle)

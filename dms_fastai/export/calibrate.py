@@ -125,13 +125,20 @@ def _compare(contents: dict[str, bytes], written: Format, images: torch.Tensor, 
     return [Compared(name, len(content), each, each.agreement(found[0]), ms) for name, content, each, ms in rows]
 
 
-def sets_of(source: str | Path | Learner, card: ModelCard, data: str | Path | Sets | None, trust: bool) -> Sets:
+def sets_of(
+    source: str | Path | Learner,
+    card: ModelCard,
+    data: str | Path | Sets | None,
+    trust: bool,
+    labels: str | Path | None = None,
+) -> Sets:
     """The images that a network was trained and validated on, at its size.
 
     Args:
         source, trust: As in `export_model`.
         card: What the network is.
         data: As in `load_data`; or the images. None: a Learner's own images, or the data set of the run.
+        labels: As in `load_data`. None: the table that the run had.
 
     Raises:
         UserError: It is not known which images these are, or they cannot be read.
@@ -149,5 +156,5 @@ def sets_of(source: str | Path | Learner, card: ModelCard, data: str | Path | Se
         data = own_data(Path("the Learner") if run is None else Path(source), "calibrate with")
     check_square(card)
     wanted = run.recipe().data.build() if run is not None and run.recipe_file.is_file() else Data()
-    splits = load_splits(data, card.shape[1], wanted.labels, middle=card.middle)
-    return replace(wanted, size=card.shape[1]).open(data, splits=splits)
+    wanted = replace(wanted, size=card.shape[1], labels=wanted.labels if labels is None else str(labels))
+    return wanted.open(data, splits=load_splits(data, wanted.size, wanted.labels, middle=card.middle))

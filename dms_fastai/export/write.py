@@ -34,6 +34,7 @@ def export_model(
     file: str | Path,
     trust: bool = False,
     data: str | Path | Sets | None = None,
+    labels: str | Path | None = None,
     calibrate: int | None = None,
     tolerance: float | None = None,
     compared: Callable[[Sequence[Compared]], None] = lambda rows: None,
@@ -56,6 +57,7 @@ def export_model(
         trust: As in `predict_files`.
         data: For int8, the data set with the images to calibrate with and to compare on, or the images. None: the
             Learner's own, or those of the run's data set.
+        labels: For int8, a table of the images' labels, as in `load_data`. None: that of the run.
         calibrate: For int8, how many training images to calibrate with; None: 200.
         tolerance: For int8, how many points of accuracy it may lose; None: 0.5.
         compared: For int8, gets the figures of the float file and of the int8 file.
@@ -67,7 +69,7 @@ def export_model(
     """
     file = Path(file)
     ending = check_format(file, FORMATS)
-    check_int8(file, FORMATS, {"data": data, "calibrate": calibrate, "tolerance": tolerance})
+    check_int8(file, FORMATS, {"data": data, "labels": labels, "calibrate": calibrate, "tolerance": tolerance})
     own = {} if calibrate is None else {"images": convert(calibrate, Count, "calibrate")}
     own |= {} if tolerance is None else {"tolerance": convert(tolerance, NotNegative, "tolerance")}
     written = FORMATS[ending]
@@ -78,7 +80,7 @@ def export_model(
     if written.quantize is None:
         content = content_of(model, card, ending)
     else:
-        calibration = Calibration(sets_of(source, card, data, trust), compared=compared, **own)
+        calibration = Calibration(sets_of(source, card, data, trust, labels), compared=compared, **own)
         with expressible(card, ending):
             content = calibration.quantize(*traced(model, card, written.batch), written, card, file)
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,91 @@
+"""A folder of classes and nothing else: what has been held out is what is measured, wherever the command is given."""
+
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dms_fastai.run_folder import RunFolder
+from tests.test_runs import dms  # noqa: F401  (a fixture)
+
+FEW = ("--arch", "test_dmsresnet", "--epochs", 1, "--device", "cpu")
+FEW += tuple(word for key in ("data.valid=0.25", "data.batch_size=8") for word in ("--set", key))
+
+
+@pytest.fixture
+def binary(tmp_path):
+    """Two classes of twelve images."""
+    random = np.random.default_rng(0)
+    for name in ("dark", "light"):
+        (tmp_path / "binary" / name).mkdir(parents=True)
+        for index in range(12):
+            pixels = random.integers(0, 128, (8, 8, 3)) + 127 * (name == "light")
+            Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "binary" / name / f"{index}.png")
+    return tmp_path / "binary"
+
+
+def test_a_run_is_evaluated_on_what_it_has_held_out(dms, binary):  # noqa: F811
+    assert dms("run", "se", "--data", "binary", *FEW)[0] == 0
+    run = RunFolder(binary.parent / "artifacts" / "binary" / "se" / "seed0")
+    code, out, _ = dms("evaluate", run.path, "--data", "binary")
+    last = run.rows()[-1]
+    assert code == 0
+    said = f"accuracy: {100 * last['valid_accuracy']:.2f} %, loss: {last['valid_loss']:.4f}"
+    assert f"{said}, of 6 images: binary, held out" in out
+    code, _, err = dms("evaluate", run.path, "--data", "binary", "--split", "train")
+    assert (code, "trained on images of binary, train: that flatters it" in err) == (0, True)
+    code, _, err = dms("export", run.path, "b.onnx")
+    assert code == 0
+    code, _, err = dms("bench", "b.onnx", "--data", "binary")
+    assert (code, "binary has neither test nor val images; with evaluate, --split train" in err) == (2, True)
+    shutil.copytree(binary, binary.parent / "other")
+    code, _, err = dms("evaluate", run.path, "--data", "other")  # of which it has held nothing out
+    assert (code, "other has neither test nor val images" in err) == (2, True)
+
+
+def test_runs_and_reports_among_the_images_are_no_images(dms, binary, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(binary)
+    assert dms("run", "se", "--data", ".", *FEW)[0] == 0
+    assert dms("report")[0] == 0
+    code, out, _ = dms("run", "se", "--data", ".", *FEW)
+    assert (code, "epoch 1/1" in out) == (0, False)
+    code, out, _ = dms("run", "se", "--data", ".", "--seed", 1, *FEW)
+    facts = RunFolder(binary / "artifacts" / "binary" / "se" / "seed1").facts()
+    assert (code, facts.classes, facts.training_images) == (0, 2, 18)
+
+
+def test_the_learner_that_is_named_last_is_the_one_that_was_asked_for(dms, tmp_path):  # noqa: F811
+    given = ("--arch", "test_dmsresnet", "--epochs", 1, "--set", "teacher.model.name=test_dmsresnet", "--device", "cpu")
+    code, out, _ = dms("run", "kd", "--compare", "--set", "data.batch_size=512", *given)
+    assert code == 0
+    assert (tmp_path / "artifacts" / "digits" / "kd-alone" / "seed0" / "learner.pkl").is_file()
+    assert out.split()[-1] == "artifacts/digits/kd/seed0/learner.pkl"
+
+
+def test_a_table_of_labels_that_has_moved_is_given_again(dms, binary):  # noqa: F811
+    home = binary.parent
+    (home / "pictures").mkdir()
+    lines = ["image,label"]
+    for file in sorted(binary.rglob("*.png")):
+        name = f"{file.parent.name}-{file.name}"
+        shutil.copy(file, home / "pictures" / name)
+        lines.append(f"{name},{file.parent.name}")
+    (home / "table.csv").write_text("\n".join(lines))
+    assert dms("run", "se", "--data", "pictures", "--labels", "table.csv", *FEW)[0] == 0
+    (home / "table.csv").rename(home / "moved.csv")
+    command = ("export", "artifacts/pictures/se/seed0", "p.int8.onnx", "--data", "pictures", "--tolerance", 100)
+    code, _, err = dms(*command)
+    assert (code, "table.csv cannot be read" in err) == (2, True)
+    assert dms(*command, "--labels", "moved.csv")[0] == 0
+    code, _, err = dms(*command[:2], "p.onnx", "--labels", "moved.csv")
+    assert (code, "--labels is for int8, and p.onnx is not" in err) == (2, True)
+
+
+def test_a_folder_that_is_called_as_a_data_set_is_said(dms, binary):  # noqa: F811
+    binary.rename(binary.parent / "digits")
+    code, out, err = dms("run", "se", "--data", "digits", "--dry-run", *FEW[:6])
+    assert (code, "digits is the data set of that name; for the folder, give ./digits" in err) == (0, True)
+    assert "1,438 training images" in out
+    code, out, err = dms("run", "se", "--data", "./digits", "--dry-run", *FEW)
+    assert (code, "of that name" in err, "18 training images" in out) == (0, False, True)
