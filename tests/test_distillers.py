@@ -158,9 +158,11 @@ def test_in_a_stock_learner_the_student_comes_to_have_the_teachers_features(loss
     assert not any(module._forward_pre_hooks for module in learn.model.modules())
 
 
-def test_an_ensemble_gives_the_features_of_all_its_members():
+@pytest.mark.parametrize("nested", [False, True])
+def test_an_ensemble_gives_the_features_of_all_its_members(nested):
     members = [timm.create_model(name, num_classes=10).eval() for name in (TINY, "resnet10t")]
-    learn = learner([TeacherDistill(ensemble(members)), FeatureDistill()])
+    teacher = ensemble([members[0], ensemble(members[1:])] if nested else members)
+    learn = learner([TeacherDistill(teacher), FeatureDistill()])
     widths = []
 
     class Width(Callback):
