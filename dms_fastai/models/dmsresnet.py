@@ -229,7 +229,7 @@ default_cfgs = generate_default_cfgs(
         "dmsresnet_lite.untrained": _cfg(),
         "dmsresnet50.untrained": _cfg(pool_size=(4, 4)),
         "dmsresnet_wide.untrained": _cfg(),
-        "dmsresnet_small.untrained": _cfg(),
+        "dmsresnet_small.kd_cifar10": _trained("dmsresnet_small.kd_cifar10"),
         "dmsresnet_mini.kd_in1k_cifar10": _trained("dmsresnet_mini.kd_in1k_cifar10"),
         "dmsresnet_tiny.untrained": _cfg(),
         "dmsresnet_tiny_plain.untrained": _cfg(),
