@@ -17,7 +17,11 @@ from docs.build import CELL, TUTORIAL, cells
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results"
-REPORTED = {"cifar10-cpu": RESULTS, "cifar10-h200": RESULTS / "h200"}  # folders of runs, and where their reports are
+REPORTED = {  # folders of runs, and where their reports are
+    "cifar10-cpu": RESULTS,
+    "cifar10-h200": RESULTS / "h200",
+    "cifar10-cpu-students": RESULTS / "students",
+}
 README = (ROOT / "README.md").read_text()
 DETAILS = (ROOT / "docs" / "results.md").read_text()
 
