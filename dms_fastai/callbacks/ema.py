@@ -40,6 +40,7 @@ class EMA(Callback):
         super().__init__()
         self.decay, self.every, self.steps = decay, every, 0
         self.pairs: tuple[list[Tensor], list[Tensor]] | None = None
+        self.counters: list[tuple[Tensor, Tensor]] | None = None
 
     def before_fit(self) -> None:
         self.put_back()  # if an exception ended the last fit
@@ -51,12 +52,15 @@ class EMA(Callback):
         ours, theirs = (list(m.state_dict().values()) for m in (self.average, model))
         floats = [index for index, value in enumerate(ours) if value.is_floating_point()]
         self.pairs = [ours[i] for i in floats], [theirs[i] for i in floats]
+        self.counters = [pair for pair in zip(ours, theirs, strict=True) if not pair[0].is_floating_point()]
 
     def before_epoch(self) -> None:
         self.put_back()
 
     def after_step(self) -> None:
         self.steps += 1
+        for ours, theirs in self.counters:  # batches are counted, not averaged
+            ours.copy_(theirs)
         if self.steps % self.every:
             return
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps)) ** self.every
@@ -70,14 +74,13 @@ class EMA(Callback):
     def after_fit(self) -> None:
         self.put_back()
         if self.average is not None:  # None if another callback cancelled the fit before it began
-            counters = {name: b.clone() for name, b in self.learn.model.named_buffers() if not b.is_floating_point()}
-            self.learn.model.load_state_dict(self.average.state_dict() | counters)  # batches are counted, not averaged
+            self.learn.model.load_state_dict(self.average.state_dict())
         self.release()
 
     def release(self) -> None:
         """Give the average up. A Learner calls this if an exception ends a fit without an event."""
         self.put_back()
-        self.average = self.pairs = None
+        self.average = self.pairs = self.counters = None
 
     def put_back(self) -> None:
         """Put the weights that the optimiser trains back into the Learner."""
