@@ -198,7 +198,7 @@ def export(
 
     say_what_is_read(learner, trust_pickle)
     labels = None if labels is None else home(labels)
-    written = export_model(learner, file, trust_pickle, data, labels, calibrate, tolerance, _show_compared)
+    written = export_model(learner, file, trust_pickle, data, calibrate, tolerance, _show_compared, labels)
     console.say(f"{written}: {amount(written.stat().st_size)}")
 
 

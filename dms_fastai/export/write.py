@@ -34,10 +34,10 @@ def export_model(
     file: str | Path,
     trust: bool = False,
     data: str | Path | Sets | None = None,
-    labels: str | Path | None = None,
     calibrate: int | None = None,
     tolerance: float | None = None,
     compared: Callable[[Sequence[Compared]], None] = lambda rows: None,
+    labels: str | Path | None = None,
 ) -> Path:
     """Write a model that runs without this package: pixels 0...255 go in, probabilities of the classes come out.
 
