@@ -25,7 +25,7 @@ class EMA(Callback):
     average: nn.Module | None = None
     raw: nn.Module | None = None
     saved: dict[str, Any] | None = None
-    _stateattrs = ("average", "raw", "saved", "pairs")
+    _stateattrs = ("average", "raw", "saved", "pairs", "counters")
 
     def __init__(self, decay: Fraction = 0.999, every: Count = 1):
         """

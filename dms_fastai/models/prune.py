@@ -117,7 +117,7 @@ def reestimate_batch_norms(network: nn.Module, batches: Iterable[Tensor | Sequen
 def _group(width: int) -> int:
     """How many filters of a layer go together: runtimes compute with channels in blocks, and save little in between.
 
-    These have eight channels, or sixteen with AVX-512, where a `dmsresnet` of half the MACs takes 6 % less time with
+    These have eight channels, or sixteen with AVX-512, where a `dmsresnet` of half the MACs takes less time with
     groups of sixteen than with eight. Where a layer is narrow, eight leave more to choose.
     """
     return 2 * GROUP if width >= WIDE else GROUP
