@@ -141,7 +141,7 @@ def split_images(
     `own` is the run that the model comes from.
     """
     check_square(card)
-    splits = load_splits(data, card.shape[1], labels, middle=card.middle)
+    splits = load_splits(data, card.shape[1], labels, card.vocab, card.middle, to_train=False)
     there = [each for each in splits if each != "unlabelled"]
     found = split or next((name for name in ("test", "val") if name in there), None)
     if found is None and own is not None and own.facts_file.is_file() and own.facts().data == splits.name:
@@ -155,6 +155,8 @@ def split_images(
     images = splits[found]
     if not len(images):
         raise UserError(f"{data} has no images in its split {found!r}")
+    if not images.labelled:
+        raise UserError(f"{data} has no labels in its split {found!r}; give --labels with a table of them")
     ours, theirs = images.white or BYTE, card.white or BYTE
     if ours != theirs:
         notice(f"{data}: {ours:g} is white here, and was {theirs:g} in the images that the model was trained on")

@@ -52,11 +52,19 @@ def image_files(given: Iterable[str]) -> dict[Path, tuple[str, ...]]:
 
 
 def _images_below(folder: Path) -> list[Path]:
-    """Files in or below a folder that end as images do, sorted; what is hidden is skipped, links are followed once."""
+    """Files in or below a folder that end as images do, sorted; what is hidden is skipped, links are followed once.
+
+    Raises:
+        UserError: A folder in it cannot be listed.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename} cannot be listed ({error.strerror}); make it readable, or remove it")
+
     known = Image.registered_extensions()
     suffixes = {suffix for suffix, kind in known.items() if kind in Image.OPEN}
     found, seen = [], set()
-    for where, folders, names in os.walk(folder, followlinks=True):
+    for where, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         if os.path.realpath(where) in seen:  # a link back
             folders.clear()
             continue

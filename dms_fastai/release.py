@@ -110,7 +110,8 @@ def card_text(name: str, facts: dict[str, Any]) -> str:
     per_class = "\n".join(f"| {name} | {percent(share)} |" for name, share in facts["class_accuracy"].items())
     accuracy, n = facts["test_accuracy"], facts["test_images"]
     best, hours = facts["best_epoch_on_test"], facts["seconds"] / 3600
-    error = (accuracy * (1 - accuracy) / n) ** 0.5
+    error, threads = (accuracy * (1 - accuracy) / n) ** 0.5, facts["threads"]
+    computing = facts["device"] + (f", {threads} thread{'s' * (threads != 1)}" if threads else "")
     return f"""# {name}
 
 `timm.create_model("{name}", pretrained=True)` after `import dms_fastai`: {facts["parameters"]:,} parameters in a
@@ -124,7 +125,7 @@ file of {facts["megabytes"]} MB (float16). Colour images of 32x32 pixels in, ten
 | recipe | {recipe}; {facts["epochs"]} epochs, {facts["schedule"]}; the last epoch's weights |{note}
 | seed | {facts["seed"]}, one run |
 | code | commit {facts["commit"]}; {versions} |
-| hardware | {facts["device"]}, {facts["threads"]} threads, {hours:.1f} hours, {facts["started"][:10]} |
+| hardware | {computing}, {hours:.1f} hours, {facts["started"][:10]} |
 
 | class | accuracy |
 |---|---|

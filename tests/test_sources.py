@@ -240,9 +240,9 @@ def test_large_images_are_decoded_one_at_a_time(tmp_path, monkeypatch):
 
 def test_images_of_too_many_pixels_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
     Image.new("1", (300, 200)).save(tmp_path / "a.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50_000)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 25_000)
     monkeypatch.setattr(PngImageFile, "load", None)
-    with pytest.raises(UserError, match="it has 300 x 200 pixels, and 50,000 are the most"):
+    with pytest.raises(UserError, match="exceeds limit of 50000 pixels"):
         read_image(tmp_path / "a.png")
 
 

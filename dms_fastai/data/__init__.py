@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from fastai.data.core import DataLoaders
 
+from ..errors import UserError
 from ..models.dmsresnet import MEAN, STD
 from ..names import source_name
 from ..settings import Pixels, convert
@@ -63,6 +64,8 @@ def load_data(
         crops.pop("flip", None)
     if source_name(data) in NO_FLIP:
         crops.setdefault("flip", 0.0)
+    if not (len(mean) == len(std) == 3 and min(std) > 0):
+        raise UserError(f"mean is {tuple(mean)} and std is {tuple(std)}; give three of each, std above 0")
     cropped = Crops(**crops)
     sets = chosen.open(data, seed, classes, crops=cropped).for_distillation
     if view is not None:

@@ -3,10 +3,12 @@
 import hashlib
 import json
 import shutil
+import stat
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import IO
 
 from filelock import FileLock
 
@@ -75,21 +77,43 @@ def _unpack(archive: Path, folder: Path) -> None:
         if archive.suffix.lower() == ".zip":
             with zipfile.ZipFile(archive) as opened:
                 _check_room(archive, sum(info.file_size for info in opened.infolist()), folder)
-                opened.extractall(folder)
+                links = [info for info in opened.infolist() if stat.S_ISLNK(info.external_attr >> 16)]
+                opened.extractall(folder, [info for info in opened.infolist() if info not in links])
+                _name_links(archive, [info.filename for info in links], "zip packs what links lead to, without -y")
         else:
             with tarfile.open(archive) as opened:
                 _check_room(archive, sum(member.size for member in opened), folder)
+                nowhere = []  # links that lead to no file in the archive
                 for member in opened:
-                    if member.isfile():  # no links, no devices: nothing that could lead out of the folder
-                        _write(opened, member, folder)
+                    if member.isfile() or member.islnk() or member.issym():
+                        content = _content(opened, member)
+                        if content is None:
+                            nowhere.append(member.name)
+                        else:
+                            _write(content, member.name, folder)
+                _name_links(archive, nowhere, "tar -h packs what links lead to")
 
 
-def _write(archive: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
-    file = (folder / member.name).resolve()
+def _name_links(archive: Path, links: Sequence[str], hint: str) -> None:
+    if links:
+        found = f"the link {links[0]} is" if len(links) == 1 else f"{len(links)} links are"
+        notice(f"{archive}: {found} passed over; {hint}")
+
+
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes] | None:
+    """The content of a file, or of the one in the archive that a link leads to; None if there is none."""
+    try:
+        return archive.extractfile(member)
+    except (KeyError, RecursionError):
+        return None
+
+
+def _write(content: IO[bytes], name: str, folder: Path) -> None:
+    file = (folder / name).resolve()
     if not file.is_relative_to(folder.resolve()):
-        raise ValueError(f"{member.name} in it leads out of its folder")
+        raise ValueError(f"{name} in it leads out of its folder")
     file.parent.mkdir(parents=True, exist_ok=True)
-    with archive.extractfile(member) as content, file.open("wb") as opened:
+    with content, file.open("wb") as opened:
         shutil.copyfileobj(content, opened)
 
 

@@ -17,7 +17,7 @@ from .images import resize, to_rgb
 from .imageset import ImageSet
 from .in_parts import extremes, squares_of
 from .splits import Splits
-from .white import as_bytes, describe, white_of
+from .white import UNIT, as_bytes, describe, white_of
 
 if TYPE_CHECKING:
     from .npz import ArrayInFile
@@ -59,15 +59,22 @@ def array_splits(
         where = f"{source}: {split}"
         train = None if split == "train" else splits["train"]  # read first: errors in it are told first
         arrays = readers[split]()
+        if len(arrays.images.shape) < 3:
+            raise UserError(f"{where}_images has shape {arrays.images.shape}; give (N, H, W) or with channels")
         without = arrays.labels is None
         labels = np.full(len(arrays.images), UNLABELLED) if without else _one_each(arrays.labels, f"{where}_labels")
         vocab = vocab_of(labels, names, source) if train is None else list(train.vocab)
         indices = labels if without else label_indices(labels, vocab, f"{where}_labels", named=names is not None)
         whole = isinstance(arrays.images, np.ndarray)
         try:
-            white = None if train is None or arrays.images.dtype == np.uint8 else train.white
-            if white is None and arrays.images.dtype != np.uint8:
-                white = white_of(arrays.images if whole else extremes(arrays.images))
+            white = None
+            if arrays.images.dtype != np.uint8:
+                own = white_of(arrays.images if whole else extremes(arrays.images))
+                white = own if train is None or train.white is None else train.white
+                if arrays.images.dtype.kind == "f" and own != white and UNIT in (own, white):
+                    raise UserError(f"pixels run to about {own:g}, and those of train to {white:g}; give one range")
+                if own > white > UNIT:
+                    notice(f"{where}_images: pixels above {white:g} become white, as it is white in train")
             pixels = (
                 to_rgb(as_bytes(arrays.images, white)) if whole else to_rgb(torch.empty(0, *arrays.images.shape[1:]))
             )
@@ -115,7 +122,7 @@ def vocab_of(labels: np.ndarray, names: np.ndarray | None, source: object) -> li
                 raise UserError(f"{source}: train_labels has {bad}, which is the number of no class; leave it out")
             if len(ids) <= ids[-1]:
                 notice(f"{source}: {len(ids)} classes, whose labels run from {ids[0]} to {ids[-1]} with gaps")
-        vocab = [_text(label) for label in ids]
+        vocab = list(dict.fromkeys(map(_text, ids)))
     if len(vocab) < 2:
         raise UserError(f"{source} has one class; a classifier needs at least 2")
     return vocab

@@ -35,7 +35,7 @@ __all__ = ["Listing", "alone", "cache_dir", "decoded_image_set", "write_rows"]
 SHOW_PROGRESS_FROM = 2000
 LISTED = 10  # unreadable files in one message
 AHEAD = 64  # files that are given to the threads before the first is asked for
-READING = b"4"  # to be counted up when images are read in another way, so that older caches are not used
+READING = b"5"  # to be counted up when images are read in another way, so that older caches are not used
 
 
 @dataclass(frozen=True)
@@ -145,11 +145,15 @@ def _decode(
 ) -> tuple[Tensor, np.ndarray]:
     """Decode what the cache does not have yet; into memory, where there is no cache or it cannot be written."""
 
+    clipped = []
+
     def decode(index: int, scale: float | None = white) -> tuple[np.ndarray, float | None]:
         with open_image(listing.root / listing.files[index], round(size / middle)) as image:
-            own = grey_white(image) if scale is None else None
+            own = grey_white(image)
             kept = read_image(image, size, scale) if middle == 1 else read_whole(image, size, scale, middle)
-        return kept.permute(1, 2, 0).numpy(), own
+        if scale is not None and (own or 0) > scale:
+            clipped.append(listing.files[index])
+        return kept.permute(1, 2, 0).numpy(), own if scale is None else None
 
     def decode_into(rows: Rows) -> None:
         _each(range(len(rows), len(listing.files)), decode, listing, lambda _, found: rows.append(*found))
@@ -159,6 +163,11 @@ def _decode(
             others = [index for index, own in whites.items() if own != common]
             scaled = partial(decode, scale=common)
             _each(others, scaled, listing, lambda index, found: rows.replace(index, found[0], common))
+        if clipped:
+            notice(
+                f"{listing.root}: pixels above {white:g}, which is white in train, become white in {len(clipped)} "
+                f"images, such as {min(clipped)}"
+            )
 
     needed = len(listing.files) * CHANNELS * round(size / middle) ** 2
     return write_rows(decode_into, cache, stamp, needed, listing.root)

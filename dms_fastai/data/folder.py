@@ -21,6 +21,7 @@ __all__ = [
     "SPLIT_OF",
     "class_name",
     "find_images",
+    "has_image_splits",
     "list_names",
     "only_folder",
     "read_folder",
@@ -29,12 +30,15 @@ __all__ = [
 
 SPLIT_OF = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
 NO_LABELS = ("unlabelled", "unlabeled")  # folders of images without classes
-PASSED_OVER = {"__MACOSX"}  # beside hidden files and folders
-OURS = {"recipe.toml", "run.json", "report.md"}  # where one of these is, runs and reports have left their plots
+PASSED_OVER = {"__MACOSX", "@eaDir"}  # beside hidden files and folders
+OURS = ({"recipe.toml", "run.json"}, {"report.md", "index.html"})  # in the folders of runs and of reports, with plots
+OUR_ENDINGS = {".log", ".toml"}  # of all files in a folder of logs, and of a run that has just begun
 ENDINGS = 5  # in one message
 
 
-def read_folder(folder: Path, size: int, classes: Sequence[str] | None = None, middle: float = 1.0) -> Splits:
+def read_folder(
+    folder: Path, size: int, classes: Sequence[str] | None = None, middle: float = 1.0, to_train: bool = True
+) -> Splits:
     """The splits of an image folder.
 
     Args:
@@ -44,6 +48,7 @@ def read_folder(folder: Path, size: int, classes: Sequence[str] | None = None, m
         size: Height and width of what is given out of each image.
         classes: Names of the classes, in order, to be taken where the training images are in no class folders.
         middle: As in `decoded_image_set`.
+        to_train: Whether images to train on are needed, of two classes at least.
 
     Raises, some of it when a split is read:
         UserError: There are no classes, a class is empty or the only one, a split has a class that train has not, it
@@ -54,13 +59,13 @@ def read_folder(folder: Path, size: int, classes: Sequence[str] | None = None, m
         folder = only_folder(folder)
     if not found.keys() - {"unlabelled"}:
         found["train"] = [folder]
-    elif "train" not in found:
+    elif "train" not in found and to_train:
         raise UserError(f"{folder} has no folder 'train'; the layout is train/CLASS/*.png and test/CLASS/*.png")
     splits = Splits()
     vocab: list[str] = []
 
     def read(split: str) -> ImageSet:
-        train = None if split == "train" else splits["train"]  # its folders are the classes
+        train = splits["train"] if split != "train" and "train" in found else None  # its folders are the classes
         if len(found[split]) > 1:
             first, second, *_ = found[split]
             raise UserError(f"{folder} has both {first.name!r} and {second.name!r}; remove or rename one")
@@ -74,8 +79,8 @@ def read_folder(folder: Path, size: int, classes: Sequence[str] | None = None, m
                 raise
             vocab[:] = classes
             return decoded_image_set(unlabelled(root, find_images(root), vocab), size, train, middle)
-        if split == "train":
-            vocab[:] = _vocab_of(files, root)
+        if train is None:
+            vocab[:] = _vocab_of(files, root) if to_train else sorted(files)
         elif not set(files) <= set(vocab):
             strange = min(set(files) - set(vocab))
             who = f"{found['train'][0]} does not have" if train.labelled else "the teacher does not know"
@@ -91,6 +96,15 @@ def read_folder(folder: Path, size: int, classes: Sequence[str] | None = None, m
     for split in found:
         splits.add(split, partial(read, split))
     return splits
+
+
+def has_image_splits(folder: Path) -> bool:
+    """Whether a folder has one for a split, with an image in it."""
+    if not folder.is_dir():
+        return False
+    endings, inner = _readable_endings(), [each for found in _split_folders(folder).values() for each in found]
+    files = (name for each in inner for _, _, names in os.walk(each) for name in names if not _hidden(name))
+    return any(PurePath(name).suffix.lower() in endings for name in files)
 
 
 def list_names(folder: Path) -> list[str]:
@@ -137,9 +151,11 @@ def _unlistable(folder: Path, error: OSError) -> UserError:
 
 
 def only_folder(folder: Path) -> Path:
-    """The folder, or the only one in it: archives often hold one."""
-    names = list_names(folder)
-    return folder / names[0] if len(names) == 1 and (folder / names[0]).is_dir() else folder
+    """The folder, or the only one in it, beside which there is no image: archives often hold one, and a README."""
+    names, endings = list_names(folder), _readable_endings()
+    inner = [folder / name for name in names if (folder / name).is_dir()]
+    images = any(PurePath(name).suffix.lower() in endings for name in names)
+    return inner[0] if len(inner) == 1 and not images else folder
 
 
 def _split_folders(folder: Path) -> dict[str, list[Path]]:
@@ -178,13 +194,14 @@ def _walk(root: Path, besides: Collection[Path] = ()) -> _Tree:
     def refuse(error: OSError) -> None:
         raise _unlistable(Path(error.filename), error) from None
 
-    tree, seen, endings = _Tree(), set(), _readable_endings()
+    tree, endings = _Tree(), _readable_endings()
+    real: dict[str, str] = {}
     for where, folders, names in os.walk(root, onerror=refuse, followlinks=True):
-        real = os.path.realpath(where)
-        if real in seen or (where != str(root) and OURS.intersection(names)):
+        real[where] = os.path.realpath(where)
+        around = (real.get(str(parent)) for parent in PurePath(where).parents)
+        if real[where] in around or (where != str(root) and _is_ours(folders, names)):
             folders.clear()
             continue
-        seen.add(real)
         folders[:] = sorted(name for name in folders if not _hidden(name) and Path(where, name) not in besides)
         files = sorted(name for name in names if not _hidden(name))
         images = [name for name in files if PurePath(name).suffix.lower() in endings]
@@ -194,7 +211,15 @@ def _walk(root: Path, besides: Collection[Path] = ()) -> _Tree:
             tree.images[here] = images
         elif not folders and where != str(root):
             tree.empty.append(here)
+    tree.empty = [each for each in tree.empty if not any(parent in tree.images for parent in each.parents[:-1])]
     return tree
+
+
+def _is_ours(folders: Sequence[str], names: Sequence[str]) -> bool:
+    """Whether a folder with these folders and files is one that a command of this package has made."""
+    files = {name for name in names if not _hidden(name)}
+    logs = bool(files) and not folders and all(PurePath(name).suffix in OUR_ENDINGS for name in files)
+    return logs or any(ours <= files for ours in OURS)
 
 
 def _readable_endings() -> set[str]:

@@ -1,6 +1,5 @@
 """Images in, uint8 tensors out: any file, mode and size that Pillow reads, always RGB."""
 
-import math
 import os
 import stat
 import threading
@@ -18,7 +17,7 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from ..errors import UserError
-from .white import as_bytes, white_of
+from .white import BYTE, as_bytes, white_of
 
 __all__ = ["MIDDLE", "grey_white", "open_image", "read_image", "read_whole", "resize", "to_rgb"]
 
@@ -30,7 +29,7 @@ GAP = 2  # times larger than needed is a JPEG decoded at least: then it is half 
 EXTENT = "dms_fastai_extent"  # in an image's `info`: its width and height at the scale at which it was decoded
 one_large = threading.Lock()
 
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # such images are refused here
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # twice as many pixels are refused
 
 
 def read_image(item: Any, size: int | None = None, white: float | None = None, middle: float = 1.0) -> Tensor:
@@ -96,9 +95,6 @@ def open_image(file: str | Path | bytes, side: int | None = None) -> Iterator[Im
         try:
             opened = held.enter_context(BytesIO(file) if isinstance(file, bytes) else _open_regular(file))
             image = Image.open(opened)
-            pixels, most = image.width * image.height, Image.MAX_IMAGE_PIXELS or math.inf
-            if pixels > most:
-                raise ValueError(f"it has {image.width} x {image.height} pixels, and {most:,} are the most")
             reduced = image.draft(None, (GAP * side, GAP * side)) if side and _may_be_reduced(image) else None
             if image.width * image.height > LARGE:
                 held.enter_context(one_large)
@@ -213,8 +209,13 @@ def _rgb(image: Image.Image, white: float | None) -> Image.Image:
     """
     image = _upright(image)
     if _is_deep(image):
-        image = Image.fromarray(as_bytes(np.asarray(image), white).numpy())
-    elif "A" in image.getbands() or "transparency" in image.info:
+        values, clear = np.asarray(image), image.info.get("transparency")
+        bytes_ = as_bytes(values, white).numpy()
+        image = Image.fromarray(bytes_ if clear is None else np.where(values == clear, np.uint8(255), bytes_))
+    elif image.has_transparency_data:
+        key = image.info.get("transparency")
+        if isinstance(key, tuple) and max(key) > BYTE:  # of 16 bits a channel, of which Pillow keeps the upper 8
+            image.info["transparency"] = tuple(value >> 8 for value in key)
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")

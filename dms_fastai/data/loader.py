@@ -17,6 +17,7 @@ from torch import Tensor
 from ..models.dmsresnet import MEAN, STD
 from ..training.losses import UNLABELLED
 from .augment import NO_CROPS, Crops, affine, normalize
+from .folder import class_name
 from .imageset import ImageSet
 from .placed import Placed, Where
 from .stored import Stored
@@ -182,7 +183,9 @@ class ImageLoaders(DataLoaders):
         if own is not None:
             return self.valid.new(own, **kwargs)
         if with_labels:
-            test_items = [item if isinstance(item, tuple) else (item, Path(item).parent.name) for item in test_items]
+            test_items = [
+                item if isinstance(item, tuple) else (item, class_name(Path(item).parent.name)) for item in test_items
+            ]
         return self.valid.new(test_items, **kwargs)
 
     def _own(self, items: Any) -> ImageSet | None:

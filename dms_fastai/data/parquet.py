@@ -17,15 +17,24 @@ LABELS = "labels.csv"
 
 
 def parquet_files(source: Path) -> list[tuple[str, Path]]:
-    """The parquet files in a folder with the split that each belongs to, or one file, for training."""
+    """The parquet files in a folder with the split that each belongs to, or one file, for training.
+
+    Raises:
+        UserError: Those of a split lie in different folders, as those of several data sets do.
+    """
     if source.is_file():
         return [("train", source)] if source.suffix.lower() == ".parquet" else []
-    found = []
+    found, folder_of = [], {}
     for file in sorted(source.rglob("*.parquet")):
-        words = re.split(r"[^a-z]+", file.relative_to(source).as_posix().lower())
+        path = file.relative_to(source)
+        words = re.split(r"[^a-z]+", path.as_posix().lower())
         split = next((SPLIT_OF[word] for word in words if word in SPLIT_OF), None)
-        if split is not None:
-            found.append((split, file))
+        if split is None or any(part.startswith(".") for part in path.parts):
+            continue
+        first = folder_of.setdefault(split, file.parent)
+        if first != file.parent:
+            raise UserError(f"{first} and {file.parent} both have parquet files of {split!r}; give one of them")
+        found.append((split, file))
     return found
 
 
@@ -63,9 +72,12 @@ def _rows(file: Path) -> Iterator[tuple[bytes, str]]:
                 content = content.get("bytes") if isinstance(content, dict) else content
                 if not isinstance(content, bytes) or value is None:
                     raise UserError(f"{file} has a row without an image's bytes or without a label")
-                if names and isinstance(value, int) and not 0 <= value < len(names):
-                    continue  # -1 is Hugging Face's mark of an image without a label
-                yield content, names[value] if names and isinstance(value, int) else str(value)
+                if isinstance(value, str):
+                    yield content, value
+                elif not isinstance(value, int | float) or not float(value).is_integer():
+                    raise UserError(f"{file} has the label {value!r}; give text or a whole number for each image")
+                elif value >= 0 and (not names or value < len(names)):  # -1 is Hugging Face's mark of no label
+                    yield content, names[int(value)] if names else str(int(value))
     except (pyarrow.ArrowException, OSError, ValueError, IndexError) as error:
         if isinstance(error, UserError):
             raise

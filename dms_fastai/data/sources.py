@@ -15,7 +15,7 @@ from ..errors import UserError, notice
 from ..names import source_name
 from .archive import count_files, is_archive, unpacked
 from .cifar import is_cifar, read_cifar
-from .folder import find_images, only_folder, read_folder
+from .folder import find_images, has_image_splits, only_folder, read_folder
 from .images import resize, to_rgb
 from .imageset import ImageSet
 from .npz import read_npz
@@ -39,6 +39,7 @@ def load_splits(
     labels: str | Path | None = None,
     classes: Sequence[str] | None = None,
     middle: float = 1.0,
+    to_train: bool = True,
 ) -> Splits:
     """Open a data set, each of its splits read when it is asked for.
 
@@ -51,6 +52,7 @@ def load_splits(
         classes: Names of the classes, in order, to be taken where no training image has a label.
         middle: Share of the shorter side of image files that is seen without crops. Below 1, they are kept whole;
             arrays are read as squares of `size` all the same.
+        to_train: Whether a network is to be trained on them. If not, a folder may have test images alone, or one class.
 
     Raises:
         UserError: Data that are missing or cannot be trained on; says which and why.
@@ -64,7 +66,7 @@ def load_splits(
         splits = NAMED[name](name, size or DEFAULT_SIZE.get(name, USUAL_SIZE), middle)
     else:
         table = None if labels is None else Path(labels).expanduser()
-        splits = _read(Path(data).expanduser(), size, table, classes, middle)
+        splits = _read(Path(data).expanduser(), size, table, classes, middle, to_train)
     splits.name = name
     return splits
 
@@ -79,7 +81,9 @@ def has_own_size(data: str | Path) -> bool:
     return path.suffix.lower() == ".npz" or is_cifar(path)
 
 
-def _read(path: Path, size: int | None, labels: Path | None, classes: Sequence[str] | None, middle: float) -> Splits:
+def _read(
+    path: Path, size: int | None, labels: Path | None, classes: Sequence[str] | None, middle: float, to_train: bool
+) -> Splits:
     if path.is_file() and is_archive(path):
         path = only_folder(unpacked(path))
     if labels is not None:
@@ -88,10 +92,12 @@ def _read(path: Path, size: int | None, labels: Path | None, classes: Sequence[s
         return read_table(path, labels, size or USUAL_SIZE, middle)
     if path.suffix.lower() == ".npz" and path.is_file():
         return read_npz(path, size, classes)
-    if files := parquet_files(path):
+    if not has_image_splits(path) and (files := parquet_files(path)):
         images = unpacked(path, unpack_parquet, [file for _, file in files])
         return read_table(images, images / LABELS, size or USUAL_SIZE, middle)
-    return read_cifar(path, size) if is_cifar(path) else read_folder(path, size or USUAL_SIZE, classes, middle)
+    if is_cifar(path):
+        return read_cifar(path, size)
+    return read_folder(path, size or USUAL_SIZE, classes, middle, to_train)
 
 
 def _digits(name: str, size: int, middle: float) -> Splits:
@@ -170,11 +176,14 @@ NAMED: dict[str, Callable[[str, int, float], Splits]] = {
 
 
 def split_by_class(labels: torch.Tensor, share: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices of a `share` of every class, drawn by `seed` alone, and of the rest; both in ascending order."""
+    """Indices of a `share` of every class, drawn by `seed` alone, and of the rest; both in ascending order.
+
+    The rest has one image of each class at least.
+    """
     generator = torch.Generator().manual_seed(seed)
     taken = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
         members = (labels == label).nonzero().flatten()
         order = torch.randperm(len(members), generator=generator)
-        taken[members[order[: round(share * len(members))]]] = True
+        taken[members[order[: min(round(share * len(members)), len(members) - 1)]]] = True
     return taken.nonzero().flatten(), (~taken).nonzero().flatten()

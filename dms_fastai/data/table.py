@@ -91,14 +91,20 @@ def _rows(table: Path) -> list[tuple[int, str, str, str]]:
     try:
         first = text.partition("\n")[0]
         delimiter = max(",;\t", key=first.count)
-        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-        columns = {(name or "").strip().lower(): name for name in reader.fieldnames or []}
+        opened = io.StringIO(text, newline="")
+        reader = csv.DictReader(opened, delimiter=delimiter, skipinitialspace=True, strict=True)
+        given = [(name or "").strip().lower() for name in reader.fieldnames or []]
+        columns = dict(zip(given, reader.fieldnames or [], strict=True))
         file, label = (_column(columns, names, table) for names in (FILE_COLUMNS, LABEL_COLUMNS))
         split = next((columns[name] for name in SPLIT_COLUMNS if name in columns), None)
+        if twice := [name for name in given if given.count(name) > 1 and columns[name] in (file, label, split)]:
+            raise UserError(f"{table} has the column {twice[0]!r} more than once; rename one")
         rows = []
         for row in reader:
             if row[file] is None or row[label] is None:
                 raise UserError(f"{table}, line {reader.line_num}: the row is shorter than the first")
+            if any(surplus.strip() for surplus in row.get(None, ())):
+                raise UserError(f"{table}, line {reader.line_num}: the row is longer than the first; use quotes")
             rows.append(
                 (reader.line_num, row[file].strip(), row[label].strip(), (row[split] or "").strip() if split else "")
             )
@@ -124,8 +130,8 @@ class _Files:
         self.paths = set(find_images(folder))
         self._by_name: dict[str, set[str]] = defaultdict(set)
         for path in self.paths:
-            self._by_name[Path(path).name].add(path)
-            self._by_name[Path(path).stem].add(path)
+            self._by_name[class_name(Path(path).name)].add(path)
+            self._by_name[class_name(Path(path).stem)].add(path)
 
     def find(self, name: str, where: str) -> str:
         """The path of a file, relative to the folder.
@@ -136,7 +142,7 @@ class _Files:
         path = str(Path(name))
         if path in self.paths:
             return path
-        found = sorted(path for path in self._by_name.get(Path(name).name, ()) if _agree(path, name))
+        found = sorted(path for path in self._by_name.get(class_name(Path(name).name), ()) if _agree(path, name))
         if not found:
             raise UserError(f"{where}: {self.folder} has no image {name!r}")
         if len(found) > 1:
@@ -148,6 +154,6 @@ class _Files:
 
 def _agree(path: str, name: str) -> bool:
     """Whether the folders of one of two paths to a file are the last ones of the other's."""
-    folders, others = Path(path).parts[:-1], Path(name).parts[:-1]
+    folders, others = (Path(class_name(each)).parts[:-1] for each in (path, name))
     both = min(len(folders), len(others))
     return folders[len(folders) - both :] == others[len(others) - both :]

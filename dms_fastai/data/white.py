@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import UserError
 
-__all__ = ["BYTE", "as_bytes", "describe", "white_of"]
+__all__ = ["BYTE", "UNIT", "as_bytes", "describe", "white_of"]
 
 BYTE = 255.0
 UNIT = 1.0

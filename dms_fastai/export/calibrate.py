@@ -157,4 +157,4 @@ def sets_of(
     check_square(card)
     wanted = run.recipe().data.build() if run is not None and run.recipe_file.is_file() else Data()
     wanted = replace(wanted, size=card.shape[1], labels=wanted.labels if labels is None else str(labels))
-    return wanted.open(data, splits=load_splits(data, wanted.size, wanted.labels, middle=card.middle))
+    return wanted.open(data, splits=load_splits(data, wanted.size, wanted.labels, card.vocab, card.middle))

@@ -23,14 +23,17 @@ BATCH = 64  # images to predict at once
 
 
 def predict_files(
-    source: str | Path, images: Iterable[Path], trust: bool = False, errors: list[UserError] | None = None
+    source: str | Path,
+    images: Iterable[str | Path] | str | Path,
+    trust: bool = False,
+    errors: list[UserError] | None = None,
 ) -> tuple[list[str], Tensor]:
     """Classify image files: gives the class names, and the probabilities of each image, shape (N, C).
 
     Args:
         source: A run's folder, a model.safetensors, a .pkl of `Learner.export`, the name of an architecture whose
             weights come with this package, or a file of `export_model`, which its own runtime runs.
-        images: Image files.
+        images: Image files, or one.
         trust: Load a .pkl, which runs the code in it, or a .pt2, which may. Otherwise, for a run's .pkl, the weights
             beside it are read.
         errors: Gets the error of each file that is no image; such files have no row. None: the first error is raised.
@@ -44,13 +47,17 @@ def predict_files(
 
 
 def classify_files(
-    source: str | Path, images: Iterable[Path], trust: bool = False, errors: list[UserError] | None = None
+    source: str | Path,
+    images: Iterable[str | Path] | str | Path,
+    trust: bool = False,
+    errors: list[UserError] | None = None,
 ) -> tuple[list[str], Iterator[Classified]]:
     """`predict_files` for any number of images, of which only a batch is in memory.
 
     Returns:
         The class names, and an iterator over the files that are images, each with its probabilities, shape (C,).
     """
+    images = [images] if isinstance(images, str | Path) else images
     source = find_source(source, trust)
     if source.suffix == ".pkl":
         learn = open_learner(source, trust)
