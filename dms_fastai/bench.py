@@ -53,7 +53,11 @@ class Row:
 
 
 def bench(
-    files: Sequence[Path], archs: Sequence[str] = (), data: str | Path | ImageSet | None = None, trust: bool = False
+    files: Sequence[Path],
+    archs: Sequence[str] = (),
+    data: str | Path | ImageSet | None = None,
+    trust: bool = False,
+    labels: str | Path | None = None,
 ) -> list[Row]:
     """Measure exported files and, beside them, untrained architectures of timm, in turn on one thread.
 
@@ -62,13 +66,14 @@ def bench(
         archs: Names of architectures. They are exported to ONNX for the images and the classes of the first file.
         data: As in `load_data`, for the accuracy of the files on its test or validation images; or the images.
         trust: As in `open_exported`.
+        labels: As in `load_data`.
 
     Raises:
         UserError: A file cannot be opened, an architecture cannot be exported, or the data do not fit a file.
     """
     opened = [open_exported(file, trust) for file in files]
     cards = [each.card(file.name) for file, each in zip(files, opened, strict=True)]
-    found = [None] * len(files) if data is None else _accuracies(opened, cards, data)
+    found = [None] * len(files) if data is None else _accuracies(opened, cards, data, labels)
     rows = [
         (name, check_format(file, FORMATS), file.stat().st_size, True)
         for name, file in zip(_told_apart(files), files, strict=True)
@@ -100,13 +105,15 @@ def _told_apart(files: Sequence[Path]) -> list[str]:
     return [str(Path(*file.parts[-length:])) for file, length in zip(files, lengths, strict=True)]
 
 
-def _accuracies(opened: Sequence[Exported], cards: Sequence[ModelCard], data: str | Path | ImageSet) -> list[float]:
+def _accuracies(
+    opened: Sequence[Exported], cards: Sequence[ModelCard], data: str | Path | ImageSet, labels: str | Path | None
+) -> list[float]:
     """The accuracy of each file; images that several see alike are read once."""
     read, found = {}, []
     for exported, card in zip(opened, cards, strict=True):
         seen = card.shape, card.middle, card.white
         if seen not in read:
-            read[seen] = data if isinstance(data, ImageSet) else split_images(data, None, None, card)
+            read[seen] = data if isinstance(data, ImageSet) else split_images(data, None, labels, card)
         images = read[seen]
         found.append(answers(exported, images.images, known_classes(images, card)[images.labels]).accuracy)
     return found

@@ -223,6 +223,7 @@ def bench(
     data: Annotated[
         str | None, typer.Option(help="As in run: measure the accuracy, too.", autocompletion=data_words)
     ] = None,
+    labels: Annotated[Path | None, typer.Option(help="As in run.")] = None,
     arch: Annotated[
         str | None, typer.Option(help="NAME,NAME: untrained architectures of timm beside.", autocompletion=arch_words)
     ] = None,
@@ -253,7 +254,7 @@ def bench(
     from ..bench import plot
     from ..export.measure import BATCH
 
-    rows = measured(files, archs, data, trust_pickle)
+    rows = measured(files, archs, data, trust_pickle, None if labels is None else home(labels))
     listing = Table("file", "MB", "M MACs", "accuracy, %", "ms", "p95", f"ms of {BATCH}", "p95", box=SIMPLE_HEAD)
     listing.padding, listing.show_edge, listing.columns[0].overflow = 0, False, "fold"
     for column in listing.columns[1:]:
