@@ -106,7 +106,10 @@ def _told_apart(files: Sequence[Path]) -> list[str]:
 
 
 def _accuracies(
-    opened: Sequence[Exported], cards: Sequence[ModelCard], data: str | Path | ImageSet, labels: str | Path | None
+    opened: Sequence[Exported],
+    cards: Sequence[ModelCard],
+    data: str | Path | ImageSet,
+    labels: str | Path | None = None,
 ) -> list[float]:
     """The accuracy of each file; images that several see alike are read once."""
     read, found = {}, []
@@ -149,5 +152,6 @@ def plot(rows: Sequence[Row], file: Path) -> None:
     axes.grid(True, alpha=0.25)
     drawn.legend(loc="outside right upper", frameon=False)
     FigureCanvasAgg(drawn)
+    file.parent.mkdir(parents=True, exist_ok=True)
     with whole(file) as partial:
         drawn.savefig(partial, format="png", dpi=144)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -60,8 +61,9 @@ def files_of(folders: Sequence[RunFolder], sets: Sets, say: Callable[[str], None
                 say(f"{file}: {amount(file.stat().st_size)}")
             files.append(file)
     if figures.is_file():
-        found = json.loads(figures.read_text(encoding="utf-8"))
-        return [Row(**row | {name: np.array(row[name]) for name in ("one", "many")}) for row in found]
+        with suppress(ValueError, TypeError, KeyError):  # a damaged file: it is all measured again
+            found = json.loads(figures.read_text(encoding="utf-8"))
+            return [Row(**row | {name: np.array(row[name]) for name in ("one", "many")}) for row in found]
     rows = [replace(row, name=row.name.removesuffix(row.format)) for row in bench(files, data=sets.valid)]
     told = [asdict(row) | {"one": row.one.tolist(), "many": row.many.tolist()} for row in rows]
     with whole(figures) as partial:

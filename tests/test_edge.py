@@ -65,6 +65,11 @@ def test_one_command_ends_with_a_table_of_files(dms, whole):  # noqa: F811
     assert table(again) == rows
     assert "epoch 1/" not in again
     assert before == {file: file.stat().st_mtime_ns for file in before}
+    [figures] = folder.rglob("edge.json")
+    for damaged in ("{", "[1]", "[{}]"):
+        figures.write_text(damaged)
+        code, again, _ = dms(*ARGS, "--out", folder)
+        assert (code, [row[:6] for row in table(again)]) == (0, [row[:6] for row in rows])
     code, out, _ = dms(*ARGS, "--out", folder, "--dry-run")
     assert (code, out.count("finished")) == (0, 2)
 

@@ -319,7 +319,7 @@ def test_bench_puts_files_beside_one_another(dms, files, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     given = [files[ending] for ending in HERE]
     code, out, err = dms(
-        "bench", *given, "--data", "digits", "--arch", "test_dmsresnet_plain", "--png", "plot.png", "--trust-pickle"
+        "bench", *given, "--data", "digits", "--arch", "test_dmsresnet_plain", "--png", "new/plot.png", "--trust-pickle"
     )
     assert (code, err) == (0, "")
     rows = [line.split() for line in out.splitlines()[2 : 3 + len(HERE)]]
@@ -327,7 +327,7 @@ def test_bench_puts_files_beside_one_another(dms, files, tmp_path, monkeypatch):
     assert {row[2] for row in rows[:-1]} == {"0.7"}  # a sixteenth of the 11.1 M at 32 pixels
     assert all(float(row[3]) > 90 for row in rows[:-1])
     assert rows[-1][3] == "untrained"
-    with Image.open(tmp_path / "plot.png") as image:
+    with Image.open(tmp_path / "new" / "plot.png") as image:
         assert image.width > 500
     code, _, err = dms("bench", *given, "--png", "plot.png")
     assert (code, err.count("\n")) == (2, 1)

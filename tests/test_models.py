@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from functorch.compile import aot_function, nop
 from timm.layers import get_notrace_functions, get_notrace_modules
 from timm.models import group_parameters
@@ -174,6 +175,42 @@ def test_a_network_that_cannot_be_traced_is_folded_to_a_copy():
     assert not folded.training
     x = torch.rand(2, 3, 4, 4)
     torch.testing.assert_close(folded(x), model.eval()(x))
+
+
+class Odd(nn.Module):
+    """A convolution, a batch norm, and something beside them that tracing alone would get wrong."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.conv, self.bn = kind, nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+        if kind == "hook":
+            self.conv.register_forward_hook(lambda module, given, found: 2 * found)
+
+    def forward(self, x, targets=None, scale=1.0):
+        y = self.bn(self.conv(x))
+        if self.kind == "optional":
+            return y if targets is None else -y
+        return y + F.conv2d(x, self.conv.weight) if self.kind == "weight" else y * scale
+
+
+@pytest.mark.parametrize("kind", ["optional", "hook", "weight", "plain"])
+def test_what_is_folded_computes_what_it_did(kind):
+    model = Odd(kind)
+    model.bn.running_mean.normal_()
+    model.bn.running_var.uniform_(2, 3)
+    folded, x = fold_batch_norms(model), torch.rand(2, 3, 4, 4)
+    torch.testing.assert_close(folded(x), model.eval()(x))
+    left = sum(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    assert left == (kind in ("hook", "weight"))
+
+
+@pytest.mark.parametrize("name", ["cait_xxs24_224", "test_vit3"])
+def test_the_work_of_networks_that_torch_counts_only_without_gradients(name):
+    small = {} if name == "test_vit3" else {"img_size": 32, "patch_size": 16}
+    network = timm.create_model(name, **small)
+    shape = (3, 32, 32) if small else network.default_cfg["input_size"]
+    assert macs(network, shape) > 1e5
+    assert all(p.requires_grad for p in network.parameters())
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -19,7 +19,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.transforms import Normalize, RandomSplitter, get_image_files, parent_label
 from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat
-from fastai.vision.augment import Resize
+from fastai.vision.augment import CropPad, RandomResizedCrop, Resize
 from fastai.vision.core import PILImageBW, TensorImage
 from fastai.vision.data import ImageBlock, ImageDataLoaders
 from fasttransform import Transform
@@ -27,7 +27,9 @@ from PIL import Image
 from torch import nn
 
 from dms_fastai import DMSLoss, Teacher, UserError, dms_learner, ensemble, load_data, load_teacher
+from dms_fastai.errors import Notice
 from dms_fastai.export import export_model, predict_files
+from dms_fastai.export.formats import open_exported
 from dms_fastai.models.card import ModelCard, read_card
 from dms_fastai.models.weights import load_weights, save_weights
 from dms_fastai.runs import guards
@@ -312,6 +314,33 @@ def test_a_stock_learner_leaves_with_its_size_and_normalisation(colours, tmp_pat
     np.testing.assert_allclose(probabilities, expected, atol=1e-5)
 
 
+def test_a_stock_learner_with_parts_of_images_is_shown_what_it_has_seen(colours, tmp_path):
+    dls = block(colours, ImageBlock, CategoryBlock, item_tfms=RandomResizedCrop(16))
+    learn = quiet(Learner(dls, tiny(), CrossEntropyLossFlat(), path=tmp_path))
+    files = [tmp_path / f"{index}.png" for index in range(3)]
+    smooth = np.random.default_rng(0).integers(0, 256, (3, 4, 6, 3), dtype=np.uint8)
+    for file, image in zip(files, smooth, strict=True):
+        Image.fromarray(image).resize((96, 96), Image.Resampling.BICUBIC).save(file)
+    expected, _ = learn.get_preds(dl=dls.test_dl(files))
+    with pytest.warns(Notice, match="squeezes or pads longer images"):
+        file = export_model(learn, tmp_path / "x.onnx")
+    assert open_exported(file).card("x").middle == pytest.approx(16 / 24)
+    np.testing.assert_allclose(predict_files(file, files)[1], expected, atol=0.01)
+
+
+class Changed(Transform):
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+
+    def encodes(self, x: TensorImage):
+        return self.change(x)
+
+
+def grey_of(x):
+    return x.float().mean(1, keepdim=True).to(x.dtype).expand(-1, 3, -1, -1)
+
+
 class Darker(Transform):
     def encodes(self, x: TensorImage):
         return x / 2
@@ -333,7 +362,9 @@ def test_a_stock_learner_that_cannot_leave_is_said(colours, tmp_path):
     image = next(iter(get_image_files(colours)))
     refused(lambda: predict_files(tmp_path / "x.pkl", [image], trust=True), words)
     words = "more than resize and normalise"
-    export(ImageBlock, CategoryBlock, item_tfms=Resize(16), batch_tfms=Darker())
+    for changes in (Darker(), Changed(lambda x: x.flip(-1)), Changed(lambda x: x.flip(1)), Changed(grey_of)):
+        export(ImageBlock, CategoryBlock, item_tfms=Resize(16), batch_tfms=changes)
+    export(ImageBlock, CategoryBlock, item_tfms=CropPad(16))
     dls = block(colours, ImageBlock, CategoryBlock)
     Learner(dls, tiny(), CrossEntropyLossFlat(), path=tmp_path).export("x.pkl")
     refused(lambda: export_model(tmp_path / "x.pkl", tmp_path / "x.onnx", trust=True), "one size")

@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
 
 from ..errors import UserError
 from .white import BYTE, as_bytes, white_of
 
-__all__ = ["MIDDLE", "grey_white", "open_image", "read_image", "read_whole", "resize", "to_rgb"]
+__all__ = ["MIDDLE", "grey_white", "open_image", "read_image", "read_pixels", "read_whole", "resize", "to_rgb"]
 
 LARGE = 2**24  # pixels; of images larger than this, one is decoded at a time
 MIDDLE = 0.875  # of the shorter side is seen where crops are cut from larger images in training, as in timm
@@ -60,6 +61,26 @@ def read_image(item: Any, size: int | None = None, white: float | None = None, m
         side = min(_extent(image))
         image = _resized(image, (side, side), (size, size))
     return _tensor(image)
+
+
+def read_pixels(
+    image: str | Path, shape: tuple[int, int, int], white: float | None = None, middle: float = 1.0
+) -> Tensor:
+    """The middle of an image file, resized to uint8 of `shape` (C, H, W), in colour or grey; `white` becomes 255.
+
+    `middle` as in `read_image`, for a square in colour.
+
+    Raises:
+        UserError: The file is no image, or `shape` has neither 1 channel nor 3.
+    """
+    channels, height, width = shape
+    if channels not in (1, 3):
+        raise UserError(f"the model takes images of {channels} channels; files are in colour (3) or grey (1)")
+    if channels == 3 and height == width:
+        return read_image(image, height, white, middle)
+    colours = Image.fromarray(read_image(image, None, white).permute(1, 2, 0).numpy())
+    fitted = ImageOps.fit(colours, (width, height), method=Image.Resampling.BILINEAR)
+    return pil_to_tensor(fitted if channels == 3 else fitted.convert("L"))
 
 
 def read_whole(image: Image.Image, size: int, white: float | None = None, middle: float = MIDDLE) -> Tensor:

@@ -6,17 +6,15 @@ from typing import Any
 
 import torch
 from fastcore.basics import chunked
-from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.transforms.functional import pil_to_tensor
 
 from ..data.augment import affine, normalize
-from ..data.images import read_image
+from ..data.images import read_image, read_pixels
 from ..errors import UserError
 from ..trained import open_learner
 from .source import find_source, read_model, vocab_of
 
-__all__ = ["Classified", "classify_files", "predict_files", "read_pixels"]
+__all__ = ["Classified", "classify_files", "predict_files"]
 
 Classified = tuple[Path, Tensor]  # an image file and its probabilities, shape (C,)
 BATCH = 64  # images to predict at once
@@ -102,23 +100,3 @@ def _classified(
                 errors.append(error)
         if items:
             yield from zip(files, classify(items), strict=True)
-
-
-def read_pixels(
-    image: str | Path, shape: tuple[int, int, int], white: float | None = None, middle: float = 1.0
-) -> Tensor:
-    """The middle of an image file, resized to uint8 of `shape` (C, H, W), in colour or grey; `white` becomes 255.
-
-    `middle` as in `read_image`, for a square in colour.
-
-    Raises:
-        UserError: The file is no image, or `shape` has neither 1 channel nor 3.
-    """
-    channels, height, width = shape
-    if channels not in (1, 3):
-        raise UserError(f"the model takes images of {channels} channels; files are in colour (3) or grey (1)")
-    if channels == 3 and height == width:
-        return read_image(image, height, white, middle)
-    colours = Image.fromarray(read_image(image, None, white).permute(1, 2, 0).numpy())
-    fitted = ImageOps.fit(colours, (width, height), method=Image.Resampling.BILINEAR)
-    return pil_to_tensor(fitted if channels == 3 else fitted.convert("L"))

@@ -1,8 +1,11 @@
 """Opens whatever holds a trained network, an exported file included, and finds what images it expects."""
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import torch
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
@@ -10,19 +13,22 @@ from fastai.torch_core import no_random
 from PIL import Image
 from torch import Tensor, nn
 
+from ..data.images import read_pixels
 from ..data.imageset import ImageSet
 from ..data.loader import vocabulary
-from ..errors import UserError, no_model
+from ..errors import UserError, no_model, notice
 from ..learner import DMSLearner
 from ..models.card import ModelCard
 from ..models.weights import all_finite, load_weights
 from ..trained import Inputs, find_file, inputs_of, open_learner
 from ..trained.inputs import seen_of
 from .formats import Exported, is_exported, open_exported
+from .measure import SMALLEST
 
 __all__ = ["find_source", "open_model", "read_model", "vocab_of"]
 
 GREY = 128
+ALIKE = 0.01  # is the mean difference of pixels, 0...1, that ways of resizing make
 
 
 def open_model(source: str | Path | Learner, trust: bool = False) -> tuple[nn.Module, ModelCard]:
@@ -73,7 +79,8 @@ class _InRuntime(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         pixels = (255 * x).round().to("cpu", torch.uint8).contiguous()
-        return torch.from_numpy(self.exported.classify(pixels.numpy())).log().to(x.device)
+        probabilities = torch.from_numpy(self.exported.classify(pixels.numpy()))
+        return probabilities.clamp(min=SMALLEST).log().to(x.device)
 
 
 def vocab_of(learn: Learner) -> list[str]:
@@ -100,7 +107,7 @@ def _card_of(learn: Learner) -> ModelCard:
     if isinstance(dls.train_ds, ImageSet):
         images = inputs_of(dls)
         return ModelCard(name, vocab, images.mean, images.std, images.shape, **seen_of(dls))
-    small, large = (_made_of_grey(dls, size) for size in ((61, 97), (120, 80)))
+    small, large = (_made_of(dls, Image.new("RGB", size, (GREY,) * 3)) for size in ((61, 97), (120, 80)))
     if any(len(dl.dataset) for dl in dls.loaders):
         images = inputs_of(dls)
     elif small.shape == large.shape:
@@ -109,19 +116,47 @@ def _card_of(learn: Learner) -> ModelCard:
         raise UserError("this Learner's transforms do not give images one size; export it with a Resize among them")
     middle = small[:, small.shape[1] // 2, small.shape[2] // 2].cpu()
     mean, std = torch.tensor(images.mean), torch.tensor(images.std)
-    if small.shape[0] != images.shape[0] or not torch.allclose(middle, (GREY / 255 - mean) / std, atol=1e-3):
-        raise UserError("this Learner's transforms do more than resize and normalise; such a model cannot be written")
-    return ModelCard(name, vocab, images.mean, images.std, images.shape)
+    card = ModelCard(name, vocab, images.mean, images.std, images.shape)
+    if small.shape[0] == images.shape[0] and torch.allclose(middle, (GREY / 255 - mean) / std, atol=1e-3):
+        factor = 2 if small.shape == large.shape else 1  # where nothing is resized, all images have one size
+        for share in (1.0, _fastais_middle(card.shape)):
+            found = replace(card, middle=share)
+            if _sees(dls, found, (factor, factor)):
+                if factor > 1 and not _sees(dls, found, (factor, factor + 1)):
+                    notice("this Learner squeezes or pads longer images; predict shows an exported file their middle")
+                return found
+    raise UserError("this Learner's transforms do more than resize and normalise; such a model cannot be written")
 
 
-def _made_of_grey(dls: DataLoaders, size: tuple[int, int]) -> Tensor:
-    """What DataLoaders make of the file of a grey image of (width, height) pixels: shape (C, H, W)."""
+def _fastais_middle(shape: tuple[int, ...]) -> float:
+    """The share of an image that fastai's RandomResizedCrop sees in validation."""
+    longer = max(shape[1:])
+    return longer / (longer + 8 * math.ceil(0.14 * longer / 8))
+
+
+def _sees(dls: DataLoaders, card: ModelCard, factors: tuple[int, int]) -> bool:
+    """Whether DataLoaders make of an image what `predict_files` does; `factors`: its height and width by a card's."""
+    channels, height, width = card.shape
+    size = factors[1] * width, factors[0] * height
+    across, down = np.meshgrid(*(np.linspace(0, 255, side) for side in size))
+    image = Image.fromarray(np.stack([across, down, (across + 255 - down) / 2], 2).round().astype(np.uint8))
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "ramps.png"
+        image.save(file)
+        pixels = read_pixels(file, card.shape, middle=card.middle if channels == 3 and height == width else 1.0) / 255
+    mean, std = (torch.tensor(each)[:, None, None] for each in (card.mean, card.std))
+    given = _made_of(dls, image).cpu() * std + mean
+    return given.shape == pixels.shape and (given - pixels).abs().mean().item() < ALIKE
+
+
+def _made_of(dls: DataLoaders, image: Image.Image) -> Tensor:
+    """What DataLoaders make of the file of an image: shape (C, H, W)."""
     with TemporaryDirectory() as folder, no_random(reproducible=False):
-        file = Path(folder) / "grey.png"
-        Image.new("RGB", size, (GREY,) * 3).save(file)
+        file = Path(folder) / "image.png"
+        image.save(file)
         try:
-            [image] = dls.test_dl([file], num_workers=0).one_batch()[0]
+            [made] = dls.test_dl([file], num_workers=0).one_batch()[0]
         except Exception as error:  # the transforms are the user's
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"this Learner's DataLoaders do not read the file of an image: {reason}") from None
-    return image.as_subclass(Tensor)
+    return made.as_subclass(Tensor)

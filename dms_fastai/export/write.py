@@ -9,6 +9,7 @@ from ..data import Sets
 from ..errors import UserError
 from ..files import whole
 from ..learner import DMSLearner
+from ..models.build import try_network
 from ..models.weights import save_weights
 from ..names import check_format, check_int8
 from ..run_folder import RunFolder
@@ -68,6 +69,8 @@ def export_model(
             or loses too much, or something is given that is for int8 alone, or out of range.
     """
     file = Path(file)
+    if file.is_dir():
+        raise UserError(f"{file} is a folder; give the name of a file")
     ending = check_format(file, FORMATS)
     check_int8(file, FORMATS, {"data": data, "labels": labels, "calibrate": calibrate, "tolerance": tolerance})
     own = {} if calibrate is None else {"images": convert(calibrate, Count, "calibrate")}
@@ -77,6 +80,8 @@ def export_model(
     if not isinstance(source, Learner) and is_exported(source):
         raise UserError(f"{source} has been exported already; give the run or the weights that it comes from")
     model, card = open_model(source, trust)
+    if isinstance(source, Learner):
+        try_network(model, card.arch, len(card.vocab), card.shape, "export the Learner that it was trained in")
     if written.quantize is None:
         content = content_of(model, card, ending)
     else:

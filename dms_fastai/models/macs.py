@@ -16,7 +16,7 @@ def macs(network: nn.Module, shape: tuple[int, ...]) -> int:
     They are counted without computing, on a copy on the meta device: torch's counter misses the attention kernels of
     CPUs. The network stays as it is.
     """
-    shadow = copy.deepcopy(network).to("meta").eval()
+    shadow = copy.deepcopy(network).to("meta").eval().requires_grad_(False)
     with FlopCounterMode(display=False) as flops, torch.inference_mode():
         shadow(torch.zeros(1, *shape, device="meta"))
     return flops.get_total_flops() // 2

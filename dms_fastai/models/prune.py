@@ -6,6 +6,7 @@ each block (`mid_widths` of `DMSResNet`) says all that there is to know of a pru
 """
 
 import copy
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -63,7 +64,8 @@ def widths_within(network: DMSResNet, share: float, shape: tuple[int, ...]) -> l
     if not fits(len(groups)):
         least = macs(narrowed(network, after(len(groups))), shape) / dense
         raise UserError(
-            f"prune.macs is {share:g}, and the narrowest blocks still have {least:.2f} of the MACs; take more"
+            f"prune.macs is {share:g}, and the narrowest blocks still have {least:.3f} of the MACs; take "
+            f"{math.ceil(100 * least) / 100:g} or more"
         )
     low, high = 0, len(groups)  # MACs fall with every group: the fewest that fit
     while low < high:
