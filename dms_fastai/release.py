@@ -34,7 +34,7 @@ def correct(file: Path, data: str, device: torch.device) -> tuple[torch.Tensor, 
     """Whether the weights in a file get each test image right, and the images' labels; both of shape (N,)."""
     model, card = load_weights(file)
     model = model.to(device, memory_format=torch.channels_last)
-    test = load_data(data, device=device).valid_ds
+    test = load_data(data, size=card.shape[1], device=device).valid_ds
     scale = affine(card.mean, card.std, 1, device)
     right = []
     with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
@@ -45,10 +45,15 @@ def correct(file: Path, data: str, device: torch.device) -> tuple[torch.Tensor, 
 
 
 def check(run: Run, data: str) -> None:
-    """Raise a UserError if the run has not finished, or was measured on other images than the test images of `data`."""
+    """Raise a UserError for a run whose weights cannot be those of an entry, or are not known to be as good as it says.
+
+    It has not finished, it is pruned, or it was measured on other images than the test images of `data`.
+    """
     if not run.finished:
         raise UserError(f"{run.folder.path} holds no finished run; run its command again, which goes on")
-    if load_data(data, device="cpu").valid_ds.digest() != (run.facts.data_digest or ["", ""])[1]:
+    if "mid_widths" in (run.folder.recipe().model.args or {}):
+        raise UserError(f"{run.folder.path} holds a pruned network, which no entry of the package builds; export it")
+    if load_data(data, size=run.facts.size, device="cpu").valid_ds.digest() != (run.facts.data_digest or ["", ""])[1]:
         raise UserError(f"the test images of {data} are not those that the run was measured on; give its --data")
 
 
@@ -78,11 +83,11 @@ def release(folder: Path, tag: str, data: str, device: torch.device, out: Path, 
 def measure(file: Path, run: Run, data: str, device: torch.device) -> dict[str, Any]:
     """The contents of the .json: where the weights come from, and what was measured with those in the file."""
     facts, recipe = run.facts, run.folder.recipe()
-    test = load_data(data, device="cpu").valid_ds
+    _, card = load_weights(file)
+    test = load_data(data, size=card.shape[1], device="cpu").valid_ds
     hashes = [hashlib.blake2b(image.numpy().tobytes(), digest_size=8).hexdigest() for image in test.images]
     sample = sorted(range(len(test)), key=hashes.__getitem__)[:SAMPLE]
     right, labels = correct(file, data, device)
-    _, card = load_weights(file)
     classes = {name: right[labels == index].float().mean().item() for index, name in enumerate(card.vocab)}
     trained = ("recipe", "model", "parameters", "data", "training_images", "seed", "epochs", "seconds", "device")
     return {
@@ -91,6 +96,7 @@ def measure(file: Path, run: Run, data: str, device: torch.device) -> dict[str, 
         "teacher": facts.teacher,
         "best_epoch_on_test": facts.best.valid_accuracy,
         "last_epoch": facts.last.valid_accuracy,
+        "size": card.shape[1],
         "megabytes": round(file.stat().st_size / 1e6, 1),
         "measured_on": {"device": device_name(device), "threads": torch.get_num_threads(), "versions": versions()},
         "test_images": len(labels),
@@ -109,13 +115,14 @@ def card_text(name: str, facts: dict[str, Any]) -> str:
     versions = ", ".join(f"{package} {version}" for package, version in facts["versions"].items())
     per_class = "\n".join(f"| {name} | {percent(share)} |" for name, share in facts["class_accuracy"].items())
     accuracy, n = facts["test_accuracy"], facts["test_images"]
+    size, classes = facts["size"], len(facts["class_accuracy"])
     best, hours = facts["best_epoch_on_test"], facts["seconds"] / 3600
     error, threads = (accuracy * (1 - accuracy) / n) ** 0.5, facts["threads"]
     computing = facts["device"] + (f", {threads} thread{'s' * (threads != 1)}" if threads else "")
     return f"""# {name}
 
 `timm.create_model("{name}", pretrained=True)` after `import dms_fastai`: {facts["parameters"]:,} parameters in a
-file of {facts["megabytes"]} MB (float16). Colour images of 32x32 pixels in, ten classes out.
+file of {facts["megabytes"]} MB (float16). Colour images of {size}x{size} pixels in, {classes} classes out.
 
 | | |
 |---|---|

@@ -157,11 +157,21 @@ def test_weights_are_replaced_once_all_of_them_is_known(run, tmp_path, monkeypat
     assert sorted(file.name for file in out.iterdir()) == names
     facts, rows = json.loads((out / names[0]).read_text()), run.rows()
     assert facts["test_accuracy"] == pytest.approx(rows[-1]["valid_accuracy"], abs=0.01)  # in float16
+    assert "Colour images of 8x8 pixels in, 10 classes out." in (out / names[1]).read_text()
     before = {file: file.read_bytes() for file in out.iterdir()}
+    pruned, recipe = tmp_path / "pruned", run.recipe()
+    shutil.copytree(run.path, pruned)
+    narrow = replace(recipe, model=replace(recipe.model, args={"mid_widths": [8, 8]}))
+    RunFolder(pruned).recipe_file.write_text(narrow.to_toml())
     other = tmp_path / "other"
     shutil.copytree(run.path, other)
     RunFolder(other).write_facts(replace(run.facts(), data_digest=["0" * 16] * 2))
-    for folder, said in ((other, "the test images of digits are not those"), (tmp_path, "holds no run")):
+    refused = {
+        other: "the test images of digits are not those",
+        pruned: "holds a pruned network",
+        tmp_path: "holds no run",
+    }
+    for folder, said in refused.items():
         command[1] = str(folder)
         with pytest.raises(SystemExit) as ended:
             release.main()
