@@ -304,7 +304,7 @@ def _train_in_turn(stages: "list[Stage]", opened: "Opened", manner: "Manner") ->
     from ..run_folder import Run
     from ..runs.advice import teacher_advice
     from ..runs.progress import ahead
-    from ..runs.stage import run_stage
+    from ..runs.stage import run_stage, tidy_finished
 
     runs: dict[Path, Run] = {}
     several = len({stage.seed for stage in stages}) > 1
@@ -313,6 +313,7 @@ def _train_in_turn(stages: "list[Stage]", opened: "Opened", manner: "Manner") ->
             console.say(f"seed {stage.seed}")
         teacher = None if stage.teacher is None else RunFolder(Path(stage.teacher))
         if teacher is not None and teacher.finished and teacher.path not in runs:
+            tidy_finished(teacher)  # if it was killed after its last word
             runs[teacher.path] = Run.read(teacher.path)
             facts = runs[teacher.path].facts
             epochs = f"{facts.epochs_done} epoch{'s' * (facts.epochs_done != 1)}"

@@ -48,7 +48,7 @@ from .tensorboard import TensorBoard
 from .wait import Patience
 from .work import Work
 
-__all__ = ["Manner", "run_stage"]
+__all__ = ["Manner", "run_stage", "tidy_finished"]
 
 LARGE = 10**9  # bytes of images that somebody should know of
 
@@ -183,8 +183,7 @@ class _Training:
 
     def afterwards(self, finished: Run) -> None:
         """Remove what a finished run no longer needs, and say what somebody should know about it."""
-        for left in (self.folder.checkpoints, self.folder.replaced):  # only after run.json says "finished"
-            shutil.rmtree(left, ignore_errors=True)
+        tidy_finished(self.folder)  # only after run.json says "finished"
         for line in self.advice(finished):
             notice(line)
 
@@ -296,6 +295,14 @@ def _tidy(folder: RunFolder, restart: bool) -> None:
         left.unlink()
     if restart:
         _empty(folder)
+    tidy_finished(folder)
+
+
+def tidy_finished(folder: RunFolder) -> None:
+    """Remove what a finished run no longer needs: its checkpoints, and the run that it has replaced."""
+    if folder.finished:
+        for left in (folder.checkpoints, folder.replaced):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _empty(folder: RunFolder) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -201,6 +202,16 @@ def test_killed_between_the_stages_and_before_the_end(zygote, command, uninterru
         pid = zygote.start(tmp_path, *command)
         code = kill_when(zygote, pid, condition, 60)
         assert code in (0, -signal.SIGKILL), (tmp_path / "log.txt").read_text()
+    assert zygote.run(tmp_path, *command) == 0, (tmp_path / "log.txt").read_text()
+    same_end(tmp_path, uninterrupted[0])
+
+
+def test_killed_after_the_last_word(zygote, command, uninterrupted, tmp_path):
+    """Before the checkpoints were removed, of the teacher and of its student."""
+    shutil.copytree(uninterrupted[0] / "x", tmp_path / "x")
+    for stage in ("master", "pupil"):
+        (tmp_path / "x" / stage / "seed0" / "checkpoint").mkdir()
+        (tmp_path / "x" / stage / "seed0" / "checkpoint" / "00003-0000000-0123456789abcdef.pt").write_bytes(b"old")
     assert zygote.run(tmp_path, *command) == 0, (tmp_path / "log.txt").read_text()
     same_end(tmp_path, uninterrupted[0])
 
