@@ -5,7 +5,18 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 
-__all__ = ["Notice", "TryAgainError", "UserError", "damage", "either", "no_format", "no_model", "notice", "unknown"]
+__all__ = [
+    "Notice",
+    "TryAgainError",
+    "UserError",
+    "damage",
+    "either",
+    "no_format",
+    "no_model",
+    "notice",
+    "unknown",
+    "unlistable",
+]
 
 MANY = 24  # names in a message
 
@@ -71,3 +82,8 @@ def no_model(source: object) -> UserError:
 def no_format(file: object, formats: Iterable[str], purpose: str = "written") -> UserError:
     """The error for a file whose ending is that of no format to which networks are exported."""
     return UserError(f"{file} cannot be {purpose}; the formats are {either(formats)}")
+
+
+def unlistable(error: OSError) -> UserError:
+    """The error for a folder that the system does not list."""
+    return UserError(f"{error.filename} cannot be listed ({error.strerror}); make it readable, or remove it")

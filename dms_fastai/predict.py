@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from .errors import UserError
+from .errors import UserError, unlistable
 from .files import whole
 from .terminal import printable, reader_gone
 
@@ -59,7 +59,7 @@ def _images_below(folder: Path) -> list[Path]:
     """
 
     def refuse(error: OSError) -> None:
-        raise UserError(f"{error.filename} cannot be listed ({error.strerror}); make it readable, or remove it")
+        raise unlistable(error)
 
     known = Image.registered_extensions()
     suffixes = {suffix for suffix, kind in known.items() if kind in Image.OPEN}

@@ -10,7 +10,7 @@ from pathlib import Path, PurePath
 
 from PIL import Image
 
-from ..errors import UserError, notice
+from ..errors import UserError, notice, unlistable
 from ..training.losses import UNLABELLED
 from .decoded import Listing, decoded_image_set
 from .imageset import ImageSet
@@ -116,7 +116,7 @@ def list_names(folder: Path) -> list[str]:
     try:
         names = os.listdir(folder)
     except OSError as error:
-        raise _unlistable(folder, error) from None
+        raise unlistable(error) from None
     return sorted(name for name in names if not _hidden(name))
 
 
@@ -144,10 +144,6 @@ def class_name(text: str) -> str:
 
 def _hidden(name: str) -> bool:
     return name.startswith(".") or name in PASSED_OVER
-
-
-def _unlistable(folder: Path, error: OSError) -> UserError:
-    return UserError(f"{folder} cannot be listed ({error.strerror}); make it readable, or remove it")
 
 
 def only_folder(folder: Path) -> Path:
@@ -192,7 +188,7 @@ def _walk(root: Path, besides: Collection[Path] = ()) -> _Tree:
     """
 
     def refuse(error: OSError) -> None:
-        raise _unlistable(Path(error.filename), error) from None
+        raise unlistable(error) from None
 
     tree, endings = _Tree(), _readable_endings()
     real: dict[str, str] = {}

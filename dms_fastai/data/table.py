@@ -20,7 +20,7 @@ LABEL_COLUMNS = ("label", "class", "class_name", "label_name", "category", "targ
 SPLIT_COLUMNS = ("split", "set", "subset")
 
 
-def read_table(folder: Path, table: Path, size: int, middle: float = 1.0) -> Splits:
+def read_table(folder: Path, table: Path, size: int, middle: float = 1.0, to_train: bool = True) -> Splits:
     """The images of a folder, with the classes that a .csv or .tsv file gives them.
 
     Args:
@@ -30,6 +30,7 @@ def read_table(folder: Path, table: Path, size: int, middle: float = 1.0) -> Spl
             their name alone, with or without its ending.
         size: Height and width of what is given out of each image.
         middle: As in `decoded_image_set`.
+        to_train: As in `read_folder`.
 
     Raises, some of it when a split is read:
         UserError: The table cannot be read, lacks a column, or names a file that is not there or not unique.
@@ -48,10 +49,11 @@ def read_table(folder: Path, table: Path, size: int, middle: float = 1.0) -> Spl
         before = labelled[SPLIT_OF.get(split.lower(), "train")].setdefault(file, class_name(label))
         if before != class_name(label):
             raise UserError(f"{table}, line {line}: {name} is {label!r} here, and {before!r} in a line before")
-    if "train" not in labelled:
+    if to_train and "train" not in labelled:
         raise UserError(f"{table} has no training images; its splits are {', '.join(sorted(labelled)) or 'empty'}")
-    vocab = sorted(set(labelled["train"].values()))
-    if len(vocab) < 2:
+    telling = [labelled["train"]] if "train" in labelled else labelled.values()
+    vocab = sorted({name for classes in telling for name in classes.values()})
+    if to_train and len(vocab) < 2:
         raise UserError(f"{table} has one class, {vocab[0]!r}; a classifier needs at least 2")
     rest = sorted(files.paths.difference(*labelled.values()))
     without = [file for file in rest if Path(file).parts[0].lower() in NO_LABELS]
@@ -67,7 +69,7 @@ def read_table(folder: Path, table: Path, size: int, middle: float = 1.0) -> Spl
         place = {name: index for index, name in enumerate(vocab)}
         labels = [place[name] for name in classes.values()]
         listing = Listing(folder, list(classes), labels, vocab, f"{table.resolve()} {split}")
-        return decoded_image_set(listing, size, None if split == "train" else splits["train"], middle)
+        return decoded_image_set(listing, size, None if split == "train" else splits.get("train"), middle)
 
     def read_unlabelled() -> ImageSet:
         listing = unlabelled(folder, without, vocab, f"{table.resolve()} unlabelled")

@@ -129,7 +129,7 @@ def _card_of(learn: Learner) -> ModelCard:
 
 
 def _fastais_middle(shape: tuple[int, ...]) -> float:
-    """The share of an image that fastai's RandomResizedCrop sees in validation."""
+    """The share of an image that fastai's RandomResizedCrop sees in validation, in steps of 8 pixels."""
     longer = max(shape[1:])
     return longer / (longer + 8 * math.ceil(0.14 * longer / 8))
 
