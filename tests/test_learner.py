@@ -4,6 +4,7 @@ import csv
 import subprocess
 import sys
 import warnings
+from functools import partial
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -27,6 +28,7 @@ from torch import nn
 
 from dms_fastai import DMSLoss, TeacherDistill, UserError, dms_learner, load_data, load_recipe
 from dms_fastai.callbacks.bf16 import BF16
+from dms_fastai.learner.strided import strided_convolutions
 from dms_fastai.training.schedules import cosine_annealing
 from tests.conftest import quiet
 
@@ -379,7 +381,9 @@ CONVOLUTIONS = [
     ({"kernel_size": 3, "stride": 2, "padding": 1}, 2, False),
     ({"kernel_size": 1, "stride": 2}, 1, False),
     ({"kernel_size": 3, "padding": 2, "dilation": 2, "groups": 24}, 32, True),
-    ({"kernel_size": 3, "padding": 2, "dilation": 2, "groups": 12}, 32, False),
+    ({"kernel_size": 3, "padding": 2, "dilation": 2, "groups": 12}, 32, True),
+    ({"kernel_size": 3, "padding": 2, "dilation": 2}, 32, True),
+    ({"kernel_size": 3, "padding": 1, "groups": 12}, 32, False),
     ({"kernel_size": 3, "padding": 1, "groups": 24}, 8, True),
 ]
 
@@ -404,6 +408,51 @@ def test_convolutions_that_bf16_does_no_good_are_computed_in_float32(dls, monkey
     assert not conv._forward_pre_hooks
     assert len(conv._forward_hooks) == 1  # this test's
     assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_shortcuts_of_few_channels_do_not_end_the_process(tmp_path, bf16):
+    """oneDNN writes past a buffer there, in images of 56 pixels and more; it must be tried in a process of its own."""
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (64, 112, 112, 3), dtype=np.uint8), np.arange(64) % 2
+    np.savez(tmp_path / "x.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+    code = f"""
+from dms_fastai import dms_learner, load_data
+settings = {{"model.args": {{"widths": [4, 8, 16]}}, {"" if bf16 else '"bf16": False'}}}
+learn = dms_learner(load_data({str(tmp_path / "x.npz")!r}, bs=16), "se", arch="dmsresnet", settings=settings)
+learn.fit_recipe(epochs=2)
+strided = [m for m in learn.model.modules() if max(getattr(m, "stride", (1,))) > 1]
+print("hooks", sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in strided), {{m.stride for m in strided}})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "hooks 0 {(2, 2)}" in done.stdout
+
+
+@pytest.mark.parametrize("stride", [2, (1, 3)])
+def test_strided_convolutions_compute_the_same_without_their_stride(stride):
+    conv, images = nn.Conv2d(8, 24, 1, stride), torch.randn(4, 8, 15, 16, requires_grad=True)
+    step = (stride, stride) if isinstance(stride, int) else stride
+    there, weights = images.detach()[:, :, :: step[0], :: step[1]].double(), conv.weight.detach()[:, :, 0, 0].double()
+    upstream = torch.randn(4, 24, *there.shape[2:])
+    with strided_convolutions(nn.Sequential(conv)):
+        y = conv(images)
+    assert conv.stride == step
+    assert not conv._forward_pre_hooks
+    close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
+    close(y.double(), torch.einsum("oc,bchw->bohw", weights, there) + conv.bias.view(-1, 1, 1))
+    y.backward(upstream)
+    close(conv.weight.grad[:, :, 0, 0].double(), torch.einsum("bohw,bchw->oc", upstream.double(), there))
+    seen = torch.zeros(15, 16, dtype=torch.bool)
+    seen[:: step[0], :: step[1]] = True
+    assert torch.equal(images.grad.abs().sum((0, 1)) > 0, seen)
+
+
+def test_a_strided_convolution_that_fails_keeps_its_stride():
+    conv = nn.Conv2d(8, 24, 1, 2)
+    with pytest.raises(RuntimeError), strided_convolutions(conv):
+        conv(torch.randn(1, 7, 8, 8))
+    assert conv.stride == (2, 2)
 
 
 def test_an_exception_leaves_no_hooks_on_the_model(dls, monkeypatch):

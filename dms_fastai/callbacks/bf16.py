@@ -27,12 +27,13 @@ def has_bf16(device: torch.device) -> bool:
 def needs_float32(module: nn.Conv2d, x: torch.Tensor) -> bool:
     """Whether a CPU computes a convolution of `x` wrong or slowly in bf16.
 
-    oneDNN, which computes there, leaves parts of the weights' gradient unset where they see only the border, because
-    the stride is larger than the image, and where a convolution of each channel alone is dilated: of some ten thousand
-    kinds of convolutions, all that went wrong are such. Of channels alone, it is also up to 13 times slower in bf16.
+    oneDNN, which computes there, leaves parts of the weights' gradient as whatever the memory held: where they see only
+    the border, because the stride is larger than the image, and with dilation. Of some ten thousand kinds of
+    convolutions, in memory that was filled with NaN before, all that went wrong are such. Of channels alone, it is also
+    up to 13 times slower in bf16.
     """
     strides_too_far = min(x.shape[-2:]) < max(module.stride) and max(module.kernel_size) > 1
-    return strides_too_far or is_depthwise(module)
+    return strides_too_far or max(module.dilation) > 1 or is_depthwise(module)
 
 
 def is_depthwise(module: nn.Conv2d) -> bool:
@@ -72,7 +73,8 @@ class BF16(Callback):
         self.release()  # if an exception ended the last fit
         convs = [module for module in self.learn.model.modules() if isinstance(module, nn.Conv2d)]
         if has_bf16(torch.device("cpu")):
-            self.exact = tuple(Float32(conv) for conv in convs if max(conv.stride) > 1 or is_depthwise(conv))
+            unusual = [conv for conv in convs if max(conv.stride + conv.dilation) > 1 or is_depthwise(conv)]
+            self.exact = tuple(map(Float32, unusual))
 
     def before_batch(self) -> None:
         self.leave()

@@ -49,6 +49,7 @@ from .memory import Trimmer
 from .portable import PORTABLE
 from .recorder import Recorder, accuracy, lazy
 from .replicate import replication
+from .strided import strided_convolutions
 
 __all__ = ["DMSLearner", "dms_learner"]
 
@@ -132,7 +133,7 @@ class DMSLearner(EventLearner):
         self.first_epoch = start_epoch
         with self.added_cbs([*replication(), *listed(cbs)]):  # not by fastai: they have to be there to be released
             try:
-                with fast_kernels(getattr(self.dls, "device", None)):
+                with fast_kernels(getattr(self.dls, "device", None)), strided_convolutions(self.model):
                     super().fit(n_epoch, lr, wd, reset_opt=reset_opt)
             finally:
                 if isinstance(getattr(self, "recorder", None), Recorder):
