@@ -13,6 +13,7 @@ from PIL import Image
 from dms_fastai import UserError, load_data
 from dms_fastai.data.images import read_image
 from dms_fastai.data.sources import load_splits, split_by_class
+from dms_fastai.evaluate import evaluate_model
 from dms_fastai.export import predict_files
 from tests.test_data import COLOURS, make_folder, make_npz
 from tests.test_own_folder import FEW, binary  # noqa: F401  (a fixture)
@@ -268,6 +269,28 @@ def test_test_images_alone_are_enough_to_measure_on(dms, trained, binary):  # no
     assert (code, "has no folder 'train'" in err) == (2, True)
     code, _, err = dms("run", "kd", "--data", other, "--teacher", trained, *FEW)
     assert (code, "has no folder 'train'" in err) == (2, True)
+
+
+def test_arrays_of_test_images_alone_are_enough_to_measure_on(dms, tmp_path):  # noqa: F811
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (24, 8, 8, 3), dtype=np.uint8), np.arange(24) % 3
+    test = {"test_images": images, "test_labels": labels}
+    np.savez(tmp_path / "all.npz", train_images=images, train_labels=labels, **test)
+    assert dms("run", "se", "--data", "all.npz", *FEW)[0] == 0
+    run, some = tmp_path / "artifacts" / "all" / "se" / "seed0", tmp_path / "some.npz"
+    whole = {found.name: found.right for found in evaluate_model(run, tmp_path / "all.npz").classes}
+    for kept in ([0, 1, 2], [0, 2], [2]):
+        there = np.isin(labels, kept)
+        np.savez(some, test_images=images[there], test_labels=labels[there])
+        code, out, err = dms("evaluate", run, "--data", some)
+        assert (code, f"of {8 * len(kept)} images: some, test" in out, err) == (0, True, "")
+        found = evaluate_model(run, some).classes
+        assert {each.name: each.right for each in found} == {str(label): whole[str(label)] for label in kept}
+    code, _, err = dms("run", "se", "--data", some, *FEW)
+    assert (code, "has no 'train_images'; it has test_images, test_labels" in err) == (2, True)
+    np.savez(some, test_images=images, test_labels=labels + 1)
+    code, _, err = dms("evaluate", run, "--data", some)
+    assert (code, "'3'" in err) == (2, True)
 
 
 def test_a_network_taught_on_images_without_labels_is_measured_on_those_with(dms, trained, binary):  # noqa: F811

@@ -40,30 +40,36 @@ class ImagesAndLabels:
 
 
 def array_splits(
-    source: Path, readers: Mapping[str, Callable[[], ImagesAndLabels]], names: np.ndarray | None, size: int | None
+    source: Path,
+    readers: Mapping[str, Callable[[], ImagesAndLabels]],
+    names: np.ndarray | None,
+    size: int | None,
+    to_train: bool = True,
 ) -> Splits:
-    """Splits over arrays, each read when it is asked for; "train" tells the classes, the size and the scale of pixels.
+    """Splits over arrays, each read when it is asked for; the first tells the classes, the size and the pixels' scale.
 
     Args:
         source: The file, for messages.
-        readers: What reads each split; "train" is among them.
+        readers: What reads each split; the first is "train", if images to train on are there.
         names: Names of the classes, if there are any.
-        size: Height and width in pixels. None: the shorter side of the training images.
+        size: Height and width in pixels. None: the shorter side of the first split's images.
+        to_train: Whether two classes at least are needed.
 
     Raises, when a split is read:
         UserError: Images or labels that cannot be trained on; says which and why.
     """
     splits = Splits()
+    first = next(iter(readers))
 
     def read(split: str) -> ImageSet:
         where = f"{source}: {split}"
-        train = None if split == "train" else splits["train"]  # read first: errors in it are told first
+        train = None if split == first else splits[first]  # read first: errors in it are told first
         arrays = readers[split]()
         if len(arrays.images.shape) < 3:
             raise UserError(f"{where}_images has shape {arrays.images.shape}; give (N, H, W) or with channels")
         without = arrays.labels is None
         labels = np.full(len(arrays.images), UNLABELLED) if without else _one_each(arrays.labels, f"{where}_labels")
-        vocab = vocab_of(labels, names, source) if train is None else list(train.vocab)
+        vocab = vocab_of(labels, names, where, to_train) if train is None else list(train.vocab)
         indices = labels if without else label_indices(labels, vocab, f"{where}_labels", named=names is not None)
         whole = isinstance(arrays.images, np.ndarray)
         try:
@@ -72,9 +78,9 @@ def array_splits(
                 own = white_of(arrays.images if whole else extremes(arrays.images))
                 white = own if train is None or train.white is None else train.white
                 if arrays.images.dtype.kind == "f" and own != white and UNIT in (own, white):
-                    raise UserError(f"pixels run to about {own:g}, and those of train to {white:g}; give one range")
+                    raise UserError(f"pixels run to about {own:g}, and those of {first} to {white:g}; give one range")
                 if own > white > UNIT:
-                    notice(f"{where}_images: pixels above {white:g} become white, as it is white in train")
+                    notice(f"{where}_images: pixels above {white:g} become white, as it is white in {first}")
             pixels = (
                 to_rgb(as_bytes(arrays.images, white)) if whole else to_rgb(torch.empty(0, *arrays.images.shape[1:]))
             )
@@ -87,11 +93,11 @@ def array_splits(
         if train is None:
             if white is not None:
                 notice(f"{where}_images: {describe(white, arrays.images.dtype)}")
-            if not without:
+            if to_train and not without:
                 _name_missing(indices, vocab, source)
         elif size is None and min(pixels.shape[-2:]) != side:
             found = "x".join(map(str, pixels.shape[-2:]))
-            notice(f"{where}_images are {found} pixels; they are resized to {side}x{side}, as the training images are")
+            notice(f"{where}_images are {found} pixels; they are resized to {side}x{side}, as those of {first} are")
         stored = resize(pixels, side) if whole else squares_of(arrays.images, side, white)
         found = ImageSet(stored, torch.from_numpy(indices), vocab, white=white)
         found.own_size = min(pixels.shape[-2:])
@@ -102,29 +108,35 @@ def array_splits(
     return splits
 
 
-def vocab_of(labels: np.ndarray, names: np.ndarray | None, source: object) -> list[str]:
-    """Names of the classes: those that are given, or else the different labels of the training images.
+def vocab_of(labels: np.ndarray, names: np.ndarray | None, where: str, to_train: bool = True) -> list[str]:
+    """Names of the classes: those that are given, or else the different labels.
+
+    Args:
+        labels: Whole numbers or text, shape (N,).
+        names: Names that are given.
+        where: File and split, for messages.
+        to_train: Whether there must be two at least.
 
     Raises:
-        UserError: There are fewer than two, or a name is there twice.
+        UserError: There are too few, or a name is there twice.
     """
     if names is not None:
         names = np.asarray(names)
         vocab = [_text(name) for name in names.reshape(-1)]
         name, count = Counter(vocab).most_common(1)[0] if vocab else ("", 0)
         if count > 1:
-            raise UserError(f"{source}: class_names has {name!r} more than once")
+            raise UserError(f"{where}: class_names has {name!r} more than once")
     else:
         ids = np.unique(labels)
         if ids.dtype.kind != "U" and len(ids):
             if ids[0] < 0 or ids[-1] >= LARGEST:
                 bad = ids[0] if ids[0] < 0 else ids[-1]
-                raise UserError(f"{source}: train_labels has {bad}, which is the number of no class; leave it out")
-            if len(ids) <= ids[-1]:
-                notice(f"{source}: {len(ids)} classes, whose labels run from {ids[0]} to {ids[-1]} with gaps")
+                raise UserError(f"{where}_labels has {bad}, which is the number of no class; leave it out")
+            if to_train and len(ids) <= ids[-1]:
+                notice(f"{where}: {len(ids)} classes, whose labels run from {ids[0]} to {ids[-1]} with gaps")
         vocab = list(dict.fromkeys(map(_text, ids)))
-    if len(vocab) < 2:
-        raise UserError(f"{source} has one class; a classifier needs at least 2")
+    if to_train and len(vocab) < 2:
+        raise UserError(f"{where} has one class; a classifier needs at least 2")
     return vocab
 
 

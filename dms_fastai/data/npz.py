@@ -19,10 +19,11 @@ __all__ = ["ArrayInFile", "read_npz"]
 NO_NPZ = "{} cannot be read as an .npz file of plain arrays"
 KERAS = {"x_train": "train_images", "y_train": "train_labels", "x_test": "test_images", "y_test": "test_labels"}
 LARGE, PART = 2**30, 2**23  # bytes of images that are not read as a whole, and of the parts that they are read in
+SPLITS = ("train", "test", "val", "unlabelled")
 OTHER_NAMES = KERAS | {"unlabeled_images": "unlabelled_images"}
 
 
-def read_npz(file: Path, size: int | None, classes: Sequence[str] | None = None) -> Splits:
+def read_npz(file: Path, size: int | None, classes: Sequence[str] | None = None, to_train: bool = True) -> Splits:
     """`train_images`, `train_labels` and the same for test and val; or Keras' names.
 
     `unlabelled_images` and `class_names` are optional.
@@ -31,19 +32,22 @@ def read_npz(file: Path, size: int | None, classes: Sequence[str] | None = None)
         file: The .npz file.
         size: Height and width in pixels. None: the shorter side of the training images.
         classes: Names of the classes, in order, to be taken where there are no `train_labels`.
+        to_train: As in `read_folder`.
 
     Raises, some of it when a split is read:
         UserError: The file cannot be read, lacks an array, or fits neither into memory nor on the disk, or the arrays
             cannot be trained on.
     """
     archive = _Archive(file)
-    for key in ("train_images", "train_labels"):
-        if key not in archive and (key == "train_images" or classes is None):
-            lacks = f"{file} has no {key!r}; it has {', '.join(sorted(archive)) or 'nothing'}"
-            if key == "train_images":
-                raise UserError(lacks)
-            raise UnlabelledError(f"{lacks}; {NEEDS_TEACHER}")
-    names, labelled = archive.get("class_names"), "train_labels" in archive
+    found = [split for split in SPLITS if f"{split}_images" in archive]
+    first = "train" if to_train or not found else found[0]
+    images, labels = f"{first}_images", f"{first}_labels"
+    lacks = f"{file} has no {{}}; it has {', '.join(sorted(archive)) or 'nothing'}".format
+    if images not in archive:
+        raise UserError(lacks(repr(images)))
+    if labels not in archive and classes is None:
+        raise UnlabelledError(f"{lacks(repr(labels))}; {NEEDS_TEACHER}")
+    names, labelled = archive.get("class_names"), labels in archive
     if names is None and not labelled:
         names = np.array(classes)
 
@@ -57,8 +61,7 @@ def read_npz(file: Path, size: int | None, classes: Sequence[str] | None = None)
 
         return read
 
-    found = [split for split in ("train", "test", "val", "unlabelled") if f"{split}_images" in archive]
-    return array_splits(file, {split: reader(split) for split in found}, names, size)
+    return array_splits(file, {split: reader(split) for split in found}, names, size, to_train)
 
 
 @dataclass(frozen=True)

@@ -52,8 +52,8 @@ def load_splits(
         classes: Names of the classes, in order, to be taken where no training image has a label.
         middle: Share of the shorter side of image files that is seen without crops. Below 1, they are kept whole;
             arrays are read as squares of `size` all the same.
-        to_train: Whether a network is to be trained on them. If not, a folder or a table may have test images
-            alone, or one class.
+        to_train: Whether a network is to be trained on them. If not, a folder, a table or an .npz file may
+            have test images alone, or one class.
 
     Raises:
         UserError: Data that are missing or cannot be trained on; says which and why.
@@ -92,7 +92,7 @@ def _read(
             raise UserError(f"labels is {labels}, and {path} is no folder of images")
         return read_table(path, labels, size or USUAL_SIZE, middle, to_train)
     if path.suffix.lower() == ".npz" and path.is_file():
-        return read_npz(path, size, classes)
+        return read_npz(path, size, classes, to_train)
     if not has_image_splits(path) and (files := parquet_files(path)):
         images = unpacked(path, unpack_parquet, [file for _, file in files])
         return read_table(images, images / LABELS, size or USUAL_SIZE, middle, to_train)
