@@ -244,6 +244,30 @@ def test_parquet_that_is_no_single_data_set(tmp_path, monkeypatch):
         load_splits(tmp_path / "e", 8)
 
 
+@pytest.mark.parametrize("head", ["sep=;\r\n", "\r\n\r\n", ";;\n", "SEP=;\n\n"])
+def test_what_spreadsheets_write_before_the_columns(tmp_path, head):
+    root = make_folder(tmp_path / "colours")
+    files = sorted((root / "train").rglob("*.png"))
+    rows = "".join(f"{file.parent.name};train\\{file.parent.name}\\{file.name}\r\n" for file in files)
+    table = tmp_path / "t.csv"
+    table.write_bytes((head + "label;file, as exported;file\r\n").encode() + rows.replace(";", ";x, y;").encode())
+    train = load_splits(root, 8, labels=table)["train"]
+    assert colours(train) == classes(train)
+    assert len(train) == len(files)
+    table.write_bytes((head + "label;file\r\n" + rows + "red\r\n").encode())
+    with pytest.raises(UserError, match=rf"t.csv, line {head.count(chr(10)) + 1 + len(files) + 1}: the row is shorter"):
+        load_splits(root, 8, labels=table)
+
+
+def test_folders_in_a_zip_of_windows(tmp_path):
+    root = make_folder(tmp_path / "colours")
+    with zipfile.ZipFile(tmp_path / "c.zip", "w") as opened:
+        for file in sorted(root.rglob("*.png")):
+            opened.write(file, str(file.relative_to(root)).replace("/", "\\"))
+    train = load_splits(tmp_path / "c.zip", 8)["train"]
+    assert (len(train), colours(train)) == (12, classes(train))
+
+
 # What a trained network is measured on
 
 

@@ -76,6 +76,9 @@ def _unpack(archive: Path, folder: Path) -> None:
     with damage(f"{archive} cannot be unpacked"):
         if archive.suffix.lower() == ".zip":
             with zipfile.ZipFile(archive) as opened:
+                if not any("/" in info.filename for info in opened.infolist()):
+                    for info in opened.infolist():  # folders as Windows PowerShell writes them
+                        info.filename = info.filename.replace("\\", "/")
                 _check_room(archive, sum(info.file_size for info in opened.infolist()), folder)
                 links = [info for info in opened.infolist() if stat.S_ISLNK(info.external_attr >> 16)]
                 opened.extractall(folder, [info for info in opened.infolist() if info not in links])

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,8 @@ __all__ = ["read_table"]
 FILE_COLUMNS = ("file", "filename", "file_name", "image", "image_path", "path", "filepath", "image_id", "img", "id")
 LABEL_COLUMNS = ("label", "class", "class_name", "label_name", "category", "target", "y")
 SPLIT_COLUMNS = ("split", "set", "subset")
+# What spreadsheets write before the columns: empty lines, and which character is between two columns.
+BEFORE = re.compile(r"(?:[ \t,;]*\n)*(?:sep=(?P<delimiter>.)\n)?(?:[ \t,;]*\n)*", re.IGNORECASE)
 
 
 def read_table(folder: Path, table: Path, size: int, middle: float = 1.0, to_train: bool = True) -> Splits:
@@ -91,8 +94,10 @@ def _rows(table: Path) -> list[tuple[int, str, str, str]]:
     except UnicodeDecodeError as error:
         raise UserError(f"{table} is not in UTF-8: {error}") from None
     try:
+        before = BEFORE.match(text)
+        text, skipped = text[before.end() :], before[0].count("\n")
         first = text.partition("\n")[0]
-        delimiter = max(",;\t", key=first.count)
+        delimiter = before["delimiter"] or max(",;\t", key=first.count)
         opened = io.StringIO(text, newline="")
         reader = csv.DictReader(opened, delimiter=delimiter, skipinitialspace=True, strict=True)
         given = [(name or "").strip().lower() for name in reader.fieldnames or []]
@@ -103,13 +108,12 @@ def _rows(table: Path) -> list[tuple[int, str, str, str]]:
             raise UserError(f"{table} has the column {twice[0]!r} more than once; rename one")
         rows = []
         for row in reader:
+            line = skipped + reader.line_num
             if row[file] is None or row[label] is None:
-                raise UserError(f"{table}, line {reader.line_num}: the row is shorter than the first")
+                raise UserError(f"{table}, line {line}: the row is shorter than the first")
             if any(surplus.strip() for surplus in row.get(None, ())):
-                raise UserError(f"{table}, line {reader.line_num}: the row is longer than the first; use quotes")
-            rows.append(
-                (reader.line_num, row[file].strip(), row[label].strip(), (row[split] or "").strip() if split else "")
-            )
+                raise UserError(f"{table}, line {line}: the row is longer than the first; use quotes")
+            rows.append((line, row[file].strip(), row[label].strip(), (row[split] or "").strip() if split else ""))
     except csv.Error as error:
         raise UserError(f"{table} cannot be read as a table: {error}") from None
     if not rows:
@@ -144,6 +148,7 @@ class _Files:
         path = str(Path(name))
         if path in self.paths:
             return path
+        name = name.replace("\\", "/")  # as Windows writes paths
         found = sorted(path for path in self._by_name.get(class_name(Path(name).name), ()) if _agree(path, name))
         if not found:
             raise UserError(f"{where}: {self.folder} has no image {name!r}")
