@@ -230,7 +230,7 @@ default_cfgs = generate_default_cfgs(
         "dmsresnet50.untrained": _cfg(pool_size=(4, 4)),
         "dmsresnet_wide.untrained": _cfg(),
         "dmsresnet_small.kd_cifar10": _trained("dmsresnet_small.kd_cifar10"),
-        "dmsresnet_mini.kd_in1k_cifar10": _trained("dmsresnet_mini.kd_in1k_cifar10"),
+        "dmsresnet_mini.kd_cifar10": _trained("dmsresnet_mini.kd_cifar10"),
         "dmsresnet_tiny.untrained": _cfg(),
         "dmsresnet_tiny_plain.untrained": _cfg(),
         "test_dmsresnet.untrained": _cfg(),
