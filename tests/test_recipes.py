@@ -233,6 +233,7 @@ def test_what_is_wrong_is_named(kwargs, words):
     ("text", "words"),
     [
         ("lr = ", "not valid TOML"),
+        (f"lr = {'[' * 3000}{']' * 3000}", "not valid TOML"),
         ('extends = "gone.toml"', "'gone.toml', which is neither"),
         ("extends = 3", "neither"),
         ('extends = "mine.toml"', "extends itself"),
@@ -242,3 +243,9 @@ def test_what_is_wrong_is_named(kwargs, words):
 def test_files_that_cannot_be_read(tmp_path, text, words):
     with pytest.raises(UserError, match=words):
         load_recipe(write(tmp_path, mine=text) / "mine.toml")
+
+
+def test_a_file_may_begin_with_a_mark(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text('extends = "se"\n[optimizer]\nlr = 0.25\n', encoding="utf-8-sig")
+    assert load_recipe(file).optimizer.lr == 0.25

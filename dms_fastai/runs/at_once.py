@@ -81,14 +81,14 @@ class Job:
         recipe_file = self.log.with_suffix(".toml")
         with whole(recipe_file) as partial:
             partial.write_text(self.stage.recipe.to_toml(), encoding="utf-8")
-        command = [sys.executable, "-m", "dms_fastai", "run", str(recipe_file), "--out", str(self.root)]
+        command = [sys.executable, "-P", "-m", "dms_fastai", "run", str(recipe_file), "--out", str(self.root)]
         command += ["--seed", str(self.stage.seed), "--into", str(self.stage.folder.path), *options]
         if self.stage.teacher is not None:
             command += ["--teacher", str(self.stage.teacher)]
         environment = {"PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"}
         environment |= {**({"OMP_NUM_THREADS": str(threads)} if threads else {}), **os.environ}
         with self.log.open("a", encoding="utf-8") as log:
-            print("$", shlex.join(command[2:]), file=log, flush=True)
+            print("$", shlex.join(command[3:]), file=log, flush=True)
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, env=environment, creationflags=OWN_GROUP
             )

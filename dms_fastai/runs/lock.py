@@ -65,7 +65,12 @@ def held(folder: Path) -> bool:
     file = folder / LOCK
     if file.is_symlink() or not file.is_file():
         return False
-    opened = os.open(file, os.O_RDONLY)
+    try:
+        opened = os.open(file, os.O_RDONLY)
+    except FileNotFoundError:  # its holder has just removed it
+        return False
+    except OSError:
+        return True
     try:
         return not _try_to_lock(opened, shared=True)
     except OSError:
