@@ -348,6 +348,7 @@ def test_a_teacher_that_is_wanted_too_comes_first_whatever_the_order(dms, tmp_pa
 def test_several_at_once_are_the_same_runs_as_one_after_the_other(dms, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
     args = ("run", *NAMES, "--epochs", 1, "--set", "data.batch_size=256", "--device", "cpu")
+    (tmp_path / "random.py").write_text("raise SystemExit('a file of mine, which is not the module')")
     code, out, _ = dms(*args, "--out", "side", "--at-once", 2)
     assert code == 0
     assert dms(*args, "--out", "turn")[0] == 0

@@ -28,7 +28,7 @@ from torch import nn
 
 from dms_fastai import DMSLoss, TeacherDistill, UserError, dms_learner, load_data, load_recipe
 from dms_fastai.callbacks.bf16 import BF16
-from dms_fastai.learner.strided import strided_convolutions
+from dms_fastai.training.onednn import strided_convolutions
 from dms_fastai.training.schedules import cosine_annealing
 from tests.conftest import quiet
 

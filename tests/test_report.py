@@ -3,12 +3,14 @@
 import io
 import json
 import math
+import os
 import random
 import re
 import shutil
 import subprocess
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -680,6 +682,22 @@ def test_a_run_whose_process_is_dead_is_not_running(runs):
     (section,) = sections(find_runs([runs])[0])
     assert section.problems[-1].what == "interrupted, epoch 1/2"
     assert sorted(folder.iterdir()) == files  # a report writes nothing there
+
+
+@pytest.mark.parametrize(("error", "what"), [(PermissionError, "running"), (FileNotFoundError, "interrupted")])
+def test_a_lock_that_cannot_be_opened_ends_no_report(runs, monkeypatch, error, what):
+    folder, there = runs / "mixup" / "seed1", os.open
+    rewrite(folder, status="running", epochs_done=1)
+    (folder / ".lock").touch()
+
+    def refuse(file, *args, **kwargs):
+        if Path(file).name == ".lock":
+            raise error("not that one")
+        return there(file, *args, **kwargs)
+
+    monkeypatch.setattr("dms_fastai.runs.lock.os.open", refuse)
+    (section,) = sections(find_runs([runs])[0])
+    assert section.problems[-1].what == f"{what}, epoch 1/2"
 
 
 def test_mistakes_are_named_where_the_images_have_files(trained, tmp_path):

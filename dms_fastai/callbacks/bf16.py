@@ -3,15 +3,15 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
 
 import torch
 from fastai.callback.core import Callback
 from torch import nn
 
+from ..training.onednn import Float32, is_depthwise
 from ..training.parts import order_of
 
-__all__ = ["BF16", "fast_kernels", "has_bf16", "needs_float32"]
+__all__ = ["BF16", "fast_kernels", "has_bf16"]
 
 
 @cache
@@ -22,23 +22,6 @@ def has_bf16(device: torch.device) -> bool:
     if device.type == "cpu":
         return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
     return False
-
-
-def needs_float32(module: nn.Conv2d, x: torch.Tensor) -> bool:
-    """Whether a CPU computes a convolution of `x` wrong or slowly in bf16.
-
-    oneDNN, which computes there, leaves parts of the weights' gradient as whatever the memory held: where they see only
-    the border, because the stride is larger than the image, and with dilation. Of some ten thousand kinds of
-    convolutions, in memory that was filled with NaN before, all that went wrong are such. Of channels alone, it is also
-    up to 13 times slower in bf16.
-    """
-    strides_too_far = min(x.shape[-2:]) < max(module.stride) and max(module.kernel_size) > 1
-    return strides_too_far or max(module.dilation) > 1 or is_depthwise(module)
-
-
-def is_depthwise(module: nn.Conv2d) -> bool:
-    """Whether a convolution is of each channel alone."""
-    return module.groups == module.in_channels > 1
 
 
 @contextmanager
@@ -62,7 +45,7 @@ class BF16(Callback):
     """Run the model in bf16 autocast if `has_bf16`. bf16 has float32's range: no gradient scaling is needed.
 
     Autocast ends with the prediction, which is float32 again for losses and metrics. On a CPU, convolutions with
-    `needs_float32` are computed in float32.
+    `training.onednn.needs_float32` are computed in float32.
     """
 
     order = order_of("bf16")
@@ -110,31 +93,3 @@ class BF16(Callback):
         for hooks in self.exact:
             hooks.remove()
         self.exact = ()
-
-
-class Float32:
-    """Has a convolution leave autocast on a CPU where `needs_float32` says so, and only there."""
-
-    def __init__(self, module: nn.Conv2d):
-        self.autocast: torch.autocast | None = None
-        self.handles = (
-            module.register_forward_pre_hook(self.enter),
-            module.register_forward_hook(self.leave, always_call=True),
-        )
-
-    def enter(self, module: nn.Conv2d, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-        x = inputs[0]
-        if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu") or not needs_float32(module, x):
-            return None
-        self.autocast = torch.autocast("cpu", enabled=False)
-        self.autocast.__enter__()
-        return (x.float(), *inputs[1:])
-
-    def leave(self, *_: Any) -> None:
-        if self.autocast is not None:
-            self.autocast.__exit__(None, None, None)
-            self.autocast = None
-
-    def remove(self) -> None:
-        for handle in self.handles:
-            handle.remove()

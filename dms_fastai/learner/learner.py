@@ -33,6 +33,7 @@ from ..schema import load
 from ..trained import Inputs, answers, begin_from, check_teacher, expected_by, inputs_of, load_teacher, pruned
 from ..trained.inputs import seen_of, shortest
 from ..training.losses import DMSLoss, check_class_weights
+from ..training.onednn import strided_convolutions
 from ..training.optimizers import optimizer, parameters_called
 from ..training.parts import PARTS
 from .arguments import (
@@ -49,7 +50,6 @@ from .memory import Trimmer
 from .portable import PORTABLE
 from .recorder import Recorder, accuracy, lazy
 from .replicate import replication
-from .strided import strided_convolutions
 
 __all__ = ["DMSLearner", "dms_learner"]
 
