@@ -5,11 +5,13 @@ import copy
 import numpy as np
 import pytest
 import timm
+import timm.optim.muon
 import torch
 from fastai.learner import load_learner
 from torch import nn
 
 from dms_fastai import UserError, dms_learner
+from dms_fastai.training import muon
 from dms_fastai.training.muon import COEFFICIENTS, StackedMuon
 from dms_fastai.training.optimizers import OPTIMIZERS, SGD, AdamW, Lookahead, Muon, optimizer, parameters_called
 from dms_fastai.training.schedules import triangle
@@ -49,15 +51,20 @@ def test_muon_moves_a_convolution_by_an_orthogonal_matrix():
     assert (step - u @ inside @ vt).abs().max() < 0.1 * 0.01
 
 
+class StackedAnywhere(StackedMuon):
+    def stacks(self, p):
+        return p.grad is not None and bool(self.state[p].get("use_muon"))
+
+
 def test_a_stack_of_matrices_moves_as_each_alone():
-    """`StackedMuon`, which a GPU has, against timm's: all of a network's parameters, with some that get no gradient."""
+    """As a GPU moves them, against timm's: all of a network's parameters, with some that get no gradient."""
     settings = dict(lr=0.06, weight_decay=0.05, momentum=0.9, nesterov=True, ns_steps=3)
     settings |= dict(ns_coefficients=COEFFICIENTS, adjust_lr_fn="original", fallback_lr_scale=0.1)
     torch.manual_seed(0)
     network = timm.create_model("dmsresnet_mini")
     both = [copy.deepcopy(network) for _ in range(2)]
     one, stacked = (
-        made(net.parameters(), **settings) for made, net in zip((timm.optim.Muon, StackedMuon), both, strict=True)
+        made(net.parameters(), **settings) for made, net in zip((timm.optim.Muon, StackedAnywhere), both, strict=True)
     )
     pairs = list(zip(*(net.parameters() for net in both), strict=True))
     for step in range(4):
@@ -70,6 +77,31 @@ def test_a_stack_of_matrices_moves_as_each_alone():
         assert not torch.equal(start, q), name
         torch.testing.assert_close(q, p, rtol=1e-4, atol=1e-5)
     assert stacked.state_dict()["state"].keys() == one.state_dict()["state"].keys()
+
+
+@pytest.mark.parametrize(("device", "stacked"), [("cpu", {2}), ("meta", {3})])
+def test_matrices_move_in_stacks_where_they_are_and_not_where_they_were(device, stacked, monkeypatch):
+    """fastai makes the optimiser first, and then moves the model to the GPU; "meta" stands for one."""
+    dimensions, zeropower = set(), muon.zeropower_via_newtonschulz
+
+    def spy(matrices, *args, **kwargs):
+        dimensions.add(matrices.ndim)
+        return zeropower(matrices, *args, **kwargs)
+
+    network = timm.create_model("test_dmsresnet")
+    here = list(network.parameters())
+    opt = optimizer(here, 0.06, Muon())
+    there = dict(zip(here, network.to(device).parameters(), strict=True))
+    for group in opt.opt.param_groups:  # as they are on a GPU: the same parameters
+        group["params"] = [there[p] for p in group["params"]]
+    for step in range(2):  # timm's first step is for all
+        for p in network.parameters():
+            p.grad = torch.ones_like(p)
+        if step == 1:
+            for module in (timm.optim.muon, muon):
+                monkeypatch.setattr(module, "zeropower_via_newtonschulz", spy)
+        opt.step()
+    assert dimensions == stacked
 
 
 def test_muon_leaves_norms_to_nadam_at_a_rate_of_its_own():

@@ -18,8 +18,11 @@ class StackedMuon(timm.optim.Muon):
     """`timm.optim.Muon`, which makes matrices of one shape orthogonal as a stack.
 
     One after another, they cost a GPU more time to be told what to do than to do it: `dmsresnet` has 28 matrices of 11
-    shapes. Of Muon's choices it has what `optimizers.Muon` asks for: Nesterov's momentum, the quintic of
-    `COEFFICIENTS`, and convolutions as matrices of their filters, whose step grows where they are taller than wide.
+    shapes. On a CPU, one after another is faster, and that is what it does there. A Learner's parameters come to a GPU
+    after its optimiser has been made, so that each step looks where they are.
+
+    Of Muon's choices it has what `optimizers.Muon` asks for: Nesterov's momentum, the quintic of `COEFFICIENTS`, and
+    convolutions as matrices of their filters, whose step grows where they are taller than wide.
     """
 
     @torch.no_grad()
@@ -31,7 +34,7 @@ class StackedMuon(timm.optim.Muon):
                 loss = closure()
         moved = []
         for group in self.param_groups:
-            matrices = [p for p in group["params"] if p.grad is not None and self.state[p].get("use_muon")]
+            matrices = [p for p in group["params"] if self.stacks(p)]
             if matrices:
                 self.move(matrices, group)
             moved += [(p, p.grad) for p in matrices]
@@ -41,6 +44,10 @@ class StackedMuon(timm.optim.Muon):
         for p, grad in moved:
             p.grad = grad
         return loss
+
+    def stacks(self, p: Tensor) -> bool:
+        """Whether a parameter moves in a stack: a matrix on a GPU that has moved before."""
+        return p.device.type != "cpu" and p.grad is not None and bool(self.state[p].get("use_muon"))
 
     def move(self, matrices: list[Tensor], group: dict[str, Any]) -> None:
         """Decay matrices and move them along their momenta, made orthogonal."""

@@ -119,10 +119,8 @@ class Muon:
     no_decay: Names = ()
 
     def over(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
-        """timm's optimiser for these parameter groups. On a CPU, one matrix after another is faster than a stack."""
-        on_cpu = all(p.device.type == "cpu" for group in groups for p in group["params"])
-        made = timm.optim.Muon if on_cpu else StackedMuon
-        return made(
+        """timm's optimiser for these parameter groups, whose matrices move in stacks on a GPU."""
+        return StackedMuon(
             groups,
             lr,
             weight_decay=self.weight_decay,
