@@ -33,6 +33,7 @@ __all__ = [
     "added_by",
     "all_keys",
     "cut_path",
+    "defaults_of",
     "flat",
     "load_recipe",
     "origins_of",
@@ -216,6 +217,14 @@ def ablation_of(recipe: str | Path) -> list[str]:
 def added_by(recipe: str | Path) -> Nested:
     """What a recipe's own file holds: what it adds to the one that it extends."""
     return {key: value for key, value in _own(_find(recipe)).items() if key not in ("title", "on")}
+
+
+@cache
+def defaults_of(table: str) -> Nested:
+    """The settings of a part, by dotted key, where nothing but its table's name is written."""
+    part = next(part for part in PARTS if part.table == table)
+    made = Recipe(**{table: read_table(_where(part), {}, table)})
+    return {key: value for key, value in flat(made.to_table()).items() if key.partition(".")[0] == table}
 
 
 def _layered(

@@ -271,6 +271,29 @@ def test_what_tells_rows_apart_is_said_once(runs):
     assert [f"({number}) {note}" for number, (_, note) in enumerate(told, start=1)] == notes(section.rows)[-3:]
 
 
+def test_a_part_that_others_lack_is_named_and_speed_is_no_difference(runs):
+    changes = {
+        "compiled": "\n[compile]\nsteps = 0\n",
+        "cut": "\n[cutmix]\n",
+        "rare": "\n[cutmix]\nalpha = 0.2\n",
+        "blanked": "\n[cutout]\nsize = 0.375\n",
+    }
+    for name, more in changes.items():
+        for folder in shutil.copytree(runs / "se", runs / name).glob("seed*"):
+            recipe = folder / "recipe.toml"
+            text = re.sub(r"\[compile\]\n(\w+ = .*\n)*", "", recipe.read_text())
+            recipe.write_text(text + more)
+    shutil.rmtree(runs / "se")  # of which "compiled" is a copy
+    (section,) = sections(find_runs([runs])[0])
+    told = {row.runs[0].folder.path.parent.name: row.note for row in section.rows if row.title == "+ SE"}
+    assert told == {
+        "compiled": "",
+        "cut": "cutmix, alpha 1.0",
+        "rare": "cutmix, alpha 0.2",
+        "blanked": "cutout, size 0.375",
+    }
+
+
 def test_students_of_several_teachers_are_compared_with_the_same_network_alone(runs):
     for name, teacher, more in (
         ("alone", None, ""),

@@ -11,17 +11,20 @@ from typing import Any
 
 from ..errors import UserError
 from ..names import DATA_SETS, TIMM
-from ..recipes import ablation_of, flat, recipe_names
+from ..recipes import ablation_of, defaults_of, flat, recipe_names
 from ..run_folder import Facts, Problem, Run
 from ..runs.lock import held
 from ..runs.predictions import Predictions, read_predictions
 from ..terminal import printable
+from ..training.parts import PARTS
 from .statistics import Estimate, binomial, over_seeds, paired_images
 
 __all__ = ["Difference", "Row", "Section", "sections"]
 
 IMAGENET = re.compile(r"(^|_)in\d+k(_|$)")  # in the tags of timm's weights: a1_in1k, in12k_ft_in1k_384
 ORDER = ("baseline", "se", "mixup", "teacher", "kd")  # of the paper's ablation; a teacher before its student
+OPTIONAL = {part.table for part in PARTS if not part.always}
+SPEED = ("compile", "data.where")  # settings of how fast a run trains, and not of what it learns
 
 
 @dataclass(frozen=True)
@@ -301,10 +304,12 @@ def _predictions(run: Run) -> Predictions:
 def _recipe(run: Run) -> dict[str, Any]:
     """The run's recipe by dotted key; if it cannot be read, the folder that it shares with other seeds.
 
-    The recipe is loaded, so that keys that an older file does not have get the defaults that it was trained with.
+    The recipe is loaded, so that keys that an older file does not have get the defaults that it was trained with. It
+    is without the settings of `SPEED`.
     """
     try:
-        return flat(run.folder.recipe().to_table())
+        found = flat(run.folder.recipe().to_table())
+        return {key: value for key, value in found.items() if not any(_in(key, part) for part in SPEED)}
     except UserError:
         return {"folder": str(run.folder.path.parent)}
 
@@ -383,17 +388,29 @@ def _images(row: Row, others: list[Row]) -> list[str]:
 def _changes(row: Row, others: list[Row]) -> list[str]:
     """The row's teacher, and the values in its recipe, that differ from those of one of the others.
 
-    How a teacher's answers are used is no difference to a row that has no teacher.
+    How a teacher's answers are used is no difference to a row that has no teacher. Of a part that another row does not
+    have, there is its name, and what is not as usual in it.
     """
     ours, teacher = row.recipe, row.first.teacher
-    differ = []
-    for key in ours.keys() - {"teacher"}:
-        compared = [other for other in others if other.first.teacher or not key.startswith("distill")]
-        if any(ours[key] != other.recipe.get(key) for other in compared):
-            differ.append(key)
+    found = []
+    for key in (key for key in ours if key != "teacher"):
+        table = key.partition(".")[0]
+        compared = [other.recipe for other in others if other.first.teacher or table != "distill"]
+        without = [recipe for recipe in compared if table in OPTIONAL and not any(_in(k, table) for k in recipe)]
+        alike = [recipe for recipe in compared if recipe not in without]
+        if without:
+            found.append(table)
+            alike.append(defaults_of(table))
+        if key != table and any(ours[key] != recipe.get(key) for recipe in alike):
+            found.append(_said(key, ours[key]))
+    said = list(dict.fromkeys(found))
     taught = any(other.first.teacher != teacher for other in others)
-    said = [_said(key, ours[key]) for key in ours if key in differ]
     return [f"taught by {printable(teacher)}" if teacher else "without a teacher", *said] if taught else said
+
+
+def _in(key: str, part: str) -> bool:
+    """Whether a dotted key is `part` or in it."""
+    return key == part or key.startswith(f"{part}.")
 
 
 def _said(key: str, value: Any) -> str:
