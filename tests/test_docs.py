@@ -63,6 +63,15 @@ def test_the_results_are_those_of_the_runs(group):
             assert f"| {float(f'{facts.train_pflop.total:.2g}'):g} |" in line
 
 
+@pytest.mark.parametrize("place", ["h200/kd", "h200-taught/fast-kd", "h200-taught/fast-kd-mixup"])
+def test_what_the_shipped_network_taught_is_said(place):
+    [file] = (ROOT / "artifacts" / f"cifar10-{place}").rglob("run.json")
+    facts = Run.read(file.parent).facts
+    work, accuracy = float(f"{facts.train_pflop.total:.2g}"), facts.last.valid_accuracy
+    assert f"| {facts.epochs} | {work:g} | {100 * accuracy:.2f} | `cifar10-{place}` |" in DETAILS
+    assert facts.teacher == "dmsresnet"
+
+
 @pytest.mark.parametrize("file", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda f: f.name)
 def test_links_and_images_are_there(file):
     for target in re.findall(r"\]\(([^)#]+)", file.read_text()):
