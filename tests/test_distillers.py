@@ -1,9 +1,10 @@
 """More of what distillers use: features, standardised logits, alpha and T that change, alone and in runs."""
 
+import numpy as np
 import pytest
 import timm
 import torch
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelStepException
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from torch import nn
@@ -66,6 +67,32 @@ def test_the_divergence_of_standardised_logits_does_not_see_their_scale():
     by_hand = [(z - z.mean(1, keepdim=True)) / z.var(1, keepdim=True, correction=0).sqrt() for z in (student, teacher)]
     assert float(standard.soft(student, teacher, targets)) == pytest.approx(float(kd_divergence(*by_hand, T=2.0)), 1e-4)
     assert Distillation(divergence=DKD(), standardize=True).soft(student, teacher, targets).isfinite()
+
+
+@pytest.mark.parametrize("settings", [{"standardize": True}, {"divergence": "dist"}])
+def test_a_student_whose_head_begins_with_zeros_has_a_gradient_that_it_can_follow(settings):
+    """Against that of logits that differ as fresh weights make them: with 1e-8 in place of it, 1e7 times that."""
+    teacher, y = 3 * torch.randn(32, 10, generator=torch.Generator().manual_seed(0)), torch.zeros(32, dtype=torch.long)
+    sizes = []
+    for student in (torch.zeros(32, 10), torch.randn(32, 10, generator=torch.Generator().manual_seed(1))):
+        student.requires_grad_()
+        DMSLoss(alpha=1.0, T=4.0, **settings)(student, y, None, None, teacher).backward()
+        sizes.append(float(student.grad.norm()))
+    assert 0 < sizes[0] < 100 * sizes[1]
+
+
+def test_two_standardised_logits_say_nothing(dms, tmp_path):  # noqa: F811
+    with pytest.raises(UserError, match=r"any two logits \+1 and -1"):
+        DMSLoss(standardize=True)(torch.randn(4, 2), torch.tensor([0, 1, 0, 1]), None, None, torch.randn(4, 2))
+    images, labels = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), np.uint8), np.arange(40) % 2
+    np.savez(
+        "two.npz",
+        **{f"{part}_{k}": v for part in ("train", "test") for k, v in (("images", images), ("labels", labels))},
+    )
+    code, _, err = dms("run", "kd", "--data", "two.npz", "--arch", TINY, "--set", "distill.standardize=true")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "distill.standardize would make any two logits" in err
+    assert not list(tmp_path.rglob("run.json"))  # before the teacher is trained
 
 
 def test_alpha_and_temperature_go_in_a_straight_line_from_start_to_end():
@@ -156,6 +183,50 @@ def test_in_a_stock_learner_the_student_comes_to_have_the_teachers_features(loss
     assert 0 < sum(features.added[-5:]) < 0.7 * sum(features.added[:5])
     assert features.projection is features.adam is features.ours is None
     assert not any(module._forward_pre_hooks for module in learn.model.modules())
+
+
+def test_features_have_their_weight_wherever_they_stand_in_the_list():
+    """Of another loss, the teacher takes 1 - alpha; the features are no part of that."""
+    student, teacher, losses = timm.create_model(TINY), timm.create_model("resnet10t", num_classes=10), []
+    for order in (1, -1):
+        torch.manual_seed(0)
+        learn = learner([TeacherDistill(teacher, alpha=0.9), FeatureDistill(10.0)][::order], CrossEntropyLossFlat())
+        learn.model.load_state_dict(student.state_dict())
+        spy = Spy()
+        learn.fit(1, 1e-6, cbs=spy)
+        losses.append(spy.losses[0]["total"])
+    assert losses[0] == pytest.approx(losses[1])
+
+
+class Overflows(Callback):
+    """fastai's `to_fp16()` on a CPU, with gradients that overflow in one step."""
+
+    order, run_valid = 10, False
+
+    def before_fit(self):
+        self.learn.scaler, self.weights = torch.amp.GradScaler("cpu", init_scale=2.0**10), []
+
+    def before_backward(self):
+        factor = float("inf") if self.learn.iter == 1 else 1.0
+        self.learn.loss_grad = self.learn.scaler.scale(self.learn.loss_grad) * factor
+
+    def before_step(self):
+        raise CancelStepException
+
+    def after_step(self):
+        self.weights.append(self.learn.feature_distill.projection.weight.detach().clone())
+        self.learn.scaler.update()
+
+    def after_batch(self):
+        self.learn.opt.zero_grad()
+
+
+def test_the_projection_leaves_out_a_step_whose_gradients_overflow():
+    scaled = Overflows()
+    learner([TeacherDistill(timm.create_model("resnet10t", num_classes=10)), FeatureDistill(), scaled]).fit(1)
+    assert torch.equal(scaled.weights[0], scaled.weights[1])
+    assert scaled.weights[-1].isfinite().all()
+    assert not torch.equal(scaled.weights[1], scaled.weights[-1])
 
 
 @pytest.mark.parametrize("nested", [False, True])

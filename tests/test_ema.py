@@ -59,6 +59,16 @@ def test_the_average_is_the_one_by_hand(decay, every):
     assert any(not torch.equal(spy.steps[-1][key].float(), left[key]) for key in left if "running" in key)
 
 
+def test_weights_that_are_shared_are_averaged_once():
+    learn = stock_learner(torch.nn.functional.cross_entropy, [EMA(0.5), spy := BeforeEMA()])
+    learn.model.stages[0][0].residual[3] = learn.model.stages[0][0].residual[0]
+    name = "stages.0.0.residual.0.weight"
+    first = {name: learn.model.state_dict()[name].clone()}
+    learn.fit(2, 0.1)
+    expected = by_hand(first, [{name: step[name]} for step in spy.steps], 0.5, 1)[name]
+    torch.testing.assert_close(learn.model.state_dict()[name].double(), expected, rtol=1e-4, atol=1e-6)
+
+
 def test_training_goes_on_with_the_raw_weights():
     alone, beside = Weights(), Weights()
     for spy, more in ((alone, []), (beside, [EMA(0.9)])):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from fastai.losses import CrossEntropyLossFlat, FocalLossFlat
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +17,7 @@ from dms_fastai.training.equations import (
     mixup_kd_loss,
     mixup_loss,
 )
-from dms_fastai.training.losses import DKD, KL
+from dms_fastai.training.losses import DKD, KL, check_class_weights
 
 settings.register_profile("losses", max_examples=60, deadline=None)
 settings.load_profile("losses")
@@ -272,6 +273,20 @@ def test_class_weights_in_any_form_are_the_same(made):
     np.testing.assert_allclose(loss(logits, targets), expected, rtol=1e-6)
     np.testing.assert_allclose(loss(logits, targets, targets, 0.3), expected, rtol=1e-6)
     np.testing.assert_allclose(loss(logits.bfloat16(), targets), expected, rtol=1e-6)
+
+
+def test_what_another_loss_calls_its_weight_is_its_own_affair():
+    class Own(torch.nn.Module):
+        weight = 2.0
+
+    loss = Own()
+    check_class_weights(loss, 10)
+    assert loss.weight == 2.0
+    check_class_weights(stock := CrossEntropyLossFlat(weight=torch.ones(10, dtype=torch.float64)), 10)
+    assert stock.func.weight.dtype == torch.float32
+    for wrong in (torch.nn.CrossEntropyLoss(torch.ones(3)), FocalLossFlat(weight=torch.ones(3))):
+        with pytest.raises(UserError, match="weights for 3 classes"):
+            check_class_weights(wrong, 10)
 
 
 @pytest.mark.parametrize(

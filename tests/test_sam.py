@@ -126,3 +126,12 @@ def test_a_cumulative_batch_norm_counts_a_step_once():
     with statistics_kept(norm):
         norm(torch.randn(4, 3))
     assert norm.num_batches_tracked == 1
+
+
+def test_an_instance_norm_counts_a_step_once():
+    norm = nn.InstanceNorm2d(2, track_running_stats=True)
+    before = norm.running_mean.clone()
+    with statistics_kept(norm):
+        norm(torch.randn(4, 2, 5, 5) + 3)
+    assert torch.equal(norm.running_mean, before)
+    assert norm.momentum == 0.1

@@ -50,7 +50,8 @@ class EMA(Callback):
             self.average.load_state_dict(self.saved["average"])
             self.steps, self.saved = self.saved["steps"], None
         ours, theirs = (list(m.state_dict().values()) for m in (self.average, model))
-        floats = [index for index, value in enumerate(ours) if value.is_floating_point()]
+        places = {value.data_ptr(): index for index, value in enumerate(ours) if value.is_floating_point()}
+        floats = sorted(places.values())  # of weights that are shared, once
         self.pairs = [ours[i] for i in floats], [theirs[i] for i in floats]
         self.counters = [pair for pair in zip(ours, theirs, strict=True) if not pair[0].is_floating_point()]
 

@@ -78,7 +78,11 @@ class FeatureDistill(Callback):
     def after_step(self) -> None:
         for group in self.adam.param_groups:
             group["lr"] = self.lr * self.learn.opt.hypers[-1]["lr"] / self.highest_lr
-        self.adam.step()
+        scaler = getattr(self.learn, "scaler", None)  # of to_fp16(): gradients are scaled, and may have overflowed
+        if scaler is None:
+            self.adam.step()
+        else:
+            scaler.step(self.adam)
         self.adam.zero_grad()
 
     def begin(self, ours: Tensor, theirs: Tensor) -> None:

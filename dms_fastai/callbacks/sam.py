@@ -86,8 +86,8 @@ class SAM(Callback):
 
 @contextlib.contextmanager
 def statistics_kept(model: nn.Module) -> Iterator[None]:
-    """Have batch norms use the batch's statistics without updating the running ones."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    """Have batch and instance norms use the batch's statistics without updating the running ones."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
     momenta = [norm.momentum for norm in norms]
     counters = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
     counted = [counter.clone() for counter in counters]

@@ -16,6 +16,7 @@ from ..models.build import needs_more_than_one
 from ..recipes import Recipe
 from ..run_folder import RunFolder
 from ..trained import Inputs, Teacher, begin_from, check_pretrained, check_teacher, load_teacher, pruned
+from ..training.losses import check_standardized
 from .budget import fitted, with_choices_of
 from .estimate import Estimate, estimate
 from .guards import refuse_other_origin, refuse_other_recipe
@@ -169,6 +170,7 @@ def plan(wanted: Wanted, opened: Opened, restart: bool = False, device: torch.de
             raise UserError(f"this command trains {stage.teacher} itself; give its recipe as --teacher")
     _try_networks(stages.values(), opened)
     _check_labels(stages.values(), opened)
+    _check_losses(stages.values(), opened)
     return list(stages.values())
 
 
@@ -278,6 +280,12 @@ def _try_networks(stages: Iterable[Stage], opened: Opened) -> None:
         if model.weights is not None:
             begin_from(network, model.weights, model.name)
         tried.append(recipe)
+
+
+def _check_losses(stages: Iterable[Stage], opened: Opened) -> None:
+    """Raise a UserError if a student could not learn from its teacher's answers."""
+    for recipe in (stage.recipe for stage in stages if stage.recipe.distill):
+        check_standardized(recipe.distill, len(opened.sets(recipe).vocab))
 
 
 def _check_labels(stages: Iterable[Stage], opened: Opened) -> None:

@@ -27,6 +27,7 @@ __all__ = [
 
 Reduction = Literal["mean", "sum", "none"]
 NEVER = -1e4  # a logit whose probability is 0 in float32
+SMALLEST = 0.1  # deviation of logits by which a student's are divided at least: a head may begin with zeros
 
 
 def cross_entropy(
@@ -136,12 +137,15 @@ def dist_divergence(student_logits: Tensor, teacher_logits: Tensor, T: float, re
     to 10, both with a weight of 1). The student has to match the teacher's probabilities only up to scale and shift; it
     cannot match the values of a much larger network.
 
+    Where the student's logits are nearly equal, as from a head that begins with zeros, the correlation is smaller than
+    Pearson's, and its gradient bounded.
+
     Args:
         student_logits, teacher_logits, T: As in `kd_divergence`.
         reduction: As in `cross_entropy`; the term over samples is one number, which is added to each sample's.
     """
     p_s, p_t = (F.softmax(widened(z) / T, dim=1) for z in (student_logits, teacher_logits))
-    inter, intra = 1 - _pearson(p_s, p_t), 1 - _pearson(p_s.T, p_t.T).mean()
+    inter, intra = 1 - _pearson(p_s, p_t, SMALLEST / T), 1 - _pearson(p_s.T, p_t.T, SMALLEST / T).mean()
     return T**2 * reduced(inter + intra, None, None, reduction)
 
 
@@ -149,11 +153,11 @@ def standardized(logits: Tensor) -> Tensor:
     """Logits of shape (B, C), those of each image with a mean of 0 and a standard deviation of 1 (Sun et al., 2024).
 
     The student has to find the teacher's order and proportions of the classes, and not the size of its logits, which
-    a small network may not reach.
+    a small network may not reach. Logits whose deviation is below `SMALLEST` are divided by that.
     """
     logits = widened(logits)
     std, mean = torch.std_mean(logits, dim=1, correction=0, keepdim=True)
-    return (logits - mean) / (std + 1e-7)
+    return (logits - mean) / std.clamp(min=SMALLEST)
 
 
 def kd_loss(
@@ -227,6 +231,9 @@ def _true_or_other(log_p: Tensor, y: Tensor, true: Tensor) -> Tensor:
     return torch.cat([log_p.gather(1, y[:, None]), log_p.masked_fill(true, NEVER).logsumexp(1, keepdim=True)], dim=1)
 
 
-def _pearson(a: Tensor, b: Tensor) -> Tensor:
-    """Correlation of the rows of two matrices."""
-    return F.cosine_similarity(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True), dim=1, eps=1e-8)
+def _pearson(a: Tensor, b: Tensor, smallest: float) -> Tensor:
+    """Correlation of the rows of two matrices; a deviation in `a` counts as at least `smallest` times the mean."""
+    (a_off, a_mean), (b_off, _) = ((m - m.mean(1, keepdim=True), m.mean(1)) for m in (a, b))
+    least = smallest * a_mean.detach() * a.shape[1] ** 0.5
+    norms = torch.maximum(a_off.norm(dim=1), least) * b_off.norm(dim=1).clamp(min=1e-8)
+    return (a_off * b_off).sum(1) / norms

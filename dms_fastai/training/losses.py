@@ -33,6 +33,7 @@ __all__ = [
     "Targets",
     "Teaching",
     "check_class_weights",
+    "check_standardized",
 ]
 
 UNLABELLED = -100  # in place of the class of an image that has none; torch's cross-entropy ignores it
@@ -160,7 +161,12 @@ class Distillation:
         return replace(self, alpha=alpha, T=T, alpha_end=None, T_end=None)
 
     def soft(self, pred: Tensor, logits: Tensor, targets: Targets, reduction: Reduction = "mean") -> Tensor:
-        """The divergence of the student's logits from the teacher's, both of shape (B, C), without its weight."""
+        """The divergence of the student's logits from the teacher's, both of shape (B, C), without its weight.
+
+        Raises:
+            UserError: As `check_standardized`.
+        """
+        check_standardized(self, pred.shape[1])
         if self.standardize:
             pred, logits = standardized(pred), standardized(logits)
         return self.divergence(pred, logits, self.T, targets, reduction)
@@ -285,14 +291,30 @@ class DMSLoss(nn.Module):
         return {**self.__dict__, "parts": {}}  # tensors of a batch that is gone
 
 
+def check_standardized(distillation: Any, classes: int) -> None:
+    """Refuse to standardise the logits of two classes.
+
+    Raises:
+        UserError: It was asked for.
+    """
+    if distillation.standardize and classes == 2:
+        raise UserError(
+            "distill.standardize would make any two logits +1 and -1, from which a student of two classes learns "
+            "nothing; leave it out"
+        )
+
+
 def check_class_weights(loss_func: Any, classes: int) -> None:
     """Convert the class weights of a loss, if it has any, to float32: of a `DMSLoss`, torch's loss or fastai's.
+
+    What another loss calls its weight is its own affair.
 
     Raises:
         UserError: They are no weights, or those of another number of classes.
     """
     owner = getattr(loss_func, "func", loss_func)  # what fastai's losses wrap
-    weight = getattr(owner, "weight", None)
+    weighted = isinstance(owner, (DMSLoss, nn.modules.loss._WeightedLoss)) or type(owner).__module__ == "fastai.losses"
+    weight = getattr(owner, "weight", None) if weighted else None
     if weight is None:
         return
     owner.weight = _class_weights(weight)

@@ -24,7 +24,7 @@ class Part:
 
     table: str
     at: str
-    order: int | None = None
+    order: float | None = None
     always: bool = False
     settings: str | None = None
 
@@ -55,7 +55,9 @@ PARTS = (
     Part("drop_block", "callbacks.drop_block:DropBlockSchedule", order=61),  # after ParamScheduler
     Part("fine_tune", "callbacks.fine_tune:FineTune", order=62),  # after ParamScheduler
     Part("distill", "callbacks.distill:TeacherDistill", order=5, settings="training.losses:Teaching"),
-    Part("feature_distill", "callbacks.feature_distill:FeatureDistill", order=5),  # after TeacherDistill's loss
+    Part(
+        "feature_distill", "callbacks.feature_distill:FeatureDistill", order=5.5
+    ),  # of the whole loss; fastai divides at 6
     # The loss; after_backward: the gradients; before_step: what becomes of them.
     Part("loss", "training.losses:DMSLoss", always=True),
     Part("sam", "callbacks.sam:SAM", order=45),  # after whatever completes the targets and the loss
@@ -69,6 +71,6 @@ PARTS = (
 )
 
 
-def order_of(table: str) -> int:
+def order_of(table: str) -> float:
     """The place of a callback among fastai's, by its table."""
     return next(part.order for part in PARTS if part.table == table)
