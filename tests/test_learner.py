@@ -26,7 +26,17 @@ from fastai.vision.data import ImageDataLoaders
 from PIL import Image
 from torch import nn
 
-from dms_fastai import DMSLoss, TeacherDistill, UserError, dms_learner, load_data, load_recipe
+from dms_fastai import (
+    EMA,
+    SAM,
+    DMSLoss,
+    FixedViews,
+    TeacherDistill,
+    UserError,
+    dms_learner,
+    load_data,
+    load_recipe,
+)
 from dms_fastai.callbacks.bf16 import BF16
 from dms_fastai.training.onednn import strided_convolutions
 from dms_fastai.training.schedules import cosine_annealing
@@ -75,6 +85,31 @@ def test_fit_one_cycle(dls, teacher):
     learn.fit_one_cycle(2, 0.1)
     assert len(learn.recorder.values) == 2
     assert learn.recorder.hps["lr"][-1] < 1e-3
+
+
+def test_after_other_fits_the_recipe_has_its_own_momentum_and_decay(dls):
+    class Hypers(Callback):
+        order, run_valid = 100, False
+
+        def after_batch(self):
+            seen.append({name: self.learn.opt.hypers[-1][name] for name in ("mom", "wd")})
+
+    settings = {"schedule.name": "cosine"}  # which leaves the momentum alone
+    seen, learn = [], quiet(dms_learner(dls, "se", arch="test_dmsresnet", settings=settings))
+    learn.fit_one_cycle(1, 0.1, wd=0.3)
+    learn.fit_recipe(1, cbs=Hypers())
+    assert {(hypers["mom"], hypers["wd"]) for hypers in seen} == {(0.9, 5e-4)}
+    seen.clear()
+    learn.fit_recipe(1, cbs=Hypers(), wd=0.1)
+    assert {hypers["wd"] for hypers in seen} == {0.1}
+
+
+@pytest.mark.parametrize("make", [lambda t: EMA(0.9), lambda t: SAM(), TeacherDistill, lambda t: FixedViews(2)])
+def test_what_a_learner_can_have_once_is_refused_twice(dls, teacher, make):
+    cbs = [make(teacher), make(teacher)]
+    learn = quiet(dms_learner(dls, "se", arch="test_dmsresnet", cbs=cbs))
+    with pytest.raises(UserError, match=f"has {type(cbs[0]).__name__} twice"):
+        learn.fit_recipe(1)
 
 
 def test_predictions_come_in_order_and_agree_with_validate(student):

@@ -149,6 +149,20 @@ def test_alpha_must_be_above_0(alpha):
         MixUp(alpha)
 
 
+def test_images_with_several_targets_are_not_mixed():
+    learn = stock_learner(lambda pred, y, z: torch.nn.functional.cross_entropy(pred, y), MixUp())
+    learn.add_cb(Two())
+    with pytest.raises(UserError, match="MixUp mixes one target of each image, and these batches have 2"):
+        learn.fit(1)
+
+
+class Two(Callback):
+    order, run_valid = -9, False
+
+    def before_batch(self):
+        self.learn.yb = (*self.learn.yb, self.learn.yb[0])
+
+
 def test_what_cannot_work_is_said():
     with pytest.raises(UserError, match="'pixel'"):
         MixUp(per="pixel")

@@ -426,3 +426,16 @@ def test_alone_in_a_stock_learner_over_stock_loaders(make, tmp_path):
 def test_values_that_cannot_be(make):
     with pytest.raises(UserError):
         make()
+
+
+@pytest.mark.parametrize("kind", [TrivialAugment, RandAugment])
+@pytest.mark.parametrize("shape", [(4, 8, 8), (2, 8, 8), (3, 2, 9), (1, 8, 1)])
+def test_images_that_cannot_be_changed_are_refused_in_a_line(kind, shape):
+    images = SimpleNamespace(xb=(torch.zeros(2, *shape),))
+    callback = kind()
+    callback.learn = images
+    with pytest.raises(
+        UserError, match=f"{kind.__name__} changes images of 1 or 3 channels, 3 pixels or more"
+    ) as error:
+        callback.before_batch()
+    assert str(shape) in error.value.message

@@ -26,6 +26,19 @@ def one_step(settings, param, grad):
     return opt
 
 
+def test_a_weight_may_get_its_first_gradient_late():
+    """By hand: its first step is its gradient, and the other goes on with its momentum."""
+    early, late = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
+    opt = optimizer([early, late], 1.0, SGD(lr=1.0, momentum=0.5, weight_decay=0.0))
+    early.grad = torch.ones(2)
+    opt.step()
+    late.grad = torch.full((2,), 3.0)
+    opt.step()
+    opt.step()
+    assert early.tolist() == [-(1 + 1.5 + 1.75)] * 2
+    assert late.tolist() == [-(3 + 4.5)] * 2
+
+
 def test_nesterov_looks_ahead():
     """The first step by hand: v = g, and the step is lr (g + 0.9 v)."""
     p = torch.nn.Parameter(torch.zeros(3))

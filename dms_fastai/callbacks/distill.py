@@ -25,6 +25,7 @@ from ..training.parts import order_of
 from .bf16 import has_bf16
 from .mixup import MixUp
 from .progressive_resize import students_shape
+from .twins import refuse_twin
 
 __all__ = ["TeacherDistill"]
 
@@ -65,6 +66,7 @@ class TeacherDistill(Callback):
 
     def before_train(self) -> None:
         """Check that teacher and student fit, and put a faster copy of the teacher on the student's device."""
+        refuse_twin(self)
         if self.teacher is None:
             raise UserError(
                 "this Learner was exported without its teacher; set learn.teacher_distill.teacher = load_teacher(...), "

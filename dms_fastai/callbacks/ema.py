@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..settings import Count, Fraction, checked
 from ..training.parts import order_of
+from .twins import refuse_twin
 
 __all__ = ["EMA"]
 
@@ -43,6 +44,7 @@ class EMA(Callback):
         self.counters: list[tuple[Tensor, Tensor]] | None = None
 
     def before_fit(self) -> None:
+        refuse_twin(self)
         self.put_back()  # if an exception ended the last fit
         model = self.learn.model
         self.average, self.steps = copy.deepcopy(model).eval().requires_grad_(False), 0

@@ -15,6 +15,7 @@ from ..trained.network import members_of
 from ..training.losses import DMSLoss
 from ..training.parts import order_of
 from .drop_block import highest_lr
+from .twins import refuse_twin
 
 __all__ = ["FeatureDistill", "Pooled", "feature_loss"]
 
@@ -48,6 +49,7 @@ class FeatureDistill(Callback):
         self.weight, self.kind, self.lr = weight, loss, lr
 
     def before_train(self) -> None:
+        refuse_twin(self)
         if not hasattr(self.learn, "teacher_distill"):
             raise UserError("FeatureDistill needs a teacher; add TeacherDistill(teacher), or take a recipe with one")
         if hasattr(self.learn, "sam"):

@@ -7,6 +7,7 @@ from fastai.callback.core import Callback
 from ..random_states import get_random_states, seed_everything, set_random_states
 from ..settings import Count, checked
 from ..training.parts import order_of
+from .twins import refuse_twin
 
 __all__ = ["FixedViews"]
 
@@ -43,6 +44,7 @@ class FixedViews(Callback):
         return self.learn.epoch % self.count
 
     def before_train(self) -> None:
+        refuse_twin(self)
         if self.network_states is None:
             self.network_states = get_random_states()
         loader = self.learn.dls.train

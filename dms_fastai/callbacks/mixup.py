@@ -59,7 +59,14 @@ class MixUp(Callback):
             raise UserError("MixUp(per='sample') needs loss_func=DMSLoss(): other losses average over the batch first")
 
     def before_batch(self) -> None:
-        """Mix the images; their shape stays the same."""
+        """Mix the images; their shape stays the same.
+
+        Raises:
+            UserError: They do not have one target each.
+        """
+        if len(self.learn.yb) != 1:
+            name, n = type(self).__name__, len(self.learn.yb)
+            raise UserError(f"{name} mixes one target of each image, and these batches have {n}; leave it out")
         x, y = self.learn.xb[0], self.learn.yb[0]
         mixed, *self.second = self.pair(x, y)
         self.learn.xb = (mixed, *self.learn.xb[1:])

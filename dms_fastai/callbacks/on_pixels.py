@@ -7,9 +7,12 @@ from torch import Tensor
 
 from ..data.augment import affine, normalize
 from ..data.stored import CHANNELS
+from ..errors import UserError
 from ..trained import Inputs
 
 __all__ = ["OnPixels"]
+
+SMALLEST = 3  # pixels a side: what sharpening looks at
 
 
 class OnPixels(Callback, ABC):
@@ -27,6 +30,11 @@ class OnPixels(Callback, ABC):
 
     def before_batch(self) -> None:
         x, *rest = self.learn.xb
+        if x.shape[1] not in (1, CHANNELS) or min(x.shape[2:]) < SMALLEST:
+            raise UserError(
+                f"{type(self).__name__} changes images of 1 or {CHANNELS} channels, {SMALLEST} pixels or more a side, "
+                f"and these are {tuple(x.shape[1:])}; leave it out"
+            )
         if self.scaling is None or self.scaling[0].device != x.device:
             seen = Inputs.seen(x.shape[1:], self.learn.dls)
             self.scaling = affine(seen.mean, seen.std, 1, x.device)

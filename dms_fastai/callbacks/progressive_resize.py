@@ -10,6 +10,7 @@ from ..data.imageset import ImageSet
 from ..errors import UserError
 from ..settings import PositiveShare, Share, checked
 from ..training.parts import order_of
+from .twins import refuse_twin
 
 __all__ = ["ProgressiveResize"]
 
@@ -62,6 +63,9 @@ class ProgressiveResize(Callback):
         grown = past / (self.full_at - self.grow_at) if past else 0.0
         side = whole * (self.smallest + (1 - self.smallest) * grown)
         return min(max(int(side) // MULTIPLE * MULTIPLE, MULTIPLE), whole)
+
+    def before_fit(self) -> None:
+        refuse_twin(self)
 
     def before_batch(self) -> None:
         """Make the student's images; `given` has the batch as it came."""

@@ -14,6 +14,7 @@ from ..training.losses import DMSLoss
 from ..training.parts import order_of
 from .distill import TeacherDistill
 from .mixup import MixUp
+from .twins import refuse_twin
 
 __all__ = ["SAM"]
 
@@ -42,6 +43,7 @@ class SAM(Callback):
         self.rho = rho
 
     def before_train(self) -> None:
+        refuse_twin(self)
         rewriting = [cb for cb in self.learn.cbs if isinstance(cb, (MixUp, TeacherDistill))]
         if rewriting and not isinstance(self.learn.loss_func, DMSLoss):
             beside = type(rewriting[0]).__name__

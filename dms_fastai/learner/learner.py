@@ -60,6 +60,7 @@ class DMSLearner(EventLearner):
     recipe: Recipe
     first_epoch = 0
     exported_inputs: Inputs | None = None  # of an exported Learner, which has no images any more
+    made_hypers: dict[str, list[float]] | None = None  # by fastai's name, one a group of parameters
 
     def fit_recipe(self, epochs: int | None = None, lr: float | slice | None = None, **kwargs: Any) -> None:
         """Train by the recipe's schedule.
@@ -76,15 +77,23 @@ class DMSLearner(EventLearner):
         if epochs < 1 or not all(rate > 0 for rate in ends(lr)):
             raise UserError(f"epochs is {epochs} and lr is {lr}; epochs must be at least 1, and lr above 0")
         schedule = replace(recipe.schedule, epochs=epochs).build()
+        if self.opt is None:
+            self.create_opt()
+        for name, values in (self.made_hypers or {}).items():  # fit_one_cycle and the like may have left others
+            self.opt.set_hyper(name, values)
         scheduler = ParamScheduler(schedule.hypers(self._rates(lr), recipe.optimizer.momentum))
         self.fit(epochs, lr, cbs=[scheduler, *listed(kwargs.pop("cbs", None))], **kwargs)
+
+    def create_opt(self) -> None:
+        """`Learner.create_opt`, which remembers momentum and weight decay of each group for `fit_recipe`."""
+        super().create_opt()
+        hypers = self.opt.hypers
+        self.made_hypers = {name: [group[name] for group in hypers] for name in ("mom", "wd") if name in hypers[0]}
 
     def _rates(self, lr: float | slice) -> float | np.ndarray:
         """A learning rate as it is; a slice as one rate a group of parameters."""
         if not isinstance(lr, slice):
             return lr
-        if self.opt is None:
-            self.create_opt()
         self.opt.set_hyper("lr", lr)
         return np.array([hypers["lr"] for hypers in self.opt.hypers])
 

@@ -59,9 +59,19 @@ class SGD:
         """
         if self.nesterov and not self.momentum:
             raise UserError("optimizer.nesterov needs a momentum, and optimizer.momentum is 0")
-        return torch.optim.SGD(
-            groups, lr, self.momentum, weight_decay=self.weight_decay, nesterov=self.nesterov, fused=True
-        )
+        return LateSGD(groups, lr, self.momentum, weight_decay=self.weight_decay, nesterov=self.nesterov, fused=True)
+
+
+class LateSGD(torch.optim.SGD):
+    """torch's SGD, whose fused step also takes weights that get their first gradient when others have had one."""
+
+    def _init_group(self, group: dict[str, Any], params: list, grads: list, momentum_buffer_list: list) -> bool:
+        sparse = super()._init_group(group, params, grads, momentum_buffer_list)
+        if any(buffer is not None for buffer in momentum_buffer_list):
+            late = [place for place, buffer in enumerate(momentum_buffer_list) if buffer is None]
+            for place in late:
+                momentum_buffer_list[place] = torch.zeros_like(params[place])  # without dampening, as if it were first
+        return sparse
 
 
 @checked
