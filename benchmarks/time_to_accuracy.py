@@ -41,11 +41,12 @@ PUBLISHED = (
 def own(folders: list[Path]) -> list[Result]:
     """The finished runs on CIFAR-10 whose work is known."""
     found = []
-    for run in find_runs(folders)[0]:
-        facts, pflop = run.facts, pflop_of(run)
-        if run.finished and facts.data == "cifar10" and facts.valid == "test" and pflop is not None:
-            what = f"{facts.title}, {facts.model}, seed {facts.seed}"
-            found.append(Result(what, 100 * facts.last.valid_accuracy, pflop, facts.epochs_done, published=False))
+    for folder in folders:
+        for run in find_runs([folder])[0]:
+            facts, pflop = run.facts, pflop_of(run)
+            if run.finished and facts.data == "cifar10" and facts.valid == "test" and pflop is not None:
+                what = f"{facts.model}: {run.folder.path.relative_to(folder)}"
+                found.append(Result(what, 100 * facts.last.valid_accuracy, pflop, facts.epochs_done, published=False))
     return found
 
 
@@ -65,6 +66,7 @@ def main() -> None:
     parser.add_argument("folders", nargs="*", type=Path, default=[Path("artifacts")], help="folders with runs")
     found = [*own(parser.parse_args().folders), *PUBLISHED]
     table = Table("what", "accuracy, %", "PFLOP", "epochs", "", title="CIFAR-10: accuracy and the work that it took")
+    table.columns[0].overflow = "fold"
     for column in table.columns[1:4]:
         column.justify = "right"
     for result in sorted(found, key=lambda result: result.pflop):
