@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 from functools import partial
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -567,3 +568,12 @@ def test_what_cannot_be_built_is_said(dls, kwargs, words):
     with pytest.raises(UserError) as error:
         dms_learner(dls, **kwargs)
     assert words in error.value.message
+
+
+def test_what_a_cpu_needs_is_left_out_elsewhere():
+    """On a GPU, hooks on strided convolutions would be in the way of compiling; "meta" stands for one."""
+    callback, network = BF16(), timm.create_model("test_dmsresnet").to("meta")
+    callback.learn = SimpleNamespace(model=network)
+    callback.before_fit()
+    assert callback.exact == ()
+    assert not any(module._forward_pre_hooks for module in network.modules())

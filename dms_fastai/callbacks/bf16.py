@@ -54,8 +54,9 @@ class BF16(Callback):
 
     def before_fit(self) -> None:
         self.release()  # if an exception ended the last fit
-        convs = [module for module in self.learn.model.modules() if isinstance(module, nn.Conv2d)]
-        if has_bf16(torch.device("cpu")):
+        device = next(self.learn.model.parameters()).device
+        if device.type == "cpu" and has_bf16(device):
+            convs = [module for module in self.learn.model.modules() if isinstance(module, nn.Conv2d)]
             unusual = [conv for conv in convs if max(conv.stride + conv.dilation) > 1 or is_depthwise(conv)]
             self.exact = tuple(map(Float32, unusual))
 
