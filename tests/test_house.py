@@ -26,7 +26,7 @@ from dms_fastai.models.macs import entry_macs
 from dms_fastai.models.weights import load_weights
 from dms_fastai.recipes import all_keys
 from dms_fastai.run_folder import RunFolder
-from dms_fastai.runs import machine, plan
+from dms_fastai.runs import at_once, machine, plan
 from dms_fastai.runs.predictions import read_predictions
 from dms_fastai.runs.wanted import Wanted
 from dms_fastai.schema import choices_of, load, settings_of, table_of
@@ -362,6 +362,27 @@ def test_several_at_once_are_the_same_runs_as_one_after_the_other(dms, tmp_path,
     code, out, _ = dms(*args, "--set", "model.drop_rate=0.05", "--out", "side", "--at-once", 2, "--restart")
     assert code == 0
     assert {RunFolder(tmp_path / "side" / name / "seed0").recipe().model.drop_rate for name in NAMES} == {0.05}
+
+
+def test_stages_whose_names_are_alike_are_trained_by_their_own_recipes(dms, tmp_path):  # noqa: F811
+    """Side by side, each process reads its recipe from a file."""
+    for place, name in enumerate(("a/b", "a-b", "a b")):
+        write(tmp_path, **{f"r{place}": f'extends = "se"\nname = "{name}"\n[model]\ndrop_rate = 0.{place}\n'})
+    args = ("--epochs", 1, "--set", "data.batch_size=256", "--arch", "test_dmsresnet", "--device", "cpu", "--out", "x")
+    assert dms("run", "r0.toml", "r1.toml", "r2.toml", *args, "--at-once", 3)[0] == 0
+    for place, name in enumerate(("a/b", "a-b", "a b")):
+        recipe = RunFolder(tmp_path / "x" / name / "seed0").recipe()
+        assert (recipe.name, recipe.model.drop_rate) == (name, place / 10)
+    assert len(list((tmp_path / "x" / "logs").glob("*.log"))) == 3
+
+
+def test_a_stage_with_other_settings_has_a_recipe_file_of_its_own(tmp_path):
+    """Two commands that begin at the same time do not write over each other's."""
+    (tmp_path / "logs").mkdir()
+    folder = RunFolder(tmp_path / "se" / "seed0")
+    recipes = [load_recipe("se", settings={"schedule.epochs": epochs}) for epochs in (1, 2)]
+    files = [at_once.Job(plan.Stage(recipe, 0, folder), tmp_path)._write_recipe() for recipe in recipes]
+    assert [load_recipe(file) for file in files] == recipes
 
 
 def test_a_teacher_that_the_command_trains_itself_is_given_as_a_recipe(dms):  # noqa: F811

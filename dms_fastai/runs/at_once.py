@@ -1,6 +1,8 @@
 """Several stages side by side, each a `dms-fastai run` in a process of its own; a student waits for its teacher."""
 
+import hashlib
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -52,7 +54,24 @@ class Job:
 
     @property
     def log(self) -> Path:
-        return self.root / "logs" / f"{self.name.replace('/', '-').replace(' ', '-')}.log"
+        """What the process prints. No other stage of this folder of runs has a file of this name."""
+        return self.root / "logs" / f"{self._file_name()}.log"
+
+    def _file_name(self) -> str:
+        """The stage's name as that of a file; where another's could become the same, with a hash of its folder."""
+        name, seed = self.stage.recipe.name, self.stage.seed
+        plain, own = re.sub(r"[/\s]", "-", name), self.root / name / f"seed{seed}"
+        if plain == name.replace("/", "-") and "-" not in name and self.stage.folder.path == own:
+            return f"{plain}-seed-{seed}"
+        return f"{plain}-{_hashed(os.path.relpath(self.stage.folder.path, self.root))}-seed-{seed}"
+
+    def _write_recipe(self) -> Path:
+        """Write the resolved recipe beside the log, in a file that other settings of the same stage do not share."""
+        text = self.stage.recipe.to_toml()
+        file = self.log.with_name(f"{self._file_name()}-{_hashed(text)}.toml")
+        with whole(file) as partial:
+            partial.write_text(text, encoding="utf-8")
+        return file
 
     @property
     def complete(self) -> bool:
@@ -78,10 +97,7 @@ class Job:
     def start(self, options: Sequence[str], threads: int | None) -> None:
         """Train the stage by its resolved recipe, which is written beside the log for that."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        recipe_file = self.log.with_suffix(".toml")
-        with whole(recipe_file) as partial:
-            partial.write_text(self.stage.recipe.to_toml(), encoding="utf-8")
-        command = [sys.executable, "-P", "-m", "dms_fastai", "run", str(recipe_file), "--out", str(self.root)]
+        command = [sys.executable, "-P", "-m", "dms_fastai", "run", str(self._write_recipe()), "--out", str(self.root)]
         command += ["--seed", str(self.stage.seed), "--into", str(self.stage.folder.path), *options]
         if self.stage.teacher is not None:
             command += ["--teacher", str(self.stage.teacher)]
@@ -186,6 +202,10 @@ def complain(jobs: Iterable[Job], stopped: Iterable[int], console: Console) -> i
         _say(console, f"--- {job.log}")
         _say(console, "\n".join(job.log.read_text(encoding="utf-8", errors="replace").splitlines()[-LINES:]))
     return max((job.code if job.code > 0 else 128 - job.code for job in failed), default=0)
+
+
+def _hashed(text: str) -> str:
+    return hashlib.blake2b(os.fsencode(text), digest_size=4).hexdigest()
 
 
 @contextmanager
