@@ -81,6 +81,7 @@ def test_a_table_of_labels_that_has_moved_is_given_again(dms, binary):  # noqa: 
     with_test = [f"{line},{'test' if index % 2 else 'train'}" for index, line in enumerate(lines[1:])]
     (home / "splits.csv").write_text("\n".join(["image,label,split", *with_test]))
     assert dms("bench", "p.int8.onnx", "--data", "pictures", "--labels", "splits.csv")[0] == 0
+    assert "give --data as well" in dms("bench", "p.int8.onnx", "--labels", "splits.csv")[2]
     assert "of 12 images" in dms("evaluate", "p.int8.onnx", "--data", "pictures", "--labels", "splits.csv")[1]
     code, _, err = dms(*command[:2], "p.onnx", "--labels", "moved.csv")
     assert (code, "--labels is for int8, and p.onnx is not" in err) == (2, True)

@@ -1,7 +1,7 @@
 """Options that several commands have, what completes them in a shell, and what they ask for."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,7 +65,7 @@ Epochs = Annotated[int | None, typer.Option(help="Epochs of every stage, in plac
 Schedule = Annotated[
     str | None, typer.Option(help="cosine, one-cycle, sgdr ..., for every stage.", autocompletion=schedule_words)
 ]
-Seed = Annotated[int, typer.Option(help="Seed of the weights, the batches and the augmentation.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the weights, the batches and the augmentation; 0 by default.")]
 Seeds = Annotated[str | None, typer.Option(help="Several seeds, each trained: 0,1,2.")]
 From = Annotated[
     str | None, typer.Option("--from", help="Begin from weights: a finished run's folder, or a .safetensors or .pth.")
@@ -86,7 +86,7 @@ def wanted_by(
     fine_tune_teacher: bool = False,
     epochs: int | None = None,
     schedule: str | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     seeds: str | None = None,
     set_: list[str] | None = None,
     from_: str | None = None,
@@ -95,7 +95,13 @@ def wanted_by(
     out: Path | None = None,
     only: str | None = None,
 ) -> Wanted:
-    """What the options of `run` ask for, of which other commands have some."""
+    """What the options of `run` ask for, of which other commands have some.
+
+    Raises:
+        UserError: One of the options cannot be read, or two say the same thing.
+    """
+    same = {"teacher": ("--teacher", teacher), "data.labels": ("--labels", labels)}
+    refuse_twice(set_, same | dict.fromkeys(("budget", "budget.minutes", "budget.fitted"), ("--budget", budget)))
     data = os.path.expanduser(data)
     teacher = None if teacher is None else ",".join(map(os.path.expanduser, teacher.split(",")))
     settings = settings_of(set_) | labelled(labels)
@@ -104,7 +110,7 @@ def wanted_by(
     return Wanted(
         recipes=tuple(map(os.path.expanduser, recipe)),
         data=data,
-        seeds=(seed,) if seeds is None else parse_seeds(seeds),
+        seeds=_seeds(seed, seeds),
         out=None if out is None else home(out),
         arch=arch,
         teacher=teacher,
@@ -116,6 +122,19 @@ def wanted_by(
         compare=compare,
         only=only,
     )
+
+
+def refuse_twice(set_: list[str] | None, given: Mapping[str, tuple[str, object]]) -> None:
+    """Raise a UserError if --set has a key that an option stands for: one of the two would have no effect.
+
+    Args:
+        set_: What the options --set say.
+        given: For each such key, the option and its value; None where it is not given.
+    """
+    for key in settings_of(set_):
+        option, value = given.get(key, ("", None))
+        if value is not None:
+            raise UserError(f"{option} and --set {key} say the same thing; leave one out")
 
 
 def settings_of(texts: list[str] | None) -> dict[str, Any]:
@@ -137,6 +156,13 @@ def _beginning(source: str, recipes: list[str], data: str, settings: dict[str, A
 
 def labelled(labels: Path | None) -> dict[str, str]:
     return {} if labels is None else {"data.labels": str(home(labels))}
+
+
+def _seeds(seed: int | None, seeds: str | None) -> tuple[int, ...]:
+    """The seeds that --seed and --seeds ask for; a UserError if both are given."""
+    if seed is not None and seeds is not None:
+        raise UserError(f"--seed {seed} and --seeds {seeds} both say what to train with; leave one out")
+    return (seed or 0,) if seeds is None else parse_seeds(seeds)
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:

@@ -43,6 +43,7 @@ from .options import (
     data_words,
     device_words,
     home,
+    refuse_twice,
     wanted_by,
 )
 
@@ -62,7 +63,7 @@ def run(
     fine_tune_teacher: FineTuneTeacher = False,
     epochs: Epochs = None,
     schedule: Schedule = None,
-    seed: Seed = 0,
+    seed: Seed = None,
     seeds: Seeds = None,
     set_: Settings = None,
     from_: From = None,
@@ -185,7 +186,7 @@ def plan_commands(
     fine_tune_teacher: FineTuneTeacher = False,
     epochs: Epochs = None,
     schedule: Schedule = None,
-    seed: Seed = 0,
+    seed: Seed = None,
     seeds: Seeds = None,
     set_: Settings = None,
     from_: From = None,
@@ -254,7 +255,9 @@ def _planned(wanted: Wanted, opened: "Opened", manner: "Manner") -> "list[Stage]
 @app.command()
 def prune(
     learner: Annotated[str, typer.Argument(help="A run's folder, a .safetensors file of this package, or dmsresnet.")],
-    macs: Annotated[float, typer.Option(help="Multiply-accumulates that are left, as a share.")] = 0.5,
+    macs: Annotated[
+        float | None, typer.Option(help="Multiply-accumulates that are left, as a share; 0.5 by default.")
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option(help="As in run. A run on a data set with a name takes that.", autocompletion=data_words),
@@ -277,6 +280,7 @@ def prune(
 
     Short for `run prune --from RUN`, or `run prune/scratch`. After a stop, the same command resumes.
     """
+    refuse_twice(set_, {"prune.macs": ("--macs", macs), "prune.from_scratch": ("--from-scratch", from_scratch or None)})
     source = home(Path(learner))
     if not check_model(source):
         raise UserError(f"{source} holds no finished run; give the folder of one, or a file of weights")
@@ -290,7 +294,7 @@ def prune(
         teacher=teacher,
         epochs=epochs,
         seed=seed,
-        set_=[f"prune.macs={macs}", *(set_ or [])],
+        set_=[*([] if macs is None else [f"prune.macs={macs}"]), *(set_ or [])],
         from_=str(source),
         dry_run=dry_run,
         device=device,

@@ -63,7 +63,7 @@ def tune(
     teacher: TeacherOf = None,
     epochs: Epochs = None,
     schedule: Schedule = None,
-    seed: Seed = 0,
+    seed: Seed = None,
     set_: Settings = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.", autocompletion=device_words)] = "auto",
     out: Annotated[Path | None, typer.Option(help="Folder of the search, instead of artifacts/DATA/tune.")] = None,

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 
 MANY = 500  # images that take long enough for a bar
+TOP = 3  # classes of an image that `predict` prints
 WORST = 20  # classes in the table of `evaluate`
 
 
@@ -36,7 +37,7 @@ def predict(
         Path, typer.Argument(help="A learner.pkl, a model.safetensors, a run's folder, dmsresnet, or an exported file.")
     ],
     images: Annotated[list[str], typer.Argument(help="Images, folders of images, or quoted patterns: 'new/*.png'.")],
-    top: Annotated[int, typer.Option(min=1, help="How many classes to print.")] = 3,
+    top: Annotated[int | None, typer.Option(min=1, help="How many classes to print; 3 by default.")] = None,
     csv: Annotated[Path | None, typer.Option(help="Write a table to this file, or to - for standard output.")] = None,
     trust_pickle: Annotated[bool, TRUST] = False,
 ) -> None:
@@ -52,6 +53,8 @@ def predict(
     csv = None if csv is None else home(csv)
     if csv is not None:
         check_table(csv)
+        if top is not None:
+            raise UserError("--top is for what is printed, and the table of --csv has every class; leave one out")
     files = image_files(images) if check_model(learner) else {}  # if not, `classify_files` says so
 
     from ..data.folder import class_name
@@ -62,7 +65,7 @@ def predict(
     vocab, found = classify_files(learner, files, trust_pickle, bad)
 
     def say(image: Path, probabilities: list[float]) -> None:
-        best = sorted(zip(probabilities, vocab, strict=True), key=lambda pair: -pair[0])[:top]
+        best = sorted(zip(probabilities, vocab, strict=True), key=lambda pair: -pair[0])[: top or TOP]
         console.say(f"{image}: {', '.join(f'{name} {100 * share:.1f} %' for share, name in best)}")
 
     right: list[bool] = []
@@ -245,6 +248,8 @@ def bench(
         raise UserError(f"{png} is no name of a plot; give --png NAME.png")
     if png is not None and data is None:
         raise UserError("--png draws accuracy, which needs images; give --data as well")
+    if labels is not None and data is None:
+        raise UserError("--labels is for images, of which there are none; give --data as well")
     if data is not None:
         source_name(data)  # refuses what is no data set
 
