@@ -227,6 +227,16 @@ def test_what_cannot_be_planned_is_refused_in_a_line(dms):  # noqa: F811
         commands_of(wanted)
 
 
+@pytest.mark.parametrize("command", ["run", "plan"])
+@pytest.mark.parametrize("more", [("--budget", "20m"), ("--set", "budget.minutes=20")])
+def test_a_recipe_that_has_been_fitted_takes_no_other_budget(dms, tmp_path, command, more):  # noqa: F811
+    (tmp_path / "fitted.toml").write_text('extends = "small"\n[budget]\nfitted = true\n')
+    code, out, err = dms(command, "fitted.toml", *more)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "'fitted' has been fitted already" in err
+    assert "has a budget" in dms("plan", "fitted.toml", *more, "--set", "budget.fitted=false")[2]
+
+
 def test_a_plan_needs_neither_torch_nor_the_images(tmp_path):
     (tmp_path / "damaged.npz").touch()
     code = """

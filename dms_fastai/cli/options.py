@@ -101,7 +101,7 @@ def wanted_by(
         UserError: One of the options cannot be read, or two say the same thing.
     """
     same = {"teacher": ("--teacher", teacher), "data.labels": ("--labels", labels)}
-    refuse_twice(set_, same | dict.fromkeys(("budget", "budget.minutes", "budget.fitted"), ("--budget", budget)))
+    refuse_twice(set_, same | dict.fromkeys(("budget", "budget.minutes"), ("--budget", budget)))
     data = os.path.expanduser(data)
     teacher = None if teacher is None else ",".join(map(os.path.expanduser, teacher.split(",")))
     settings = settings_of(set_) | labelled(labels)

@@ -151,6 +151,7 @@ class Wanted:
         for recipe in found:
             self._check_teacher(recipe)
             self._check_pruning(recipe)
+            self._check_budget(recipe)
         alone = next((key for key in self.settings if key.startswith(FOR_TEACHER)), None)
         if alone is not None and not any(isinstance(self.teacher_of(recipe), Recipe) for recipe in found):
             raise UserError(f"{alone} is for a teacher that is trained, and this command trains none")
@@ -246,6 +247,15 @@ class Wanted:
         for option, given in (("--arch", self.arch), ("--budget", recipe.budget)):
             if given is not None:
                 raise UserError(f"recipe {recipe.name!r} has the network that it prunes; leave {option} out")
+
+    def _check_budget(self, recipe: Recipe) -> None:
+        """Raise a UserError if the command gives minutes to a recipe that has been fitted to others."""
+        if recipe.budget is not None and recipe.budget.fitted and "budget.minutes" in self.given(to_teacher=False):
+            option = "--budget" if self.budget is not None else "budget.minutes"
+            raise UserError(
+                f"recipe {recipe.name!r} has been fitted already, and {option} would change nothing; leave it out, or "
+                f"add --set budget.fitted=false"
+            )
 
     def _check_teacher(self, recipe: Recipe) -> None:
         """Raise a UserError if a teacher does not exist."""
