@@ -54,11 +54,19 @@ def _field(part: Part) -> tuple[str, Any, Any]:
 
 
 Tables = dataclasses.make_dataclass("Tables", map(_field, PARTS), frozen=True, kw_only=True)
+
+
+def _names_a_folder(path: str) -> bool:
+    """Whether a text is a relative path to one folder, by one spelling, below any other."""
+    plain = not {"", ".", ".."} & {*path.split("/"), *Path(path).parts}
+    return plain and not Path(path).is_absolute() and path.isprintable()
+
+
 RelativePath = Annotated[
     str,
     Rule(
-        lambda path: not Path(path).is_absolute() and ".." not in Path(path).parts,
-        "a relative path without '..', because it names the runs' folder",
+        _names_a_folder,
+        "a relative path without '..', '.', empty parts or unprintable characters, because it names the runs' folder",
     ),
 ]
 

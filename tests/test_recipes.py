@@ -1,6 +1,7 @@
 """Recipes: what the shipped ones say, how files extend one another, and what is refused."""
 
 import dataclasses
+import json
 import os
 import string
 
@@ -54,8 +55,8 @@ def test_a_resolved_recipe_survives_being_written(name, data, schedule, tmp_path
 
 
 numbers = st.floats(1e-6, 1e6, allow_nan=False)
-names = st.text(string.printable + "äß漢🙂", min_size=1).filter(
-    lambda name: not name.startswith("/") and ".." not in name.split("/")
+names = st.text(string.digits + string.ascii_letters + string.punctuation + " äß漢🙂", min_size=1).filter(
+    lambda name: not {"", ".", ".."} & {*name.split("/")}
 )
 recipes = st.builds(
     lambda name, lr, epochs, alpha, T, teacher: Recipe(
@@ -227,6 +228,17 @@ def test_what_is_wrong_is_named(kwargs, words):
         load_recipe(**{"recipe": "kd", **kwargs})
     assert words in error.value.message
     assert "\n" not in error.value.message
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "./", "./a", "a/", "a//b", "a/./b", "a/..", "a\0b", "a\nb", "a\x1bb", "a\u202eb"]
+)
+def test_a_name_is_that_of_one_folder(tmp_path, name):
+    (tmp_path / "mine.toml").write_text(f'extends = "se"\nname = {json.dumps(name)}\n')
+    for recipe, own in (("se", {"name": name}), (tmp_path / "mine.toml", {})):
+        with pytest.raises(UserError) as error:
+            load_recipe(recipe, settings=own)
+        assert error.value.message.startswith(f"name is {name!r}; it must be a relative path without '..', '.', empty")
 
 
 @pytest.mark.parametrize(
