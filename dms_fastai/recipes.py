@@ -81,7 +81,8 @@ class Recipe(Tables):
     Attributes:
         name: Name of the recipe and of its runs' folder; the file's name by default, not inherited.
         title: Name in tables and plots; `name` by default, not inherited.
-        teacher: The teacher, if the recipe distils: whatever `--teacher` takes; a path may be relative to the file.
+        teacher: The teacher, if the recipe distils: whatever `--teacher` takes; a path, or each of several,
+            may be relative to the file.
     """
 
     name: RelativePath = ""
@@ -125,6 +126,7 @@ def cut_path(source: str | PurePath | None) -> str | None:
 AS_IN_PYTHON = {"True": True, "False": False}
 NUMBER = re.compile(r"[+-]?(\d+\.|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)  # .5 and 5., which TOML does not have
 SCALARS = {"name": RelativePath, "title": str, "teacher": str | None}
+PATHS = (("model", "weights"), ("data", "labels"))  # settings that may be relative to the file, as the teacher may
 
 
 def recipes_dir() -> Path:
@@ -284,16 +286,43 @@ def _own(file: Path) -> Nested:
 
 
 def _layers(file: Path, data: str) -> list[tuple[str, Nested]]:
-    """What a file says, and what it says further for a data set."""
+    """What a file says, and what it says further for a data set.
+
+    Raises:
+        UserError: That is no table.
+    """
     table = _own(file)
-    teacher = table.get("teacher")
-    if isinstance(teacher, str) and teacher not in recipe_names() and os.path.exists(file.parent / teacher):
-        table["teacher"] = str(file.parent / teacher)  # a file beside this one, whatever the current folder
     on = table.pop("on", {})
     more = on.get(data, {}) if isinstance(on, Mapping) else on
     if not isinstance(more, Mapping):
         raise UserError(f"{file}: on is {on!r}; it must hold tables, [on.NAME.TABLE]")
-    return [(_shown(file), table), (f"{_shown(file)} [on.{data}]", dict(more))]
+    if _is_a_runs(file):  # its paths are from the folder where it was trained
+        return [(_shown(file), table), (f"{_shown(file)} [on.{data}]", dict(more))]
+    return [(_shown(file), _beside(file, table)), (f"{_shown(file)} [on.{data}]", _beside(file, more))]
+
+
+def _is_a_runs(file: Path) -> bool:
+    return (file.parent / "run.json").is_file()
+
+
+def _beside(file: Path, layer: Mapping[str, Any]) -> Nested:
+    """A layer of a file with the paths of what lies beside the file, whatever the current folder."""
+    found = dict(layer)
+    if isinstance(teacher := found.get("teacher"), str):
+        whole = _path(file, teacher)
+        parts = (_path(file, part.strip()) if part.strip() else part for part in teacher.split(","))
+        found["teacher"] = whole if whole != teacher else ",".join(parts)
+    for name, key in PATHS:
+        table = found.get(name)
+        if isinstance(table, Mapping) and isinstance(table.get(key), str):
+            found[name] = {**table, key: _path(file, table[key])}
+    return found
+
+
+def _path(file: Path, source: str) -> str:
+    """A source as it is or, if that is the path of something beside a recipe's file, from the current folder."""
+    named = source in ("", "timm", *recipe_names())
+    return source if named or not os.path.exists(file.parent / source) else str(file.parent / source)
 
 
 def _called(file: Path) -> list[tuple[str, Nested]]:

@@ -72,7 +72,7 @@ recipes = st.builds(
     st.integers(1, 10**9),
     st.floats(0, 1),
     numbers,
-    st.text(min_size=1),
+    st.text(min_size=1).filter(lambda teacher: "," not in teacher),
 )
 
 
@@ -188,6 +188,36 @@ def test_a_teacher_may_lie_beside_the_recipe(tmp_path, monkeypatch):
     ensemble = ",".join(["timm:dmsresnet"] * 20)  # longer than a file's name may be
     write(tmp_path, many=f'extends = "kd"\nteacher = "{ensemble}"')
     assert load_recipe(own / "many.toml").teacher == ensemble
+
+
+def test_what_lies_beside_a_recipe_is_found_from_anywhere(tmp_path, monkeypatch):
+    """Also what is for a data set alone, and each of several teachers; what is not there stays as it is."""
+    for name in ("t.safetensors", "w.safetensors", "l.csv"):
+        (tmp_path / name).touch()
+    text = 'teacher = "%s"\n[%smodel]\nweights = "w.safetensors"\n[%sdata]\nlabels = "l.csv"\n'
+    own, several = 'extends = "kd"\n', "./t.safetensors, timm:dmsresnet,run/t.safetensors"
+    write(
+        tmp_path,
+        always=own + text % (several, "", ""),
+        digits=own + "[on.digits]\n" + text % (several, *["on.digits."] * 2),
+    )
+    monkeypatch.chdir(tmp_path.parent)
+    folder = tmp_path.name
+    for name in ("always", "digits"):
+        found = load_recipe(f"{folder}/{name}.toml", "digits")
+        assert found.teacher == f"{folder}/t.safetensors,timm:dmsresnet,run/t.safetensors"
+        assert (found.model.weights, found.data.labels) == (f"{folder}/w.safetensors", f"{folder}/l.csv")
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("always.toml").teacher == "t.safetensors,timm:dmsresnet,run/t.safetensors"
+
+
+def test_a_runs_own_recipe_has_paths_from_where_it_was_trained(tmp_path):
+    """A run's folder has files that may be called as what it was trained from."""
+    written = load_recipe("kd", settings={"model.weights": "model.safetensors", "teacher": "best.safetensors"})
+    for name in ("model.safetensors", "best.safetensors", "run.json"):
+        (tmp_path / name).touch()
+    (tmp_path / "recipe.toml").write_text(written.to_toml())
+    assert load_recipe(tmp_path / "recipe.toml") == written
 
 
 def test_the_plain_variant_of_an_architecture_is_the_ablations_baseline():
