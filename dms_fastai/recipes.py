@@ -126,6 +126,7 @@ def cut_path(source: str | PurePath | None) -> str | None:
 AS_IN_PYTHON = {"True": True, "False": False}
 NUMBER = re.compile(r"[+-]?(\d+\.|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)  # .5 and 5., which TOML does not have
 SCALARS = {"name": RelativePath, "title": str, "teacher": str | None}
+WHOLE_FILES = ("name", "title", "extends", "on")  # keys that a file has for all data sets
 PATHS = (("model", "weights"), ("data", "labels"))  # settings that may be relative to the file, as the teacher may
 
 
@@ -289,13 +290,16 @@ def _layers(file: Path, data: str) -> list[tuple[str, Nested]]:
     """What a file says, and what it says further for a data set.
 
     Raises:
-        UserError: That is no table.
+        UserError: That is no table, or has keys that are the whole file's.
     """
     table = _own(file)
     on = table.pop("on", {})
     more = on.get(data, {}) if isinstance(on, Mapping) else on
     if not isinstance(more, Mapping):
         raise UserError(f"{file}: on is {on!r}; it must hold tables, [on.NAME.TABLE]")
+    for key in WHOLE_FILES:
+        if key in more:
+            raise UserError(f"{file}: [on.{data}] has {key!r}, which is the whole file's; give it above the tables")
     if _is_a_runs(file):  # its paths are from the folder where it was trained
         return [(_shown(file), table), (f"{_shown(file)} [on.{data}]", dict(more))]
     return [(_shown(file), _beside(file, table)), (f"{_shown(file)} [on.{data}]", _beside(file, more))]

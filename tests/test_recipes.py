@@ -220,6 +220,14 @@ def test_a_runs_own_recipe_has_paths_from_where_it_was_trained(tmp_path):
     assert load_recipe(tmp_path / "recipe.toml") == written
 
 
+@pytest.mark.parametrize("key", ["name", "title", "extends"])
+def test_what_is_the_whole_files_is_no_change_for_a_data_set(tmp_path, key):
+    mine = write(tmp_path, mine=f'extends = "se"\n[on.digits]\n{key} = "kd"\n') / "mine.toml"
+    assert load_recipe(mine).name == "mine"
+    with pytest.raises(UserError, match=rf"\[on.digits\] has '{key}', which is the whole file's; give it above"):
+        load_recipe(mine, "digits")
+
+
 def test_the_plain_variant_of_an_architecture_is_the_ablations_baseline():
     assert load_recipe("baseline", arch="test_dmsresnet").model.name == "test_dmsresnet_plain"
     assert load_recipe("se", arch="test_dmsresnet").model.name == "test_dmsresnet"
