@@ -9,6 +9,7 @@ off what another file switched on.
 """
 
 import dataclasses
+import datetime
 import os
 import re
 import tomllib
@@ -124,9 +125,15 @@ def cut_path(source: str | PurePath | None) -> str | None:
 
 
 AS_IN_PYTHON = {"True": True, "False": False}
+DATES = (datetime.date, datetime.time)
 NUMBER = re.compile(r"[+-]?(\d+\.|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)  # .5 and 5., which TOML does not have
 SCALARS = {"name": RelativePath, "title": str, "teacher": str | None}
 WHOLE_FILES = ("name", "title", "extends", "on")  # keys that a file has for all data sets
+SAID_ELSEWHERE = {  # arguments of every network that a recipe does not give as such
+    "num_classes": "the data say how many classes there are",
+    "drop_rate": "that is model.drop_rate",
+    "model_name": "that is model.name",
+}
 PATHS = (("model", "weights"), ("data", "labels"))  # settings that may be relative to the file, as the teacher may
 
 
@@ -170,6 +177,7 @@ def load_recipe(
         UserError: An unknown recipe, architecture or key (suggests the nearest known one), or a value out of range.
     """
     layers = _layered(recipe, data, arch, settings)
+    _refuse_unknown(layers)
     written = [layer["optimizer"] for at, layer in layers if at != "--set" and "optimizer" in layer]
     old = not any("name" in optimizer for optimizer in written if isinstance(optimizer, Mapping))
     table: Nested = {}
@@ -179,9 +187,21 @@ def load_recipe(
     if len(mixing) > 1 and "mixup_or_cutmix" in mixing:
         raise UserError(f"{' and '.join(mixing)} would mix the same batch; leave out one: --set {mixing[0]}=false")
     built = _read(modern_recipe(table, old))
+    for key, instead in SAID_ELSEWHERE.items():
+        if key in (built.model.args or {}):
+            raise UserError(f"model.args.{key} is {built.model.args[key]!r}; leave it out: {instead}")
     if not is_architecture(built.model.name):
         raise unknown("model", built.model.name, architectures())
     return built
+
+
+def _refuse_unknown(layers: Iterable[tuple[str, Nested]]) -> None:
+    """Raise a UserError if a layer has a key or a table that no recipe has; it names the file, if it is in one."""
+    for origin, layer in layers:
+        for key in layer:
+            if key not in SCALARS and key not in TABLES:
+                error = unknown_key(key, [*SCALARS, *TABLES], all_keys())
+                raise error if origin == "--set" else UserError(f"{origin}: {error.message}")
 
 
 def origins_of(recipe: str | Path, data: str = "", settings: Mapping[str, Any] | None = None) -> dict[str, str]:
@@ -205,17 +225,23 @@ def origins_of(recipe: str | Path, data: str = "", settings: Mapping[str, Any] |
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
-    """Read one `table.key=value` of the command line. The value is TOML, or as in Python; a bare word is a string.
+    """Read one `table.key=value` of the command line. The value is TOML, or as in Python; a bare word is a string, and
+    so is a date, which no key is.
 
     Raises:
-        UserError: No key or no value.
+        UserError: No key or no value, or a key with an empty word.
     """
     key, equals, value = text.partition("=")
     key, value = key.strip(), value.strip()
     if not key or not equals or not value:
         raise UserError(f"setting {text!r} has no key or no value; write table.key=value, such as optimizer.lr=0.05")
+    if "" in key.split("."):
+        raise UserError(
+            f"setting {text!r} has a dot too many in its key; write table.key=value, such as optimizer.lr=0.05"
+        )
     try:
-        return key, tomllib.loads(f"value = {value}")["value"]
+        read = tomllib.loads(f"value = {value}")["value"]
+        return key, value if isinstance(read, DATES) else read
     except tomllib.TOMLDecodeError:
         return key, AS_IN_PYTHON[value] if value in AS_IN_PYTHON else float(value) if NUMBER.fullmatch(value) else value
 
@@ -432,8 +458,6 @@ def _read(table: Mapping[str, Any]) -> Recipe:
     for key, value in table.items():
         if key in SCALARS:
             values[key] = convert(value, SCALARS[key], key)
-        elif key not in parts:
-            raise unknown_key(key, [*SCALARS, *parts], all_keys())
         elif value is not False or parts[key].always:
             values[key] = read_table(_where(parts[key]), value, key, all_keys(), not parts[key].always)
     return Recipe(**values)

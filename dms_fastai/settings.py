@@ -7,6 +7,7 @@
 is all that it takes to refuse `Cutout(2)` and, by way of `schema`, `cutout.size = 2` in a recipe.
 """
 
+import datetime
 import functools
 import inspect
 import math
@@ -134,10 +135,15 @@ def convert(value: Any, hint: Any, where: str) -> Any:
             continue
         for rule in option.rules:
             if not rule.holds(found):
-                raise UserError(f"{where} is {value!r}; it must be {rule.words}")
+                raise UserError(f"{where} is {_shown(value)}; it must be {rule.words}")
         return found
     kinds = [_describe(option.type) for option in _options(hint) if option.type is not type(None)]
-    raise UserError(f"{where} is {value!r}; it must be {either(kinds)}")
+    raise UserError(f"{where} is {_shown(value)}; it must be {either(kinds)}")
+
+
+def _shown(value: Any) -> str:
+    """A value as its file has it: a date has no quotes in TOML."""
+    return str(value) if isinstance(value, datetime.date | datetime.time) else repr(value)
 
 
 def described(hint: Any) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import string
+from datetime import date
 
 import pytest
 from hypothesis import given, settings
@@ -95,10 +96,16 @@ def test_any_text_is_a_setting_or_a_clear_refusal(text):
     assert key == text.partition("=")[0].strip() != ""
 
 
+@pytest.mark.parametrize("text", [".lr=3", "a..b=3", "a.=3", ".=3"])
+def test_a_key_has_no_dot_too_many(text):
+    with pytest.raises(UserError, match=f"setting {text!r} has a dot too many in its key; write table.key=value"):
+        parse_setting(text)
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [("a.b=3", 3), ("a.b = 0.5", 0.5), ("a.b=true", True), ("a.b=[1, 2]", [1, 2]), ("a.b=one-cycle", "one-cycle"),
-     ("a.b='x=y'", "x=y"), ("a.b=1e-3", 1e-3)],
+     ("a.b='x=y'", "x=y"), ("a.b=1e-3", 1e-3), ("a.b=2024-01-01", "2024-01-01"), ("a.b=07:00:00", "07:00:00")],
 )  # fmt: skip
 def test_settings_are_toml_and_bare_words_are_text(text, value):
     assert parse_setting(text) == ("a.b", value)
@@ -259,6 +266,9 @@ def test_the_plain_variant_of_an_architecture_is_the_ablations_baseline():
         ({"settings": {"name": "/"}}, "name is '/'; it must be a relative path"),
         ({"settings": {"name": "/tmp/kd"}}, "it must be a relative path"),
         ({"settings": {"model": 3}}, "model is 3; it must be a table"),
+        ({"settings": {"title": date(2024, 1, 1)}}, "title is 2024-01-01; it must be text"),
+        ({"settings": {"model.args.num_classes": 3}}, "model.args.num_classes is 3; leave it out: the data say"),
+        ({"settings": {"model.args.drop_rate": 0.1}}, "leave it out: that is model.drop_rate"),
     ],
 )
 def test_what_is_wrong_is_named(kwargs, words):
@@ -287,12 +297,16 @@ def test_a_name_is_that_of_one_folder(tmp_path, name):
         ('extends = "gone.toml"', "'gone.toml', which is neither"),
         ("extends = 3", "neither"),
         ('extends = "mine.toml"', "extends itself"),
-        ('title = "x"\nbogus = 1', "unknown recipe key 'bogus'"),
+        ('title = "x"\nbogus = 1', "mine.toml: unknown recipe key 'bogus'"),
+        (
+            "[on.digits.schedul]\nepochs = 1",
+            r"mine.toml \[on.digits\]: unknown recipe key 'schedul': did you mean 'sch",
+        ),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path, text, words):
     with pytest.raises(UserError, match=words):
-        load_recipe(write(tmp_path, mine=text) / "mine.toml")
+        load_recipe(write(tmp_path, mine=text) / "mine.toml", "digits")
 
 
 def test_a_file_may_begin_with_a_mark(tmp_path):
