@@ -60,6 +60,12 @@ def test_a_number_is_short_and_within_its_range():
         (["se", "--over", "optimizer.lr=log(0.1,1)", "--set", "data.valid=test"], "test images"),
         (["se", "--over", "data.valid=[0.1,0.2]"], "test images"),
         (["kd", "--over", "distill.T=log(1,9)"], "--teacher RUN"),
+        (["se", "--over", "schedule.epochs=int(1,8)", "--epochs", "2"], "given twice, by --epochs and by --over"),
+        (["se", "--over", 'schedule.name=["cosine"]', "--schedule", "linear"], "given twice, by --schedule and"),
+        (["se", "--over", 'model.name=["dmsresnet"]', "--arch", "dmsresnet_tiny"], "given twice, by --arch and"),
+        (["kd", "--over", 'teacher=["dmsresnet"]', "--teacher", "dmsresnet"], "given twice, by --teacher and"),
+        (["kd", "--over", 'teacher=["dmsresnet", "teacher"]'], "--teacher RUN"),
+        (["se", "--over", 'name=["a", "b"]'], "name changes nothing in a training"),
         (["ablation", "--over", "optimizer.lr=log(0.1,1)"], "one at a time"),
     ],
 )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..errors import UserError
-from ..recipes import parse_setting
+from ..recipes import Recipe, parse_setting
 from .wanted import SEVERAL, Wanted
 
 __all__ = ["INSTEAD", "Space", "parse_space", "searched"]
@@ -16,6 +16,9 @@ __all__ = ["INSTEAD", "Space", "parse_space", "searched"]
 HELD_OUT = 0.1  # share of the training images that trials are judged by, where neither recipe nor command says another
 
 INSTEAD = "leave data.valid out, or give a share of the training images: --set data.valid=0.1"
+
+OPTIONS = {"schedule.epochs": "epochs", "schedule.name": "schedule", "model.name": "arch", "teacher": "teacher"}
+NAMES = ("name", "title")  # keys on which nothing of a training depends
 
 RANGE = re.compile(r"(log|uniform|int)\((.+)\)")
 DIGITS = 3  # of a number that is drawn; more would only be harder to read
@@ -92,26 +95,36 @@ def searched(wanted: Wanted, over: Sequence[Space]) -> Wanted:
         over: What to search.
 
     Raises:
-        UserError: As in `Wanted.resolved`, for any end of a space; a key is both set and searched, or searched twice;
-            trials would be judged by test images; or each would train a teacher.
+        UserError: As in `Wanted.resolved`, for any end of a space; a key is both set and searched, searched twice, or
+            only a name; trials would be judged by test images; or each would train a teacher.
     """
     keys = [space.key for space in over]
     for key in keys:
+        option = OPTIONS.get(key)
+        if option is not None and getattr(wanted, option) is not None:
+            raise UserError(f"{key} is given twice, by --{option} and by --over; search it or set it, once")
         if key in wanted.settings or keys.count(key) > 1:
             raise UserError(f"{key} is given twice; search it or set it, once")
+        if key in NAMES:
+            raise UserError(f"{key} changes nothing in a training; search a key that does, such as optimizer.lr")
     if wanted.recipes[0] in SEVERAL:
         raise UserError(f"{wanted.recipes[0]} is several recipes; search one at a time")
     [recipe] = replace(wanted, settings=wanted.settings | {s.key: s.values[0] for s in over}).resolved()
     for space in over:
         for value in space.values:
-            replace(wanted, settings=wanted.settings | {space.key: value}).resolved()
+            trial = replace(wanted, settings=wanted.settings | {space.key: value})
+            _refuse_training(trial, *trial.resolved())
     valid = wanted.settings.get("data.valid")
     if valid == "test" or "data.valid" in keys:
         raise UserError(f"a search that looks at the test images would fit them; {INSTEAD}")
+    held_out = {"data.valid": HELD_OUT} if valid is None and recipe.data.valid == "test" else {}
+    out = wanted.out or wanted.root / "tune" / recipe.name
+    return replace(wanted, out=out, settings=wanted.settings | held_out)
+
+
+def _refuse_training(wanted: Wanted, recipe: Recipe) -> None:
+    """Raise a UserError if the recipe's teacher is still to be trained."""
     if not isinstance(wanted.teacher_of(recipe), str | None):
         raise UserError(
             f"each trial would train the teacher of {recipe.name!r}; train it first, and give --teacher RUN"
         )
-    held_out = {"data.valid": HELD_OUT} if valid is None and recipe.data.valid == "test" else {}
-    out = wanted.out or wanted.root / "tune" / recipe.name
-    return replace(wanted, out=out, settings=wanted.settings | held_out)
