@@ -12,14 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from .errors import UserError
+from .errors import UserError, notice
 from .files import partials, whole
 from .legacy import modern_facts
 from .names import DATA_SETS
 from .recipes import Recipe, load_recipe
 from .settings import Rule, Share, convert
 
-__all__ = ["Compute", "Facts", "Figures", "Problem", "Run", "RunFolder", "find_runs", "own_data"]
+__all__ = ["SEARCH", "Compute", "Facts", "Figures", "Problem", "Run", "RunFolder", "find_runs", "own_data"]
+
+SEARCH = "trials.log"  # beside the numbered folders of a search's trials
 
 Row = dict[str, float]
 
@@ -307,6 +309,8 @@ class Problem:
 def find_runs(folders: Iterable[Path]) -> tuple[list[Run], list[Problem]]:
     """Every run in or below the folders, in the order in which they were begun, and what cannot be read.
 
+    The trials of a search are left out, with a notice, of a folder that holds other runs, too.
+
     Raises:
         UserError: A folder does not exist, or none of them holds a run.
     """
@@ -314,10 +318,7 @@ def find_runs(folders: Iterable[Path]) -> tuple[list[Run], list[Problem]]:
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"no such folder: {folder}")
-    names = (RunFolder(Path()).metrics.name, RunFolder(Path()).facts_file.name)
-    found = {f.resolve().parent: f.parent for d in folders for name in names for f in sorted(d.rglob(name))}
-    aside = RunFolder(Path()).replaced.name
-    found = {path: folder for path, folder in found.items() if path.name != aside}
+    found = {path: folder for d in folders for path, folder in _without_trials(_run_folders(d)).items()}
     if not found:
         raise UserError(f"no runs in {', '.join(map(str, folders))}; `dms-fastai run kd` makes one")
     runs, problems = [], []
@@ -327,6 +328,31 @@ def find_runs(folders: Iterable[Path]) -> tuple[list[Run], list[Problem]]:
         except UserError as error:
             problems.append(Problem(folder, error.message))
     return sorted(runs, key=lambda run: run.facts.started), problems
+
+
+def _run_folders(folder: Path) -> dict[Path, Path]:
+    """The folders of runs in a folder, by their resolved paths; none of a run that another one has replaced."""
+    names, aside = (RunFolder(Path()).metrics.name, RunFolder(Path()).facts_file.name), RunFolder(Path()).replaced.name
+    found = {f.resolve().parent: f.parent for name in names for f in sorted(folder.rglob(name))}
+    return {path: each for path, each in found.items() if path.name != aside}
+
+
+def _without_trials(found: Mapping[Path, Path]) -> Mapping[Path, Path]:
+    """The folders of runs without the trials of searches among them, which a notice names; all, if nothing is left."""
+    searches = {path: _search_of(folder) for path, folder in found.items()}
+    left = {path: folder for path, folder in found.items() if searches[path] is None}
+    if not left or len(left) == len(found):
+        return found
+    for search in dict.fromkeys(search for search in searches.values() if search is not None):
+        trials = sum(other == search for other in searches.values())
+        notice(f"left out: {trials} trial{'s' * (trials > 1)} of a search; they are shown by: report {search}")
+    return left
+
+
+def _search_of(folder: Path) -> Path | None:
+    """The folder of the search whose trial a run is, as far as its path names it; None if it is none."""
+    above = zip(folder.parents, [folder, *folder.parents], strict=False)
+    return next((search for search, trial in above if trial.name.isdigit() and (search / SEARCH).is_file()), None)
 
 
 def own_data(source: Path, purpose: str) -> str:

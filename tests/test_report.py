@@ -20,6 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from dms_fastai import UserError, dms_learner, load_data
+from dms_fastai.errors import Notice
 from dms_fastai.report import page
 from dms_fastai.report.plots import DARK, LIGHT, PLOTS, draw, drawing
 from dms_fastai.report.plots.classes import class_accuracies, classes
@@ -193,6 +194,28 @@ def test_a_recipe_written_before_a_key_was_thought_of_is_the_same_recipe(runs):
     file.write_text(f"{file.read_text()}\n[model]")  # twice, which TOML does not have: who knows what it was
     (section,) = sections(find_runs([runs])[0])
     assert [row.seeds for row in section.rows] == [[0, 1], [0], [1], [1]]
+
+
+def test_trials_of_a_search_are_no_results(dms, runs, rough):  # noqa: F811
+    """Not of a folder that holds results, too; of the search's own, they are all that there is."""
+    search = runs / "digits" / "tune" / "se"
+    for number in ("001", "002"):
+        shutil.copytree(runs / "se" / "seed0", search / number / "se" / "seed0")
+    (search / "trials.log").touch()
+    with pytest.warns(Notice, match=f"left out: 2 trials of a search; they are shown by: report {search}"):
+        found, problems = find_runs([runs])
+    assert len(found) == 5
+    assert not problems
+    assert len(find_runs([search])[0]) == 2
+    assert len(find_runs([search / "001"])[0]) == 1
+    with pytest.warns(Notice):
+        assert len(find_runs([runs, search])[0]) == 7
+    code, out, err = dms("report", "artifacts", "--out", "r")
+    assert (code, err) == (
+        0,
+        "dms-fastai: left out: 2 trials of a search; they are shown by: report artifacts/digits/tune/se\n",
+    )
+    assert "+ SE (1)" not in out
 
 
 def rewrite(folder, **facts):

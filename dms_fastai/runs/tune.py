@@ -10,7 +10,7 @@ from fastai.callback.core import Callback, CancelFitException
 from rich.console import Console
 
 from ..errors import TryAgainError, UserError
-from ..run_folder import Run
+from ..run_folder import SEARCH, Run
 from ..show import toml_value
 from .checkpoint import DivergedError
 from .lock import locked
@@ -21,7 +21,6 @@ from .wanted import Wanted
 
 __all__ = ["Trial", "tune"]
 
-JOURNAL = "trials.log"
 ALONE = 5  # trials that are all trained to their end; later ones may fall behind them
 REFUSED = 3  # trials one after another that cannot be trained: the reason is not their values
 
@@ -91,7 +90,7 @@ class _Search:
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.wanted, self.over, self.states = wanted, over, optuna.trial.TrialState
-        file = str(wanted.root / JOURNAL)
+        file = str(wanted.root / SEARCH)
         backend = JournalFileBackend(file, JournalFileOpenLock(file))  # the usual lock is a link, which Windows forbids
         storage = optuna.storages.JournalStorage(backend)
         pruner = optuna.pruners.MedianPruner(ALONE)
