@@ -106,6 +106,16 @@ def test_the_epochs_can_be_seen_in_tensorboard(dms, tmp_path):  # noqa: F811
     assert dms(*args, "--time-limit", "0.001s")[0] == 75
     assert dms(*args)[0] == 0
     folder = RunFolder(tmp_path / "artifacts" / "digits" / "se" / "seed0")
+    check_events(folder)
+    for more in (("--at-once", 2), ()):  # also of a run that has finished without
+        shutil.rmtree(folder.tensorboard)
+        assert f"its epochs are in {folder.tensorboard.relative_to(tmp_path)}" in dms(*args, *more)[1]
+        check_events(folder)
+    assert "its epochs are in" not in dms(*args)[1]
+
+
+def check_events(folder):
+    """TensorBoard's are those of metrics.csv."""
     events = EventAccumulator(str(folder.tensorboard))
     events.Reload()
     written = [(event.step, event.value) for event in events.Scalars("accuracy/valid")]

@@ -339,8 +339,12 @@ def _train_in_turn(stages: "list[Stage]", opened: "Opened", manner: "Manner") ->
 def _train_at_once(stages: "list[Stage]", root: Path, at_once: int, options: list[str], manner: "Manner") -> None:
     from ..run_folder import Run
     from ..runs.at_once import Job, complain, train_at_once
+    from ..runs.stage import add_to_finished
 
     jobs = [Job(stage, root) for stage in stages]
+    for job in jobs:
+        if job.complete and not manner.restart:
+            add_to_finished(job.stage, manner, console)
     threads = None if manner.device.type != "cpu" else max((os.cpu_count() or 1) // at_once, 1)
     reason = train_at_once(jobs, at_once, options, manner.deadline, console, threads, manner.restart)
     folders = [folder for job in jobs for folder in (job.stage.teacher, job.stage.folder.path)]

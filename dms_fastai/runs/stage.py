@@ -44,11 +44,11 @@ from .profile import StepProfile
 from .progress import NOTHING, Ahead, RichProgress
 from .prune import after_pruning
 from .stop import StopOnRequest
-from .tensorboard import TensorBoard
+from .tensorboard import TensorBoard, write_epochs
 from .wait import Patience
 from .work import Work
 
-__all__ = ["Manner", "run_stage", "tidy_finished"]
+__all__ = ["Manner", "add_to_finished", "run_stage", "tidy_finished"]
 
 LARGE = 10**9  # bytes of images that somebody should know of
 
@@ -122,9 +122,7 @@ def run_stage(stage: Stage, opened: Opened, manner: Manner | None = None, consol
             if not folder.finished:
                 refuse_other_code(versions(), folder)
         if folder.finished and folder.predictions.is_file():
-            if manner.profile:
-                said = f"{recipe.title}: already finished, nothing to profile; give --out another folder"
-                console.print(said, markup=False)
+            processes.from_first(lambda: add_to_finished(stage, manner, console))
             return Run.read(folder.path)
         if manner.threads is not None:
             torch.set_num_threads(_threads(folder, manner.threads))
@@ -140,6 +138,7 @@ def run_stage(stage: Stage, opened: Opened, manner: Manner | None = None, consol
         learn.remove_cb(ProgressCallback)  # the run shows its own progress
         learn.logger = noop
         if folder.finished:
+            processes.from_first(lambda: add_to_finished(stage, manner, console))
             return processes.from_first(lambda: _predict_again(learn, folder))
         if recipe.prune is not None and not begun:
             for line in after_pruning(learn):
@@ -296,6 +295,16 @@ def _tidy(folder: RunFolder, restart: bool) -> None:
     if restart:
         _empty(folder)
     tidy_finished(folder)
+
+
+def add_to_finished(stage: Stage, manner: Manner, console: Console) -> None:
+    """Write what a command asks for that a finished run does not have yet, or say that there is none."""
+    title, folder = stage.recipe.title, stage.folder
+    if manner.profile:
+        console.print(f"{title}: already finished, nothing to profile; give --out another folder", markup=False)
+    if manner.tensorboard and not folder.tensorboard.is_dir():
+        write_epochs(folder.rows(), folder.tensorboard)
+        console.print(f"{title}: already finished; its epochs are in {folder.tensorboard}", markup=False)
 
 
 def tidy_finished(folder: RunFolder) -> None:

@@ -1,14 +1,18 @@
 """A run's epochs for TensorBoard."""
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastai.callback.core import Callback
 
 from ..errors import UserError
 from .history import History
 
-__all__ = ["TensorBoard"]
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+__all__ = ["TensorBoard", "write_epochs"]
 
 
 class TensorBoard(Callback):
@@ -28,29 +32,51 @@ class TensorBoard(Callback):
         Raises:
             UserError: TensorBoard is not installed.
         """
-        try:
-            import tensorboard  # noqa: F401
-        except ImportError:
-            raise UserError("--tensorboard needs a package that is not installed: pip install tensorboard") from None
+        _check_installed()
         self.folder, self.history = folder, history
 
     def before_fit(self) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = SummaryWriter(str(self.folder), purge_step=1)
+        self.writer = _writer(self.folder)
         for row in self.history.rows:
-            self.write(row)
+            _write(self.writer, row)
 
     def after_epoch(self) -> None:
-        self.write(self.history.rows[-1])
+        _write(self.writer, self.history.rows[-1])
         self.writer.flush()
-
-    def write(self, row: dict[str, Any]) -> None:
-        for name, value in row.items():
-            split, _, rest = name.partition("_")
-            tag = f"{rest}/{split}" if split in ("train", "valid") else name
-            if name != "epoch" and value is not None:
-                self.writer.add_scalar(tag, value, row["epoch"])
 
     def after_fit(self) -> None:
         self.writer.close()
+
+
+def write_epochs(rows: Iterable[Mapping[str, Any]], folder: Path) -> None:
+    """Write the epochs of a run that has finished.
+
+    Raises:
+        UserError: TensorBoard is not installed.
+    """
+    _check_installed()
+    with _writer(folder) as writer:
+        for row in rows:
+            _write(writer, row)
+
+
+def _check_installed() -> None:
+    """Raise a UserError if TensorBoard is not installed."""
+    try:
+        import tensorboard  # noqa: F401
+    except ImportError:
+        raise UserError("--tensorboard needs a package that is not installed: pip install tensorboard") from None
+
+
+def _writer(folder: Path) -> "SummaryWriter":
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=1)
+
+
+def _write(writer: "SummaryWriter", row: Mapping[str, Any]) -> None:
+    for name, value in row.items():
+        split, _, rest = name.partition("_")
+        tag = f"{rest}/{split}" if split in ("train", "valid") else name
+        if name != "epoch" and value is not None:
+            writer.add_scalar(tag, value, int(row["epoch"]))
