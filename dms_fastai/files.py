@@ -3,15 +3,52 @@
 import contextlib
 import glob
 import os
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["amount", "partials", "sweep", "whole"]
+from .errors import UserError
+
+__all__ = ["amount", "check_file", "check_folder", "partials", "sweep", "whole"]
 
 PARTIAL = ".partial"
 OLD = 24 * 3600  # seconds
 PATIENCE, PAUSE = 2.0, 0.05  # seconds in which a file that is in use may come free, and between two tries
+
+
+def check_folder(folder: Path, option: str = "--out") -> None:
+    """Raise a UserError if a folder cannot be made, or files in it cannot. It is not made yet.
+
+    Args:
+        folder: The folder.
+        option: What of the command names it, for the error.
+    """
+    why = _obstacle(folder)
+    if why is not None:
+        raise UserError(f"{folder} cannot be written: {why}; give another {option}")
+
+
+def _obstacle(folder: Path) -> str | None:
+    """Why files cannot be written to a folder, which may be missing; None if they can."""
+    try:
+        mode = os.stat(folder).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        if folder.is_symlink():
+            return f"{folder} is a link to nothing"
+        return None if folder == folder.parent else _obstacle(folder.parent)
+    except OSError as error:
+        return error.strerror
+    if not stat.S_ISDIR(mode):
+        return f"{folder} is no folder"
+    return None if os.access(folder, os.W_OK | os.X_OK) else f"no permission to write to {folder}"
+
+
+def check_file(file: Path, option: str = "--out") -> None:
+    """Raise a UserError if a file cannot be written; `option` as in `check_folder`."""
+    if file.is_dir():
+        raise UserError(f"{file} is a folder; give {option} the name of a file")
+    check_folder(file.parent, option)
 
 
 @contextlib.contextmanager

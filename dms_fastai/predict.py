@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from .errors import UserError, unlistable
-from .files import whole
+from .files import check_folder, whole
 from .terminal import printable, reader_gone
 
 __all__ = ["check_table", "image_files", "table"]
@@ -79,6 +79,8 @@ def check_table(file: Path) -> None:
     """Raise a UserError if a table cannot be written to `file`, which may be "-", standard output."""
     if str(file) != "-" and file.exists() and not file.is_file():
         raise UserError(f"{file} is no file; give NAME.csv, or - for standard output")
+    if str(file) != "-":
+        check_folder(file.parent, "--csv")
 
 
 @contextmanager

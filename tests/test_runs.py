@@ -4,6 +4,7 @@ import csv
 import gc
 import itertools
 import json
+import os
 import runpy
 import shutil
 import signal
@@ -25,6 +26,7 @@ from dms_fastai.models.weights import load_weights, save_weights
 from dms_fastai.recipes import recipe_names
 from dms_fastai.run_folder import RunFolder
 from dms_fastai.runs import checkpoint, stage
+from dms_fastai.runs import plan as plan_module
 
 FILES = {
     "curves.png",
@@ -407,7 +409,7 @@ def make_bad_folders(folder):
         ("run kd --device tpu", "auto, cpu, cuda or mps"),
         ("run se --time-limit 9", "90s, 9m or 2h"),
         ("run se --seed -1", "seed is -1"),
-        ("run se --epochs 1 --out cats.safetensors", "Not a directory"),
+        ("run se --epochs 1 --out cats.safetensors", "cats.safetensors is no folder; give another --out"),
         ("run se --data empty", "no class folders"),
         ("run se --data one", "only the class 'cat'"),
         ("run se --data bad", "1.png is not an image"),
@@ -431,6 +433,27 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(dms, tmp_path, args, wor
     assert err.count("\n") == 1
     assert "Traceback" not in err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("more", [(), ("--at-once", 2)])
+def test_folders_that_cannot_be_written_are_refused_before_anything_is_read(dms, tmp_path, monkeypatch, more):
+    """Also the teacher's."""
+    monkeypatch.setattr(plan_module, "load_splits", None)
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "x" / "kd").mkdir(parents=True)
+    (tmp_path / "x" / "teacher").touch()
+    (tmp_path / "x" / "link").symlink_to("nothing")
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK or path != tmp_path / "locked")
+    for out, words in (
+        (tmp_path / "locked", f"no permission to write to {tmp_path / 'locked'}; give another --out"),
+        ("x", "x/teacher/seed0 cannot be written: x/teacher is no folder; give another --out"),
+        ("x/link", "x/link is a link to nothing; give another --out"),
+        ("x" * 300, "File name too long; give another --out"),
+    ):
+        code, said, err = dms("run", "kd", "--out", out, *more)
+        assert (code, said) == (2, "")
+        assert words in err
+        assert err.count("\n") == 1
 
 
 def test_the_package_is_a_command_too(monkeypatch, capsys):

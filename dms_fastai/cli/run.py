@@ -16,7 +16,9 @@ from rich.table import Table
 from .. import processes
 from ..clock import seconds_of
 from ..errors import UserError, notice
+from ..files import check_folder
 from ..names import check_device
+from ..recipes import Recipe
 from ..run_folder import RunFolder, own_data
 from ..runs.threads import Load
 from ..runs.wanted import ALONE, EDGE, Wanted, recipes_of
@@ -115,6 +117,8 @@ def run(
     if at_once > 1 and processes.started():
         raise UserError("--at-once starts processes of its own; leave it out, or start the command without torchrun")
     found = wanted.resolved()  # whatever is mistyped is refused before torch is imported
+    if not dry_run:
+        _check_folders(wanted, found, at_once)
     if from_ is not None:
         weights, folders = wanted.settings["model.weights"], _folders_from(wanted)
         short = f"--from is short for --set model.weights={weights}; " if found[0].prune is None else ""
@@ -236,6 +240,21 @@ def _folders_from(wanted: Wanted) -> list[Path]:
     folders = [wanted.folder(recipe, seed).path for seed in wanted.seeds]
     refuse_same_folder(wanted.settings["model.weights"], folders)
     return folders
+
+
+def _check_folders(wanted: Wanted, recipes: list[Recipe], at_once: int) -> None:
+    """Raise a UserError if a folder cannot be written that the command is going to write."""
+    if not os.path.isdir(wanted.root):
+        check_folder(wanted.root)
+    if at_once > 1:
+        check_folder(wanted.root / "logs")
+    for recipe in wanted.needed(recipes):
+        teacher = wanted.teacher_of(recipe)
+        for seed in wanted.seeds:
+            check_folder(wanted.folder(recipe, seed).path)
+            taught_by = wanted.folder(teacher, seed, teacher=True) if isinstance(teacher, Recipe) else None
+            if taught_by is not None and not taught_by.finished:
+                check_folder(taught_by.path)
 
 
 def _planned(wanted: Wanted, opened: "Opened", manner: "Manner") -> "list[Stage]":

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from ..clock import seconds_of
 from ..errors import UserError
+from ..files import check_file, check_folder
 from ..names import check_device, source_name
 from ..runs.threads import Load
 from ..runs.wanted import SEVERAL
@@ -93,6 +94,7 @@ def tune(
     )
     check_device(device)
     wanted = searched(wanted, spaces)
+    check_folder(wanted.root)
     if find_spec("optuna") is None:
         raise UserError("tune needs one more package: pip install optuna, or 'dms-fastai[tune]'")
 
@@ -154,6 +156,7 @@ def lr_find(
     out, data = home(out), os.path.expanduser(data)
     if out.suffix != ".png":
         raise UserError(f"{out} is no name of a plot; give --out NAME.png")
+    check_file(out)
     if recipe in SEVERAL:
         raise UserError("lr-find takes one recipe; baseline, se, mixup and kd are those of the ablation")
     wanted = wanted_by([recipe], data, labels, arch, teacher, seed=seed, set_=set_)

@@ -9,6 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ..errors import UserError, either
+from ..files import check_folder
 from ..names import entries, source_name
 from ..recipes import ablation_of, added_by, flat, load_recipe, recipe_names
 from ..runs.wanted import SEVERAL
@@ -74,6 +75,7 @@ def report(
     """Show all runs in the folders, finished or not: tables in the terminal, and a page with tables and plots."""
     from ..run_folder import find_runs
 
+    check_folder(home(out))
     runs, problems = find_runs([home(folder) for folder in folders or [Path("artifacts")]])
 
     from ..report.page import write_report

@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ..errors import UserError, either, unknown
-from ..files import amount
+from ..files import amount, check_file
 from ..names import TIMM, architectures, check_device, check_format, check_int8, is_architecture, source_name
 from ..run_folder import own_data
 from ..schema import choices_of
@@ -193,6 +193,7 @@ def export(
     int8 = check_int8(
         file, formats, {"--data": data, "--labels": labels, "--calibrate": calibrate, "--tolerance": tolerance}
     )
+    check_file(file, "file")
     if int8 and there:
         data = own_data(learner, "calibrate with") if data is None else os.path.expanduser(data)
         source_name(data)  # refuses what is no data set
@@ -246,6 +247,8 @@ def bench(
     png, data = None if png is None else home(png), None if data is None else os.path.expanduser(data)
     if png is not None and png.suffix != ".png":
         raise UserError(f"{png} is no name of a plot; give --png NAME.png")
+    if png is not None:
+        check_file(png, "--png")
     if png is not None and data is None:
         raise UserError("--png draws accuracy, which needs images; give --data as well")
     if labels is not None and data is None:
