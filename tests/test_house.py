@@ -416,6 +416,17 @@ def test_two_recipes_of_one_name(dms, tmp_path):  # noqa: F811
     assert "two of the recipes are called 'se'" in err
 
 
+def test_two_teachers_of_one_name(dms, tmp_path):  # noqa: F811
+    """Two students may have one teacher, but none gets the other's."""
+    for name, lr in (("a", 0.1), ("b", 0.05), ("c", 0.1)):
+        (tmp_path / name).mkdir()
+        student = f'extends = "kd"\nname = "kd-{name}"\nteacher = "t.toml"\n'
+        write(tmp_path / name, t=f'extends = "teacher"\n[optimizer]\nlr = {lr}\n', s=student)
+    code, _, err = dms("plan", "a/s.toml", "b/s.toml")
+    assert (code, "two of the teachers are called 't'" in err) == (2, True)
+    assert dms("plan", "a/s.toml", "c/s.toml")[0] == 0
+
+
 def test_a_damaged_run_json_is_no_obstacle_to_restart(dms, tmp_path):  # noqa: F811
     args = ("run", "se", "--epochs", 1, "--out", "x", "--set", "data.batch_size=256")
     assert dms(*args)[0] == 0

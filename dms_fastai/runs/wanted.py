@@ -152,6 +152,7 @@ class Wanted:
             self._check_teacher(recipe)
             self._check_pruning(recipe)
             self._check_budget(recipe)
+        self._check_teachers(found)
         alone = next((key for key in self.settings if key.startswith(FOR_TEACHER)), None)
         if alone is not None and not any(isinstance(self.teacher_of(recipe), Recipe) for recipe in found):
             raise UserError(f"{alone} is for a teacher that is trained, and this command trains none")
@@ -256,6 +257,17 @@ class Wanted:
                 f"recipe {recipe.name!r} has been fitted already, and {option} would change nothing; leave it out, or "
                 f"add --set budget.fitted=false"
             )
+
+    def _check_teachers(self, recipes: list[Recipe]) -> None:
+        """Raise a UserError if two teachers that are to be trained differ, and would have the same folder."""
+        wanted, teachers = {recipe.name for recipe in recipes}, {}
+        for teacher in map(self.teacher_of, recipes):
+            if not isinstance(teacher, Recipe) or teacher.name in wanted:
+                continue
+            if teachers.setdefault(teacher.name, teacher) != teacher:
+                raise UserError(
+                    f"two of the teachers are called {teacher.name!r}, and so are their folders; rename one"
+                )
 
     def _check_teacher(self, recipe: Recipe) -> None:
         """Raise a UserError if a teacher does not exist."""
