@@ -196,6 +196,7 @@ def test_one_stage_alone(dms, tmp_path):  # noqa: F811
 def test_a_plan_says_what_the_command_says(dms, tmp_path):  # noqa: F811
     """Each line, read as a shell does, asks for the same recipes as the whole command."""
     settings = ("--set", "title=a 'b' $c", "--set", "model.drop_rate=0.05", "--set", "bf16=false")
+    settings += ("--set", 'model.weights="a\\nb"', "--set", 'data.labels=""')
     asked = ("kd", "--compare", "--teacher", "timm:resnet18", "--fine-tune-teacher", "--data", "my images", *settings)
     (tmp_path / "my images").mkdir()
     lines = [shlex.split(line) for line in dms("plan", *asked, "--seed", 3)[1].splitlines()]
@@ -203,7 +204,8 @@ def test_a_plan_says_what_the_command_says(dms, tmp_path):  # noqa: F811
     assert [words[-1] for words in lines] == ["3", "--wait", "3"]
     for words in lines:
         assert words[:2] == ["dms-fastai", "run"]
-        for option in ("--compare", "--fine-tune-teacher", "title=a 'b' $c", "bf16=false", "my images"):
+        settings = ("title=a 'b' $c", "bf16=false", 'model.weights="a\\nb"', 'data.labels=""')
+        for option in ("--compare", "--fine-tune-teacher", "my images", *settings):
             assert option in words
 
 

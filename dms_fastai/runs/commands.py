@@ -114,7 +114,8 @@ def _words(wanted: Wanted) -> list[str]:
 def _setting(key: str, value: Any) -> str:
     """The text that `parse_setting` reads as this key and value; a bare word where that will do."""
     text = f"{key}={value}"
-    return text if isinstance(value, str) and parse_setting(text) == (key, value) else f"{key}={toml_value(value)}"
+    bare = isinstance(value, str) and value.isprintable() and value.strip() and parse_setting(text) == (key, value)
+    return text if bare else f"{key}={toml_value(value)}"
 
 
 def _sized(recipe: Recipe, teaching: Recipe, wanted: Wanted) -> Recipe:
