@@ -15,6 +15,7 @@ from dms_fastai.data.images import read_image
 from dms_fastai.data.sources import load_splits, split_by_class
 from dms_fastai.evaluate import evaluate_model
 from dms_fastai.export import predict_files
+from dms_fastai.runs.lock import locked
 from tests.test_data import COLOURS, make_folder, make_npz
 from tests.test_own_folder import FEW, binary  # noqa: F401  (a fixture)
 from tests.test_runs import dms  # noqa: F401  (a fixture)
@@ -55,7 +56,8 @@ def test_runs_side_by_side_in_the_folder_of_the_images(dms, binary, monkeypatch)
     assert (code, "holds no images" in err) == (0, False)
     (binary / "artifacts" / "binary" / "tune" / "se").mkdir(parents=True)
     (binary / "artifacts" / "binary" / "tune" / "se" / "trials.log").write_text("")
-    assert len(load_splits(binary, 8)["train"]) == 24
+    with locked(binary / "artifacts" / "binary" / "kd" / "seed0"):  # as a run does before it opens its images
+        assert len(load_splits(binary, 8)["train"]) == 24
 
 
 def test_a_readme_beside_the_only_folder(tmp_path, monkeypatch):

@@ -33,6 +33,7 @@ NO_LABELS = ("unlabelled", "unlabeled")  # folders of images without classes
 PASSED_OVER = {"__MACOSX", "@eaDir"}  # beside hidden files and folders
 OURS = ({"recipe.toml", "run.json"}, {"report.md", "index.html"})  # in the folders of runs and of reports, with plots
 OUR_ENDINGS = {".log", ".toml"}  # of all files in a folder of logs, and of a run that has just begun
+LOCK = ".lock"  # all that there is of a run that opens its images
 ENDINGS = 5  # in one message
 
 
@@ -214,7 +215,8 @@ def _walk(root: Path, besides: Collection[Path] = ()) -> _Tree:
 def _is_ours(folders: Sequence[str], names: Sequence[str]) -> bool:
     """Whether a folder with these folders and files is one that a command of this package has made."""
     files = {name for name in names if not _hidden(name)}
-    logs = bool(files) and not folders and all(PurePath(name).suffix in OUR_ENDINGS for name in files)
+    alone = (bool(files) or LOCK in names) and not folders
+    logs = alone and all(PurePath(name).suffix in OUR_ENDINGS for name in files)
     return logs or any(ours <= files for ours in OURS)
 
 
