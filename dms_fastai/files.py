@@ -47,7 +47,7 @@ def _obstacle(folder: Path) -> str | None:
 def check_file(file: Path, option: str = "--out") -> None:
     """Raise a UserError if a file cannot be written; `option` as in `check_folder`."""
     if file.is_dir():
-        raise UserError(f"{file} is a folder; give {option} the name of a file")
+        raise UserError(f"{file} is a folder, and no file can be written there; give another {option}")
     check_folder(file.parent, option)
 
 
