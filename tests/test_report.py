@@ -18,8 +18,10 @@ import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
+from rich.console import Console
 
 from dms_fastai import UserError, dms_learner, load_data
+from dms_fastai.clock import clock
 from dms_fastai.errors import Notice
 from dms_fastai.report import page
 from dms_fastai.report.plots import DARK, LIGHT, PLOTS, draw, drawing
@@ -822,3 +824,12 @@ def test_bad_seeds(dms, seeds, words):  # noqa: F811
     code, _, err = dms("run", "se", "--seeds", seeds)
     assert code == 2
     assert words in err
+
+
+def test_the_table_of_several_seeds_is_whole_in_80_columns():
+    [section] = sections(find_runs([Path(__file__).parent.parent / "artifacts" / "cifar10-cpu"])[0])
+    console = Console(width=80, file=io.StringIO())
+    console.print(table(section))
+    lines = console.file.getvalue().splitlines()
+    for row in section.rows:
+        assert any(line.startswith(row.label) and line.rstrip().endswith(f" {clock(row.seconds)}") for line in lines)

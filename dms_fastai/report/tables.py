@@ -160,7 +160,7 @@ def table(section: Section) -> Table:
         shown.add_column(head, justify="right" if number else "left", no_wrap=number, style=style)
     network = shown.columns[names.index("network")]
     network.overflow = "fold"
-    network.max_width = network.min_width = min(NETWORK, max(len(row.model) for row in section.rows))
+    network.max_width = min(NETWORK, max(len(row.model) for row in section.rows))
     for row in section.rows:
         found = cells(row)
         shown.add_row(*(found[name] for name in names))
