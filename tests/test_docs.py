@@ -5,6 +5,7 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -70,6 +71,16 @@ def test_what_the_shipped_network_taught_is_said(place):
     work, accuracy = float(f"{facts.train_pflop.total:.2g}"), facts.last.valid_accuracy
     assert f"| {facts.epochs} | {work:g} | {100 * accuracy:.2f} | `cifar10-{place}` |" in DETAILS
     assert facts.teacher == "dmsresnet"
+
+
+def test_what_two_teachers_say_together_is_said():
+    runs = sorted((ROOT / "artifacts" / "cifar10-h200-teachers").rglob("seed*"))
+    one, two = (f"{100 * Run.read(run).facts.last.valid_accuracy:.2f}" for run in runs)
+    kept = [np.load(run / "predictions.npz") for run in runs]
+    mean = sum(each["log_probabilities"].astype(float) for each in kept)  # a softmax away from the logits' mean
+    both = (mean.argmax(1) == kept[0]["labels"]).mean()
+    assert f"{one} and {two} % in\nthe last epoch" in DETAILS
+    assert f"the mean of their logits {100 * both:.2f} %" in DETAILS
 
 
 @pytest.mark.parametrize("file", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda f: f.name)
