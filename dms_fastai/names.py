@@ -195,3 +195,9 @@ def check_int8(file: Path, formats: Iterable[str], given: Mapping[str, object]) 
             small = next((e for e in formats if e.startswith(INT8) and e.endswith(file.suffix)), f"{INT8}onnx")
             raise UserError(f"{name} is for int8, and {file} is not; call it {file.stem}{small}, or leave {name} out")
     return False
+
+
+def check_tensorboard() -> None:
+    """Raise a UserError if TensorBoard is not installed."""
+    if find_spec("tensorboard") is None:
+        raise UserError("--tensorboard needs a package that is not installed: pip install tensorboard")

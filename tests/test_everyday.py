@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dms_fastai import EarlyStopping, UserError, dms_learner, load_data
+from dms_fastai import EarlyStopping, UserError, dms_learner, load_data, names
 from dms_fastai.data.loader import balanced
 from dms_fastai.errors import Notice
 from dms_fastai.models.grad_cam import grad_cam
@@ -112,6 +112,14 @@ def test_the_epochs_can_be_seen_in_tensorboard(dms, tmp_path):  # noqa: F811
         assert f"its epochs are in {folder.tensorboard.relative_to(tmp_path)}" in dms(*args, *more)[1]
         check_events(folder)
     assert "its epochs are in" not in dms(*args)[1]
+
+
+def test_a_missing_tensorboard_is_said_before_anything_else(dms, monkeypatch):  # noqa: F811
+    find = names.find_spec
+    monkeypatch.setattr(names, "find_spec", lambda name: None if name == "tensorboard" else find(name))
+    code, out, err = dms("run", "se", "--tensorboard")
+    assert (code, out) == (2, "")
+    assert "pip install tensorboard" in err
 
 
 def check_events(folder):

@@ -280,7 +280,7 @@ def test_a_pruned_run_that_is_stopped_after_every_step_ends_the_same(dms, run, t
     args = ("prune", run, *FEW, "--epochs", 2, "--macs", 0.6)
     assert dms(*args, "--out", "whole")[0] == 0
     stops = 0
-    while (code := dms(*args, "--out", "parts", "--time-limit", "0.001s")[0]) == 75:
+    while (code := dms(*args, "--out", "parts", "--time-limit", "0.001s", "--checkpoint-steps", 1)[0]) == 75:
         stops += 1
     assert (code, stops) == (0, 5)
     same_run(tmp_path / "whole" / "se-macs60" / "seed1", tmp_path / "parts" / "se-macs60" / "seed1")

@@ -17,7 +17,7 @@ from .. import processes
 from ..clock import seconds_of
 from ..errors import UserError, notice
 from ..files import check_folder
-from ..names import check_device
+from ..names import check_device, check_tensorboard
 from ..recipes import Recipe
 from ..run_folder import RunFolder, own_data
 from ..runs.threads import Load
@@ -114,6 +114,8 @@ def run(
     )
     wanted = replace(wanted, into=into)
     check_device(device)
+    if tensorboard:
+        check_tensorboard()
     if at_once > 1 and processes.started():
         raise UserError("--at-once starts processes of its own; leave it out, or start the command without torchrun")
     found = wanted.resolved()  # whatever is mistyped is refused before torch is imported
@@ -294,6 +296,7 @@ def prune(
     out: Annotated[Path | None, typer.Option(help="As in run.")] = None,
     time_limit: Annotated[str | None, typer.Option(help="As in run.")] = None,
     restart: Annotated[bool, typer.Option("--restart", help="As in run.")] = False,
+    checkpoint_steps: Annotated[int | None, typer.Option(min=1, help="As in run.")] = None,
 ) -> None:
     """Make a residual network faster: prune the insides of its blocks, and train what is left with it as the teacher.
 
@@ -320,6 +323,7 @@ def prune(
         out=out,
         time_limit=time_limit,
         restart=restart,
+        checkpoint_steps=checkpoint_steps,
     )
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastai.callback.core import Callback
 
-from ..errors import UserError
+from ..names import check_tensorboard
 from .history import History
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class TensorBoard(Callback):
         Raises:
             UserError: TensorBoard is not installed.
         """
-        _check_installed()
+        check_tensorboard()
         self.folder, self.history = folder, history
 
     def before_fit(self) -> None:
@@ -54,18 +54,10 @@ def write_epochs(rows: Iterable[Mapping[str, Any]], folder: Path) -> None:
     Raises:
         UserError: TensorBoard is not installed.
     """
-    _check_installed()
+    check_tensorboard()
     with _writer(folder) as writer:
         for row in rows:
             _write(writer, row)
-
-
-def _check_installed() -> None:
-    """Raise a UserError if TensorBoard is not installed."""
-    try:
-        import tensorboard  # noqa: F401
-    except ImportError:
-        raise UserError("--tensorboard needs a package that is not installed: pip install tensorboard") from None
 
 
 def _writer(folder: Path) -> "SummaryWriter":
