@@ -130,13 +130,13 @@ def test_what_never_learns_stays_so_and_an_interrupt_leaves_nothing_frozen():
         learn.fit(2, LR)
     learn.remove_cb(stop)
     assert [name for name, p in learn.model.named_parameters() if not p.requires_grad] == ["conv1.weight"]
-    learn.fine_tune.freeze_epochs = 0
+    learn.fine_tuning.freeze_epochs = 0
     first = learn.model.stages[0][0].residual[0].weight.clone()
     learn.fit(1, LR)
     assert torch.equal(fixed, before)
     assert not torch.equal(learn.model.stages[0][0].residual[0].weight, first)
     assert [name for name, p in learn.model.named_parameters() if not p.requires_grad] == ["conv1.weight"]
-    assert learn.fine_tune.frozen == ()
+    assert learn.fine_tuning.frozen == ()
 
 
 def test_a_run_that_is_stopped_after_every_step_ends_the_same(dms, tmp_path):  # noqa: F811

@@ -8,7 +8,11 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from fastai.callback import mixup as fastai_mixup
 from fastai.callback.core import Callback
+from fastai.callback.hook import hook_output
+from fastai.callback.preds import MCDropoutCallback
+from fastai.callback.progress import ShowGraphCallback
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.learner import load_learner
 from fastai.losses import CrossEntropyLossFlat, LabelSmoothingCrossEntropyFlat
@@ -16,7 +20,7 @@ from fastai.metrics import F1Score, error_rate, top_k_accuracy
 from fastai.optimizer import Adam, OptimWrapper
 from torch import nn
 
-from dms_fastai import DMSLoss, UserError, dms_learner, load_data, load_recipe
+from dms_fastai import DMSLoss, EarlyStopping, UserError, dms_learner, load_data, load_recipe, load_teacher
 from dms_fastai.export import export_model, predict_files
 from dms_fastai.models.groups import body_and_head
 from dms_fastai.models.weights import save_weights
@@ -368,3 +372,104 @@ def test_the_smallest_network_under_both_its_names(plain):
     assert str(new) == str(old)
     assert all(torch.equal(a, b) for a, b in zip(new.state_dict().values(), old.state_dict().values(), strict=True))
     assert load_recipe("baseline", arch="dmsresnet_tiny").model.name == "dmsresnet_tiny_plain"
+
+
+# --- What fastai also does outside a fit
+
+
+@pytest.fixture(scope="module")
+def tuned(few):
+    learn = quiet(dms_learner(few, "finetune", arch="dmsresnet_tiny", settings={"model.weights": None}))
+    learn.fit_recipe(2)
+    return learn
+
+
+def test_fine_tuning_takes_part_in_fits_alone(few, tuned, tmp_path):
+    fresh = quiet(dms_learner(few, "finetune", arch="dmsresnet_tiny", settings={"model.weights": None}))
+    assert len(fresh.validate()) == 2  # before there is an optimiser
+    assert fresh.get_preds()[0].shape == (len(few.valid_ds), 10)
+    fresh.freeze()
+    frozen = fresh.opt.frozen_idx
+    fresh.validate()
+    assert fresh.opt.frozen_idx == frozen > 0
+    tuned.path = tmp_path
+    tuned.export("tuned.pkl")
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    assert load_learner(tmp_path / "tuned.pkl").predict(pixels)[0] in few.vocab
+
+
+def test_a_recipe_that_fine_tunes_leaves_fastais_method(tuned):
+    tuned.fine_tune(1)
+    assert tuned.fine_tuning.frozen == ()
+
+
+def test_predictions_with_an_average_are_those_of_the_learners_own_network(few):
+    learn = quiet(dms_learner(few, "se", arch="dmsresnet_tiny", settings={"ema.decay": 0.9, "model.drop_rate": 0.5}))
+    learn.fit(1, 0.01)
+    one, other = (learn.get_preds(cbs=MCDropoutCallback())[0] for _ in range(2))
+    assert not torch.equal(one, other)
+    with hook_output(learn.model.global_pool) as hook:
+        learn.validate()
+    assert hook.stored is not None
+    assert f"{sum(p.numel() for p in learn.model.parameters()):,}" in learn.summary()
+
+
+def test_predictions_of_training_images_are_in_their_order_however_batches_are_drawn():
+    dls = load_data("digits", bs=256, balance=True)
+    learn = quiet(dms_learner(dls, "se", arch="dmsresnet_tiny"))
+    assert torch.equal(learn.get_preds(ds_idx=0)[1], dls.train_ds.labels)
+
+
+@pytest.mark.parametrize(
+    "watcher", [lambda: SaveModelCallback(), lambda: EarlyStoppingCallback("accuracy"), lambda: EarlyStopping(3)]
+)
+def test_a_validation_outside_a_fit_is_no_epoch(few, watcher, tmp_path):
+    learn = quiet(dms_learner(few, "se", arch="dmsresnet_tiny", cbs=watcher(), path=tmp_path))
+    before = learn.validate()
+    learn.fit_recipe(1)
+    best = learn.cbs[-1].best if hasattr(learn.cbs[-1], "best") else None
+    assert len(learn.validate()) == len(before) == 2
+    assert getattr(learn.cbs[-1], "best", None) == best
+
+
+def test_a_network_that_a_learner_has_trained_teaches_in_its_normalisation():
+    mean, std = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
+    dls = load_data("digits", bs=256, mean=mean, std=std)
+    learn = dms_learner(dls, "se", arch="dmsresnet_tiny")
+    for source in (learn, learn.model):
+        found = load_teacher(source)
+        assert (found.mean, found.std) == (mean, std)
+    assert timm.create_model("dmsresnet_tiny").pretrained_cfg["mean"] != mean
+
+
+@pytest.mark.parametrize("mixer", [fastai_mixup.MixUp, fastai_mixup.CutMix])
+def test_fastais_mixers_are_refused_wherever_they_come_from(few, mixer):
+    refused(lambda: dms_learner(few, "se", arch="dmsresnet_tiny").fit(1, 0.01, cbs=mixer()), "swaps the loss")
+    own = dict(loss_func=CrossEntropyLossFlat(), arch="dmsresnet_tiny")
+    mixed = dms_learner(few, "se", settings={"mixup.alpha": 1.0}, **own)
+    refused(lambda: quiet(mixed).fit(1, 0.01, cbs=mixer()), "would mix the same batch")
+
+
+def test_a_graph_of_another_column_is_refused(few):
+    learn = dms_learner(few, "se", arch="dmsresnet_tiny", cbs=ShowGraphCallback())
+    refused(lambda: learn.fit(1, 0.01), "ShowGraphCallback", "plot_loss")
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda dls: load_data("digits", mean=(0.5, 0.5, "a")), "three numbers"),
+        (lambda dls: load_data("digits", mean=0.5), "three numbers"),
+        (lambda dls: load_data("digits", std=(0.5, 0.5, 0.0)), "those of std above 0"),
+        (lambda dls: load_data("digits", device="foo"), "device is 'foo'"),
+        (lambda dls: dms_learner(dls, "se", lr=[1e-3, 1e-2]), "lr is [0.001, 0.01]"),
+        (lambda dls: dms_learner(dls, "se", lr="a"), "lr is 'a'"),
+        (lambda dls: dms_learner(dls, "se", lr=slice(None)), "a slice needs the rate of the last group"),
+        (lambda dls: dms_learner(dls, "se", wd="a"), "wd is 'a'"),
+        (lambda dls: dms_learner(dls, "se").fit_recipe(1, [1e-3]), "lr is [0.001]"),
+        (lambda dls: dms_learner(dls, "se").fit_recipe(1, slice(1e-4, None)), "a slice needs"),
+        (lambda dls: dms_learner(dls, "se").fit_recipe(1, start_epoch=-1), "start_epoch is -1"),
+    ],
+)
+def test_arguments_that_mean_nothing_are_said(few, call, words):
+    refused(lambda: call(few), words)

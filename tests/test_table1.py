@@ -640,3 +640,13 @@ def test_the_listing_has_the_cost_and_says_what_is_approximate(dms):  # noqa: F8
     row = out[out.index("plain_cnn") :].split("hcgnet")[0]
     assert "625.7 M" in row
     assert "approximate" in row
+
+
+def test_a_pooling_that_the_hidden_layer_does_not_take_is_refused_when_it_is_chosen():
+    with pytest.raises(ValueError, match="doubles the channels"):
+        timm.create_model("test_plain_cnn", global_pool="catavgmax")
+    network = timm.create_model("test_plain_cnn", global_pool="avgmax")
+    with pytest.raises(ValueError, match="doubles the channels"):
+        network.reset_classifier(5, "catavgmax")
+    network.reset_classifier(5, "max")
+    assert network(torch.zeros(2, 3, 16, 16)).shape == (2, 5)

@@ -45,7 +45,16 @@ class EMA(Callback):
 
     def before_fit(self) -> None:
         refuse_twin(self)
-        self.put_back()  # if an exception ended the last fit
+        self.release()  # if an exception ended the last fit
+        if self.saved is not None:  # maybe after the last epoch
+            self.begin()
+
+    def before_train(self) -> None:
+        if self.average is None:  # not before_fit, which fastai also sends before it validates or predicts
+            self.begin()
+
+    def begin(self) -> None:
+        """Begin to average, or go on with what was saved."""
         model = self.learn.model
         self.average, self.steps = copy.deepcopy(model).eval().requires_grad_(False), 0
         if self.saved is not None:
@@ -76,7 +85,7 @@ class EMA(Callback):
 
     def after_fit(self) -> None:
         self.put_back()
-        if self.average is not None:  # None if another callback cancelled the fit before it began
+        if self.average is not None:  # None outside a fit, or if another callback cancelled it before it began
             self.learn.model.load_state_dict(self.average.state_dict())
         self.release()
 

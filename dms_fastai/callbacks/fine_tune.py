@@ -22,8 +22,10 @@ class FineTune(Callback):
     """
 
     order, run_valid = order_of("fine_tune"), False
+    name = "fine_tuning"  # fastai's would hide Learner.fine_tune
     frozen: tuple[nn.Parameter, ...] = ()
-    _stateattrs = ("frozen",)
+    shares: list[float] | None = None
+    _stateattrs = ("frozen", "shares")
 
     def __init__(self, freeze_epochs: Steps = 1, body_lr: PositiveShare = 0.01):
         """
@@ -38,7 +40,18 @@ class FineTune(Callback):
         self.freeze_epochs, self.body_lr = freeze_epochs, body_lr
 
     def before_fit(self) -> None:
-        self.thaw()  # if an exception ended the last fit
+        self.release()  # if an exception ended the last fit
+
+    def before_train(self) -> None:
+        if self.shares is None:  # not before_fit, which fastai also sends before it validates or predicts
+            self.begin()
+        if self.learn.epoch < self.freeze_epochs:
+            self.freeze()
+        else:
+            self.thaw()
+
+    def begin(self) -> None:
+        """Unfreeze the Learner, and choose each group's learning rate."""
         if self.learn.opt.frozen_idx:  # as by vision_learner
             self.learn.unfreeze()
         last = len(self.learn.opt.param_lists) - 1
@@ -54,12 +67,6 @@ class FineTune(Callback):
             )
         self.shares = [self.body_lr ** (1 - place / last) for place in range(last + 1)]
 
-    def before_train(self) -> None:
-        if self.learn.epoch < self.freeze_epochs:
-            self.freeze()
-        else:
-            self.thaw()
-
     def before_batch(self) -> None:
         learn = self.learn
         if learn.epoch == self.freeze_epochs > 0 and learn.iter == 0:  # also where a fit resumes here, with momenta
@@ -68,11 +75,12 @@ class FineTune(Callback):
         learn.opt.set_hyper("lr", [lr * share for share in self.shares])
 
     def after_fit(self) -> None:
-        self.thaw()
+        self.release()
 
     def release(self) -> None:
         """Thaw the body. A Learner calls this if an exception ends a fit without an event."""
         self.thaw()
+        self.shares = None
 
     def freeze(self) -> None:
         """Have the body get no gradients, except for its norms."""

@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 from fastai.callback.core import Callback
+from fastai.callback.mixup import MixHandler
 from fastai.torch_core import show_image
 from fastai.vision.data import get_grid
 from torch import Tensor
@@ -51,7 +52,7 @@ class MixUp(Callback):
         self.alpha, self.per, self.partner = alpha, per, partner
 
     def before_train(self) -> None:
-        mixers = [cb for cb in self.learn.cbs if isinstance(cb, MixUp)]
+        mixers = [cb for cb in self.learn.cbs if isinstance(cb, (MixUp, MixHandler))]
         if len(mixers) > 1:
             names = " and ".join(type(cb).__name__ for cb in mixers)
             raise UserError(f"{names} would mix the same batch; keep one, or take MixUpOrCutMix")

@@ -1,9 +1,11 @@
 """Images: sources, batched augmentation and the loader; `load_data` puts them together."""
 
 from collections.abc import Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from fastai.data.core import DataLoaders
 
@@ -64,10 +66,25 @@ def load_data(
         crops.pop("flip", None)
     if source_name(data) in NO_FLIP:
         crops.setdefault("flip", 0.0)
-    if not (len(mean) == len(std) == 3 and min(std) > 0):
-        raise UserError(f"mean is {tuple(mean)} and std is {tuple(std)}; give three of each, std above 0")
+    _check_statistics(mean, std)
+    device = _device(device)
     cropped = Crops(**crops)
     sets = chosen.open(data, seed, classes, crops=cropped).for_distillation
     if view is not None:
         sets = chosen.enlarged(sets, data, convert(view, Pixels, "view"), seed)
     return sets.loaders(bs, cropped, mean, std, device, balance, where)
+
+
+def _check_statistics(mean: Any, std: Any) -> None:
+    """Raise a UserError for what pixels cannot be normalised with."""
+    for values in (mean, std):
+        numbers = isinstance(values, Sequence) and all(isinstance(value, Real) for value in values)
+        if not numbers or len(values) != 3 or not np.isfinite(values).all() or (values is std and min(values) <= 0):
+            raise UserError(f"mean is {mean!r} and std is {std!r}; give three numbers of each, those of std above 0")
+
+
+def _device(device: str | torch.device | None) -> torch.device | None:
+    try:
+        return None if device is None else torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"device is {device!r}: {str(error).splitlines()[0]}") from None

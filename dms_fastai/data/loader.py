@@ -52,7 +52,8 @@ class BatchLoader(TfmdDL):
             bs: Images in a batch.
             shuffle: Draw a new order every epoch, from torch's random state.
             drop_last: Leave out a last batch of fewer than `bs` images.
-            balance: In every pass, draw equally many images of each class, and those without a label once.
+            balance: In every pass that is shuffled, draw equally many images of each class, and those without a label
+                once.
             crops: How training images are cropped and flipped; None: as the paper does.
             mean, std: What pixels (0...1) are normalised with, a value for each channel.
             where: Where the images are of which batches are made, as in `Placed`.
@@ -81,9 +82,11 @@ class BatchLoader(TfmdDL):
 
     def get_idxs(self) -> Tensor:
         """The order of the next pass: int64, shape (n,)."""
+        if not self.shuffle:
+            return torch.arange(self.n)
         if self.balance and self.dataset.labels is not None:
             return balanced(self.dataset.labels)
-        return torch.randperm(self.n) if self.shuffle else torch.arange(self.n)
+        return torch.randperm(self.n)
 
     def sample(self) -> Tensor | Iterator[int]:
         """What `create_batches` is given: the order as it is, and not number by number as in fastai."""

@@ -1,6 +1,7 @@
 """Arguments of a Learner beside a recipe: which of its parts they take the place of, and which do not go together."""
 
 from dataclasses import replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from ..training.losses import DMSLoss
 
 __all__ = [
     "check_kinds",
-    "ends",
+    "check_rate",
     "listed",
     "refuse_stock_mixers",
     "refuse_two_of_one",
@@ -92,9 +93,9 @@ def with_own(recipe: Recipe, network: nn.Module | None, lr: float | slice | None
         if not any(p.requires_grad for p in network.parameters()):
             raise UserError(f"{name} has no parameters to train")
         recipe = replace(recipe, model=replace(recipe.model, name=name, drop_rate=0.0, args=None))
-    rates = [] if lr is None else ends(lr)
-    if not all(rate > 0 for rate in rates) or (wd is not None and wd < 0):
-        raise UserError(f"lr is {lr} and wd is {wd}; lr must be above 0, and wd at least 0")
+    rates = [] if lr is None else check_rate(lr)
+    if wd is not None and not (_is_number(wd) and wd >= 0):
+        raise UserError(f"wd is {wd!r}; it must be a number, at least 0")
     own = {"lr": float(rates[-1])} if rates else {}
     own |= {} if wd is None else {"weight_decay": float(wd)}
     return replace(recipe, optimizer=replace(recipe.optimizer, **own)) if own else recipe
@@ -108,9 +109,25 @@ def refuse_stock_mixers(cbs: list) -> None:
             raise UserError(f"fastai's own {kind.__name__} swaps the loss; take {kind.__name__} of dms_fastai")
 
 
-def ends(lr: float | slice) -> list[float]:
-    """The lowest and the highest of a slice of learning rates; a single rate alone."""
-    return [rate for rate in (lr.start, lr.stop) if rate is not None] if isinstance(lr, slice) else [lr]
+def check_rate(lr: float | slice) -> list[float]:
+    """The lowest and the highest of a slice of learning rates; a single rate alone.
+
+    Raises:
+        UserError: That is no learning rate.
+    """
+    if not isinstance(lr, slice):
+        rates = [lr]
+    elif lr.stop is None:
+        raise UserError(f"lr is {lr}; a slice needs the rate of the last group, such as slice(1e-4, 1e-2)")
+    else:
+        rates = [rate for rate in (lr.start, lr.stop) if rate is not None]
+    if not all(_is_number(rate) and rate > 0 for rate in rates):
+        raise UserError(f"lr is {lr!r}; it must be a number above 0, or a slice of two")
+    return rates
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def listed(cbs: Any) -> list:

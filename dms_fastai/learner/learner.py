@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from fastai.callback.core import CancelEpochException
 from fastai.callback.schedule import ParamScheduler
+from fastai.callback.tracker import TrackerCallback
 from fastai.data.core import DataLoaders
 from fastai.learner import CastToTensor, defaults
 from fastai.torch_core import to_detach
@@ -38,7 +39,7 @@ from ..training.optimizers import optimizer, parameters_called
 from ..training.parts import PARTS
 from .arguments import (
     check_kinds,
-    ends,
+    check_rate,
     listed,
     refuse_stock_mixers,
     refuse_two_of_one,
@@ -74,8 +75,9 @@ class DMSLearner(EventLearner):
         recipe = self.recipe
         epochs = recipe.schedule.epochs if epochs is None else epochs
         lr = self.lr if lr is None else lr
-        if epochs < 1 or not all(rate > 0 for rate in ends(lr)):
-            raise UserError(f"epochs is {epochs} and lr is {lr}; epochs must be at least 1, and lr above 0")
+        if epochs < 1:
+            raise UserError(f"epochs is {epochs}; it must be at least 1")
+        check_rate(lr)
         schedule = replace(recipe.schedule, epochs=epochs).build()
         if self.opt is None:
             self.create_opt()
@@ -138,7 +140,11 @@ class DMSLearner(EventLearner):
         check_class_weights(self.loss_func, self.dls.c)
         if unlabelled_images(self.dls) and not hasattr(self, "teacher_distill"):
             raise UserError("some training images have no label; they need a teacher, whose callback is not there")
+        if not 0 <= start_epoch <= n_epoch:
+            raise UserError(f"start_epoch is {start_epoch}; it must be 0 to {n_epoch}, the number of epochs")
         _check_batches(self.dls.train, self.model, inputs)
+        if isinstance(self.loss_func, DMSLoss):
+            refuse_stock_mixers([*self.cbs, *listed(cbs)])
         self.first_epoch = start_epoch
         with self.added_cbs([*replication(), *listed(cbs)]):  # not by fastai: they have to be there to be released
             try:
@@ -150,6 +156,11 @@ class DMSLearner(EventLearner):
                 for callback in self.cbs:
                     if hasattr(type(callback), "release"):
                         callback.release()
+
+    def validate(self, ds_idx: int = 1, dl: Any = None, cbs: Any = None) -> Any:
+        """`Learner.validate`, of which nothing takes note that watches the epochs of a fit."""
+        with self.removed_cbs([cb for cb in self.cbs if isinstance(cb, TrackerCallback)]):
+            return super().validate(ds_idx, dl, cbs)
 
     def _do_fit(self) -> None:
         trimmer = Trimmer()
@@ -349,6 +360,7 @@ def dms_learner(
     if recipe.progressive_resize is not None:
         for shape in sorted(recipe.progressive_resize.build().shapes(inputs.shape)):
             try_network(module, recipe.model.name, dls.c, shape, "raise progressive_resize.smallest")
+    _note_statistics(module, inputs)
     learn.recipe = recipe
     learn.remove_cbs([learn.recorder, CastToTensor])
     return learn.add_cb(Recorder())
@@ -379,6 +391,13 @@ def _with_unlabelled(dls: ImageLoaders, recipe: Recipe, teacher: Any, loss_func:
         check_teacher(teacher, dls.c, inputs_of(dls), vocabulary(dls))
         dls = dls.validated_by(answers(teacher, dls.valid))
     return dls.with_unlabelled(), teacher
+
+
+def _note_statistics(module: nn.Module, inputs: Inputs) -> None:
+    """Have timm's `pretrained_cfg` say how the images are normalised that the network is trained on."""
+    cfg = getattr(module, "pretrained_cfg", None)
+    if isinstance(cfg, dict) and inputs.mean is not None:
+        module.pretrained_cfg = cfg | {"mean": tuple(inputs.mean), "std": tuple(inputs.std)}
 
 
 def _note_other_statistics(dls: DataLoaders, recipe: Recipe) -> None:

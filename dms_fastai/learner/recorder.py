@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from fastai import learner as fastai
+from fastai.callback.progress import ShowGraphCallback
 from fastai.callback.tracker import TrackerCallback
 from fastai.learner import AvgLoss, AvgMetric, AvgSmoothLoss, Metric
 from fastcore.foundation import L
@@ -40,6 +41,11 @@ class Recorder(fastai.Recorder):
         named = [name for name, kind in kinds.items() if any(isinstance(cb, kind) for cb in self.learn.cbs)]
         self.parts = L(LossPart(name) for name in named if isinstance(self.learn.loss_func, DMSLoss))
         super().before_fit()
+        if any(isinstance(cb, ShowGraphCallback) for cb in self.learn.cbs):  # it would draw another column
+            raise UserError(
+                "ShowGraphCallback draws each epoch's second value, here no validation loss; leave it out, and "
+                "call learn.recorder.plot_loss() after the fit"
+            )
         epoch, loss, *rest = self.metric_names
         self.metric_names = L(epoch, loss, *(f"train_{part.name}" for part in self.parts), *rest)
         for callback in self.learn.cbs:

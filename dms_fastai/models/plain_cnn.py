@@ -27,6 +27,13 @@ def conv_block(in_chs: int, out_chs: int, **dd: Any) -> nn.Sequential:
     return nn.Sequential(conv, nn.BatchNorm2d(out_chs, **dd), nn.ReLU(inplace=True))
 
 
+def check_pool(global_pool: str) -> str:
+    """A type of pooling, if it keeps the number of channels."""
+    if global_pool.endswith("catavgmax"):
+        raise ValueError(f"global_pool is {global_pool!r}, which doubles the channels; take 'avg', 'max' or 'avgmax'")
+    return global_pool
+
+
 class PlainCNN(StagedNet):
     """3x3 convolutions with max-pooling between the stages, any size from 8x8 up; and a classifier of two layers."""
 
@@ -51,6 +58,9 @@ class PlainCNN(StagedNet):
             in_chans: Number of input channels.
             global_pool: Type of the pooling before the classifier; "" leaves out pooling and classifier.
             drop_rate: Dropout probability of the hidden units, directly before the last layer; there is no other.
+
+        Raises:
+            ValueError: A pooling that doubles the channels, which the hidden layer does not take.
         """
         super().__init__()
         dd = {"device": device, "dtype": dtype}
@@ -74,11 +84,19 @@ class PlainCNN(StagedNet):
         self.num_features, self.head_hidden_size = channels, hidden
         self.hidden = nn.Sequential(nn.Linear(channels, hidden, **dd), nn.ReLU(inplace=True))
         self.global_pool, self.head_drop, self.fc = create_classifier(
-            hidden, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd
+            hidden, num_classes, pool_type=check_pool(global_pool), drop_rate=drop_rate, **dd
         )
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """`StagedNet.reset_classifier`; the hidden layer stays.
+
+        Raises:
+            ValueError: As in the constructor.
+        """
+        super().reset_classifier(num_classes, None if global_pool is None else check_pool(global_pool))
 
     def forward_stem(self, x: Tensor) -> Tensor:
         return self.conv1(x)
