@@ -77,10 +77,13 @@ def _images_below(folder: Path) -> list[Path]:
 
 def check_table(file: Path) -> None:
     """Raise a UserError if a table cannot be written to `file`, which may be "-", standard output."""
-    if str(file) != "-" and file.exists() and not file.is_file():
+    if str(file) == "-":
+        return
+    if file.exists() and not file.is_file():
         raise UserError(f"{file} is no file; give NAME.csv, or - for standard output")
-    if str(file) != "-":
-        check_folder(file.parent, "--csv")
+    if file.suffix.lower() != ".csv":  # it may be an image that follows the option
+        raise UserError(f"--csv is {file}; give NAME.csv, or - for standard output")
+    check_folder(file.parent, "--csv")
 
 
 @contextmanager

@@ -91,6 +91,8 @@ class Recipe(Tables):
     teacher: str | None = None
 
     def __post_init__(self) -> None:
+        if self.teacher is not None and not self.teacher.strip(" ,"):
+            raise UserError(f"teacher is {self.teacher!r}; give a recipe, a run's folder, a file or timm:NAME")
         self.schedule.build().hypers(self.optimizer.lr, self.optimizer.momentum)  # refuses what does not fit together
 
     def to_table(self) -> Nested:

@@ -73,6 +73,7 @@ class Facts:
         data, valid: The data set, and which split of it is validated on.
         place: What tells the data set from others of its name, as `source_place` gives it.
         begun_from: The weights that it began from: timm:NAME.TAG, a run's folder or a file; None: fresh ones.
+        begun_digest: A hash of their file, if they are in one.
         mixup: Whether training accuracy is measured on mixed images.
         teacher, teacher_digest: The teacher, and a hash of its weights.
         training_images, unlabelled_images: Training images with and without a label.
@@ -106,6 +107,7 @@ class Facts:
     classes: Number | None = None
     size: Number | None = None
     begun_from: str | None = None
+    begun_digest: str | None = None
     mixup: bool = False
     teacher: str | None = None
     teacher_digest: str | None = None
@@ -133,6 +135,12 @@ class RunFolder:
     """The paths of a run's files."""
 
     path: Path
+
+    @property
+    def runs_inside(self) -> list[Path]:
+        """Folders of finished runs in this one, if it is not itself one, but a recipe's or a data set's."""
+        found = (file.parent for depth in (1, 2, 3) for file in self.path.glob("*/" * depth + self.weights.name))
+        return sorted(found, key=lambda folder: (len(folder.parts), folder))
 
     @property
     def recipe_file(self) -> Path:

@@ -1,7 +1,9 @@
 """Weights to begin from: kinds of files, the images they expect, and what runs, reports and teachers make of them."""
 
+import os
 import pickle
 import re
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -398,3 +400,29 @@ def test_the_recipes_begin_from_timms_weights():
         assert (recipe.model.weights, recipe.fine_tune.freeze_epochs, recipe.schedule.epochs) == ("timm", 1, 5)
         assert timm.get_pretrained_cfg(recipe.model.name).has_weights
     assert load_recipe("teacher/pretrained").title == "Teacher (pretrained)"
+
+
+def test_weights_are_told_by_what_they_are_and_not_by_where(dms, tmp_path):  # noqa: F811
+    """Two folders that end alike, one folder with other weights, and one file by several spellings."""
+    few = ("--data", "digits", "--arch", "test_dmsresnet", "--epochs", 1)
+    assert dms("run", "se", *few, "--seeds", "0,1")[0] == 0
+    runs, begun = tmp_path / "artifacts" / "digits" / "se", []
+    for place, seed in (("a", 0), ("b", 1)):
+        begun.append(tmp_path / place / "digits" / "se" / "seed0")
+        shutil.copytree(runs / f"seed{seed}", begun[-1])
+    one, other = begun
+    train = ("run", "se", *few, "--out", "x", "--from")
+    assert dms(*train, one)[0] == 0
+    for spelt in (os.path.relpath(one, tmp_path), one / "model.safetensors"):
+        code, out, _ = dms(*train, spelt)
+        assert code == 0
+        assert "epoch 1/1" not in out
+    code, _, err = dms(*train, other)
+    assert code == 2
+    assert "se-from/seed0 holds a run from other weights" in err
+    shutil.rmtree(one)
+    shutil.copytree(other, one)
+    assert "from other weights" in dms(*train, one)[2]
+    code, _, err = dms(*train, runs)
+    assert (code, err.count(f"is no run, but holds some; give {runs / 'seed0'}")) == (2, 1)
+    assert f"give {runs / 'seed0'}" in dms("evaluate", tmp_path / "artifacts" / "digits")[2]

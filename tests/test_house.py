@@ -304,6 +304,7 @@ def test_importing_it_registers_the_architectures(order):
         ("prune dmsresnet --macs 0.3 --set prune.macs=0.7", "--macs and --set prune.macs say the same thing"),
         ("prune dmsresnet --from-scratch --set prune.from_scratch=false", "--from-scratch and --set"),
         ("predict dmsresnet x.png --top 5 --csv x.csv", "the table of --csv has every class"),
+        ("predict dmsresnet --csv x.png y.png", "--csv is x.png; give NAME.csv, or - for standard output"),
         ("run kd --time-limit 9", "write 90s, 9m or 2h"),
         ("report nowhere", "no such folder"),
         ("predict nowhere x.png", "no model at nowhere"),

@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.progress import ProgressCallback
@@ -151,6 +152,7 @@ WELL = epochs(FALLING, FALLING)
         (WELL, 300, 0.25, 0, []),
         (epochs(FALLING[::-1], FALLING), 300, 0.25, 0, ["has diverged"]),
         (epochs(FALLING, FALLING, 0.25), 300, 0.3, 0, ["not better than chance, 25.00 %"]),
+        (epochs(FALLING, FALLING, float(np.float32(0.6))), 300, 0.6, 0, ["the largest class every time"]),
         (epochs(FALLING, FALLING, 0.251), 300, 0.25, 0, []),
         (epochs(FALLING, FALLING, 0.7), 300, 0.7, 0, ["the largest class every time, 70.00 %"]),
         (epochs(FALLING, FALLING, 0.71), 300, 0.7, 0, []),
@@ -176,6 +178,12 @@ def test_advice(rows, steps, largest, others, words):
     assert all(word in "; ".join(found) for word in words)
     held_out = advice(replace(FACTS, valid="valid"), rows, steps, largest, others)
     assert [line for line in found if "test images" not in line] == held_out
+
+
+def test_chance_is_known_in_float32_as_accuracies_are_measured():
+    for classes in range(2, 101):
+        rows = epochs(FALLING, FALLING, float(np.float32(1 / classes)))
+        assert "not better than chance" in advice(replace(FACTS, classes=classes), rows, 300, 0.0)[0]
 
 
 def test_a_good_run_needs_no_advice(dms):  # noqa: F811

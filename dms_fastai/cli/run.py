@@ -429,9 +429,10 @@ def _foresee_pruning(student: "Stage", wanted: Wanted, opened: "Opened", manner:
         _show_plan(_planned(wanted.pruning(student.folder, student.seed), opened, manner), opened, manner)
         return
     recipe = wanted.prune_recipe()
+    epochs = recipe.schedule.epochs
     console.say(
         f"then {wanted.pruned_folder(student.recipe, student.seed).path}: pruned to {100 * recipe.prune.macs:.3g} % of "
-        f"the MACs, {recipe.schedule.epochs} epochs; and both as files, in float and in int8"
+        f"the MACs, {epochs} epoch{'s' * (epochs != 1)}; and both as files, in float and in int8"
     )
 
 

@@ -84,7 +84,8 @@ def report(
 
     theirs = shipped()
     show_runs(runs, theirs)
-    for problem in problems:
+    found = sections(runs, theirs)
+    for problem in [*problems, *(damage for section in found for damage in section.damages)]:
         console.say(f"left out: {problem.what}")
-    page = write_report(sections(runs, theirs), problems, home(out))
+    page = write_report(found, problems, home(out))
     console.say(f"report: {page}")

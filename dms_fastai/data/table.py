@@ -123,6 +123,8 @@ def _rows(table: Path) -> list[tuple[int, str, str, str]]:
 
 def _column(columns: dict[str, str], names: tuple[str, ...], table: Path) -> str:
     found = next((columns[name] for name in names if name in columns), None)
+    if not columns:
+        raise UserError(f"{table} is empty; one of its columns must be {', '.join(names)}")
     if found is None:
         raise UserError(f"{table} has the columns {', '.join(columns)}; one of them must be {', '.join(names)}")
     return found

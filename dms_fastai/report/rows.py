@@ -179,11 +179,14 @@ class Section:
 
     @property
     def problems(self) -> list[Problem]:
-        runs = [run for row in self.rows for run in row.runs]
+        unfinished = [run for row in self.rows for run in row.runs if not run.finished]
+        return [*self.damages, *(Problem(run.folder.path, run.state) for run in unfinished)]
+
+    @cached_property
+    def damages(self) -> list[Problem]:
+        """Files of the runs that are missing or damaged, whose plots and intervals are left out."""
         found = [problem for row in self.rows for problem in (*row.epochs[1], *row.predictions[1])]
-        found += _each(runs, lambda run: run.folder.recipe())[1]
-        unfinished = [run for run in runs if not run.finished]
-        return [*found, *(Problem(run.folder.path, run.state) for run in unfinished)]
+        return found + _each([run for row in self.rows for run in row.runs], lambda run: run.folder.recipe())[1]
 
 
 def sections(runs: Iterable[Run], shipped: Collection[Path] = ()) -> list[Section]:
@@ -209,7 +212,7 @@ def _by_data(runs: Iterable[Run]) -> list[Section]:
     places = {(name, place) for name, place, _ in by_data}
     names, found = [name for name, _ in places], []
     for (name, place, agreement), groups in by_data.items():
-        title = name if names.count(name) == 1 else f"{name} ({place})"
+        title = name if place is None or names.count(name) == 1 else f"{name} ({place})"
         title += ", agreement with the teacher" if agreement else ""
         found.append(Section(printable(title), _noted(_rows(groups.values()))))
     return found

@@ -12,6 +12,7 @@ from ..run_folder import Facts, Row, Run, RunFolder
 __all__ = ["advice", "other_settings", "teacher_advice"]
 
 FEW_STEPS, GOOD = 300, 0.95  # few steps, and an accuracy with which they have been enough
+ROUNDED = 1e-6  # accuracies are float32's
 THIRD = 3  # the epochs of a third from which on it has a slope
 RISE = 0.05  # of the validation loss in the last third, which is more than noise
 
@@ -33,12 +34,12 @@ def advice(facts: Facts, rows: Sequence[Row], steps: int, largest: float, others
         found.append(f"it has diverged: {losses}; try a smaller --set optimizer.lr")
     if facts.agreement:
         found.append("its agreement with the teacher is not accuracy; measure that on images with labels")
-    elif accuracy <= even:
+    elif accuracy <= even + ROUNDED:
         found.append(
             f"an accuracy of {_percent(accuracy)} is not better than chance, {_percent(even)}; check that the labels "
             f"fit the images, and try another --set optimizer.lr"
         )
-    elif accuracy <= largest:
+    elif accuracy <= largest + ROUNDED:
         found.append(
             f"an accuracy of {_percent(accuracy)} is not better than to answer with the largest class every time, "
             f"{_percent(largest)}; train for longer, or on as many images of each class"

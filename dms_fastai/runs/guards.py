@@ -1,5 +1,6 @@
 """Checks before a run is resumed: its folder must have the same recipe, images, teacher, code and arithmetic."""
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,8 @@ def refuse_other_recipe(
         return
     theirs, ours = (flat(r.without_folders().to_table()) for r in (folder.recipe(), recipe))
     keys = sorted(key for key in of or theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
+    if "model.weights" in keys and folder.facts().begun_digest and os.path.exists(recipe.model.weights or ""):
+        keys.remove("model.weights")  # their hashes are compared, however somebody spells where they are
     if keys:
         changes = ", ".join(f"{key} {theirs.get(key, 'default')} -> {ours.get(key, 'default')}" for key in keys)
         raise UserError(
@@ -31,10 +34,12 @@ def refuse_other_recipe(
 
 
 def refuse_other_origin(origin: Mapping[str, Any], folder: RunFolder, or_else: str = "--restart") -> None:
-    """Raise a UserError if a folder's run has other images or another teacher."""
+    """Raise a UserError if a folder's run has other images, another teacher, or began from other weights."""
     if not folder.begun:
         return
-    facts = folder.facts()
+    facts, begun = folder.facts(), origin.get("begun_digest")
+    if begun and facts.begun_digest and begun != facts.begun_digest:  # neither of a file that is gone, nor of before
+        raise UserError(f"{folder.path} holds a run from other weights; give --out another folder, or {or_else}")
     for key, what in (("data_digest", "on other images"), ("teacher_digest", "with another teacher")):
         if key in origin and getattr(facts, key) != origin[key]:
             raise UserError(f"{folder.path} holds a run {what}; give --out another folder, or {or_else}")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+from zipfile import is_zipfile
 
 import numpy as np
 
@@ -97,6 +98,8 @@ def read_predictions(file: Path) -> Predictions:
     """
     if not file.is_file():
         raise UserError(f"{file} is missing; repeat the run's command to write it")
+    if not is_zipfile(file):
+        raise UserError(f"{file} is damaged: it is no .npz file")
     try:
         with np.load(file, allow_pickle=False) as archive:
             found = Predictions(**modern_predictions({name: archive[name] for name in archive.files}))

@@ -27,7 +27,7 @@ from ..names import source_place
 from ..random_states import seed_everything
 from ..recipes import cut_path
 from ..run_folder import Facts, Figures, Run, RunFolder
-from ..trained import check_classes, origin_of
+from ..trained import check_classes, digest_of, origin_of
 from .advice import advice, other_settings
 from .best import KeepBest
 from .checkpoint import Checkpoint
@@ -107,6 +107,8 @@ def run_stage(stage: Stage, opened: Opened, manner: Manner | None = None, consol
         teacher = opened.teacher_of(stage)
         sets = opened.sets(recipe, teacher)
         origin = {"data_digest": sets.digest, "place": source_place(opened.data)}
+        if recipe.model.weights is not None:
+            origin["begun_digest"] = digest_of(recipe.model.weights)
         if teacher is not None:
             check_classes(teacher, sets.vocab)
             origin |= {"teacher": cut_path(stage.teacher), "teacher_digest": teacher.digest}

@@ -26,6 +26,8 @@ def settings_from(source: str, recipe: Recipe) -> dict[str, Any]:
     """
     path = Path(source)
     if path.is_dir() and not RunFolder(path).weights.is_file():
+        if inside := RunFolder(path).runs_inside:
+            raise UserError(f"{path} is no run, but holds some; give {inside[0]}")
         raise UserError(f"{path} holds no finished run; give the folder of one, or a file of weights")
     if not path.exists() and source != "timm" and shipped(source) is None:
         raise no_model(source)

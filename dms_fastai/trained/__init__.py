@@ -6,7 +6,7 @@ from .kept import KeptLogits
 from .load import check_pretrained, ensemble, find_file, load_teacher, open_learner, without_code
 from .network import Teacher, check_classes, check_teacher, renormalize
 from .prune import pruned
-from .start import Expected, begin_from, expected_by, origin_of
+from .start import Expected, begin_from, digest_of, expected_by, origin_of
 
 __all__ = [
     "Expected",
@@ -18,6 +18,7 @@ __all__ = [
     "check_classes",
     "check_pretrained",
     "check_teacher",
+    "digest_of",
     "ensemble",
     "expected_by",
     "find_file",

@@ -113,9 +113,8 @@ def find_file(source: str | Path, trust: bool) -> Path | None:
 
 def _weights_in(folder: Path) -> Path:
     weights = RunFolder(folder).weights
-    inside = [run.parent.name for run in sorted(folder.glob(f"*/{weights.name}"))]
-    if inside and not weights.exists():
-        raise UserError(f"{folder} is no run, but holds some; give {folder / inside[0]}")
+    if not weights.exists() and (inside := RunFolder(folder).runs_inside):
+        raise UserError(f"{folder} is no run, but holds some; give {inside[0]}")
     return weights
 
 

@@ -1,5 +1,6 @@
 """Trained weights to begin from: where they are, which images they expect, and how they get into a fresh network."""
 
+import hashlib
 import sys
 import warnings
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from ..models.weights import card_in, load_weights
 from .load import find_file
 from .pretrained import pretrained_cfg, timm_model
 
-__all__ = ["Expected", "begin_from", "expected_by", "origin_of"]
+__all__ = ["Expected", "begin_from", "digest_of", "expected_by", "origin_of"]
 
 STATES = (".pth", ".pt", ".bin", ".tar")  # files of torch.save; Hugging Face's are .bin, timm's may be .pth.tar
 
@@ -60,6 +61,15 @@ def origin_of(source: str, arch: str) -> str:
         return source
     tag = pretrained_cfg(arch).tag
     return f"timm:{arch.split('.')[0]}" + (f".{tag}" if tag else "")
+
+
+def digest_of(source: str) -> str | None:
+    """A hash of the file of weights that a source stands for; None if there is none, as for "timm"."""
+    file = None if source == "timm" else _file(source)
+    if file is None or not file.is_file():
+        return None
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
 
 
 def begin_from(model: nn.Module, source: str, arch: str) -> None:
