@@ -194,6 +194,11 @@ def load_recipe(
             raise UserError(f"model.args.{key} is {built.model.args[key]!r}; leave it out: {instead}")
     if not is_architecture(built.model.name):
         raise unknown("model", built.model.name, architectures())
+    taught = [file for file in _chain(_find(recipe)) if "teacher" in _toml(file) and not _is_a_runs(file)]
+    if taught and not any("distill" in layer for _, layer in layers):
+        raise UserError(
+            f"{_shown(taught[0])} has the teacher {built.teacher!r}, and does not distil; extend kd, or add [distill]"
+        )
     return built
 
 

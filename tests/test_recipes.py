@@ -313,3 +313,14 @@ def test_a_file_may_begin_with_a_mark(tmp_path):
     file = tmp_path / "mine.toml"
     file.write_text('extends = "se"\n[optimizer]\nlr = 0.25\n', encoding="utf-8-sig")
     assert load_recipe(file).optimizer.lr == 0.25
+
+
+def test_a_teacher_that_teaches_nobody_is_refused(tmp_path):
+    write(tmp_path, a='extends = "se"\nteacher = "baseline"', b='extends = "kd"\nteacher = ","')
+    with pytest.raises(UserError, match="has the teacher 'baseline', and does not distil"):
+        load_recipe(tmp_path / "a.toml")
+    with pytest.raises(UserError, match="teacher is ','; give a recipe"):
+        load_recipe(tmp_path / "b.toml")
+    assert load_recipe(tmp_path / "a.toml", settings={"distill": True}).teacher == "baseline"
+    (tmp_path / "run.json").write_text("{}")  # a run's own recipe, whose distillation was switched off
+    assert load_recipe(tmp_path / "a.toml").distill is None
