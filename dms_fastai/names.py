@@ -171,7 +171,8 @@ def check_format(file: Path, formats: Iterable[str], purpose: str = "written") -
     """The ending of a file's name that chooses its format, the longest that fits; a UserError if none does."""
     formats = list(formats)
     fitting = [ending for ending in formats if file.name.endswith(ending)]
-    if not fitting:
+    small = file.name.endswith(f"{INT8}{file.suffix[1:]}")
+    if not fitting or (small and not max(fitting, key=len).startswith(INT8)):  # a file in floats is not called int8
         raise no_format(file, formats, purpose)
     return max(fitting, key=len)
 

@@ -81,6 +81,15 @@ class TestWithExecuTorch:
         np.testing.assert_allclose(np.sum(small, 1), 1, atol=1e-4)
         np.testing.assert_allclose(open_exported(files[".int8.pte"]).classify(images), small, atol=1e-6)
 
+    def test_the_layout_of_images_in_memory_changes_nothing(self, files):
+        """Those of files lie channels last, of which ExecuTorch knows nothing."""
+        images = load_data("digits").valid_ds.images.numpy()[:20]
+        images = images + np.arange(3, dtype=np.uint8)[:, None, None]  # not grey
+        last = np.ascontiguousarray(images.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+        for file in files.values():
+            classify = open_exported(file).classify
+            np.testing.assert_array_equal(classify(last), classify(images))
+
     def test_a_file_is_small_and_keeps_no_path_of_this_machine(self, files):
         large, small = (file.read_bytes() for file in files.values())
         assert len(small) < 0.45 * len(large)

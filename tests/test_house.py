@@ -311,6 +311,7 @@ def test_importing_it_registers_the_architectures(order):
         ("predict dmsresnet nowhere.png", "no such image: nowhere.png"),
         ("export dmsresnet kd.onx", "the formats are .onnx, .int8.onnx, .pt2, .pte or .int8.pte"),
         ("export dmsresnet kd.int8.onnx", "no images to calibrate with"),
+        ("export dmsresnet kd.int8.pt2", "kd.int8.pt2 cannot be written; the formats are .onnx, .int8.onnx"),
         ("bench nowhere.onnx", "no such file: nowhere.onnx"),
         ("recipes", ""),
         ("models", ""),

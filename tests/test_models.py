@@ -177,6 +177,34 @@ def test_a_network_that_cannot_be_traced_is_folded_to_a_copy():
     torch.testing.assert_close(folded(x), model.eval()(x))
 
 
+def patched(which):
+    """A network of which an object has a `forward` of its own, as wrappers give it."""
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten())
+    module = network if which == "network" else network[1]
+    own = type(module).forward
+    module.forward = lambda x: 10 * own(module, x)
+    return network
+
+
+class Unseen(nn.Module):
+    """Python that torch.fx passes by."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        return self.bn(self.conv(x * 2 if isinstance(x, torch.Tensor) else x)).flatten(1)
+
+
+@pytest.mark.parametrize("make", [lambda: patched("network"), lambda: patched("norm"), Unseen])
+def test_folding_does_not_lose_what_torch_fx_does_not_see(make):
+    network = make().eval()
+    x = torch.randn(3, 3, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(fold_batch_norms(network, (3, 8, 8))(x), network(x))
+
+
 class Odd(nn.Module):
     """A convolution, a batch norm, and something beside them that tracing alone would get wrong."""
 

@@ -345,3 +345,9 @@ def test_batch_norms_are_re_estimated_on_the_students_images_where_a_teacher_see
         list(after_pruning(learn))
         means.append(next(m.running_mean for m in learn.model.modules() if isinstance(m, nn.BatchNorm2d)))
     torch.testing.assert_close(*means, atol=0.02, rtol=0.02)
+
+
+def test_blocks_that_cannot_be_narrower_are_said():
+    narrow = timm.create_model("dmsresnet_tiny", mid_widths=[8, 8, 8])
+    with pytest.raises(UserError, match=r"prune.macs is 0.99, and these blocks cannot be narrower; prune a wider"):
+        widths_within(narrow, 0.99, SHAPE)

@@ -23,7 +23,7 @@ class Classifier(nn.Module):
 
     def __init__(self, model: nn.Module, card: ModelCard):
         super().__init__()
-        self.model = fold_batch_norms(model)
+        self.model = fold_batch_norms(model, tuple(card.shape))
         self.scale, self.shift = (nn.Buffer(v) for v in affine(card.mean, card.std, 1, torch.device("cpu")))
 
     def forward(self, pixels: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ def quantized(program: ExportedProgram, pixels: np.ndarray) -> ExportedProgram:
         in_float = _before_weights(network.graph)
         quantizer = XNNPACKQuantizer().set_global(config).set_filter_function(lambda node: node.name not in in_float)
         network = prepare_pt2e(network, quantizer)
-        images = torch.from_numpy(pixels).split(1)
+        images = torch.from_numpy(np.ascontiguousarray(pixels)).split(1)
         for image in images:
             network(image)
         return torch.export.export(convert_pt2e(network), images[:1])
@@ -88,6 +88,7 @@ def open_program(file: Path) -> tuple[Callable[[np.ndarray], np.ndarray], tuple[
     def classify(images: np.ndarray) -> np.ndarray:
         with _reasons():
             forward = program.load_method("forward")  # once: the program keeps it, and has to outlive it
+            images = np.ascontiguousarray(images)  # the runtime reads memory, and no strides
             found = [forward.execute([image])[0] for image in torch.from_numpy(images).split(1)]
         return torch.cat(found).numpy()
 

@@ -63,6 +63,8 @@ def widths_within(network: DMSResNet, share: float, shape: tuple[int, ...]) -> l
 
     if not fits(len(groups)):
         least = macs(narrowed(network, after(len(groups))), shape) / dense
+        if not groups or least > 0.99:
+            raise UserError(f"prune.macs is {share:g}, and these blocks cannot be narrower; prune a wider network")
         raise UserError(
             f"prune.macs is {share:g}, and the narrowest blocks still have {least:.3f} of the MACs; take "
             f"{math.ceil(100 * least) / 100:g} or more"
