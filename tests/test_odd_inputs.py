@@ -344,5 +344,5 @@ def test_predicting_one_file_takes_its_path(trained, binary):  # noqa: F811
 
 def test_means_that_are_not_three(binary):  # noqa: F811
     for given in ({"mean": (0.5, 0.5)}, {"std": (0, 0, 0)}):
-        with pytest.raises(UserError, match="give three of each, std above 0"):
+        with pytest.raises(UserError, match="give three numbers of each, those of std above 0"):
             load_data(binary, valid=0.25, **given)
