@@ -69,8 +69,11 @@ class StackedAnywhere(StackedMuon):
         return p.grad is not None and bool(self.state[p].get("use_muon"))
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_a_stack_of_matrices_moves_as_each_alone(layout):
+@pytest.mark.parametrize(
+    ("layout", "near"),  # in bf16, another order of the columns gives other last digits
+    [(torch.contiguous_format, {"rtol": 1e-4, "atol": 1e-5}), (torch.channels_last, {"rtol": 1e-3, "atol": 1e-4})],
+)
+def test_a_stack_of_matrices_moves_as_each_alone(layout, near):
     """As a GPU moves them, against timm's: all of a network's parameters, with some that get no gradient."""
     settings = dict(lr=0.06, weight_decay=0.05, momentum=0.9, nesterov=True, ns_steps=3)
     settings |= dict(ns_coefficients=COEFFICIENTS, adjust_lr_fn="original", fallback_lr_scale=0.1)
@@ -89,7 +92,7 @@ def test_a_stack_of_matrices_moves_as_each_alone(layout):
         assert all((p.grad is None) == (q.grad is None) for p, q in pairs)
     for (name, start), (p, q) in zip(network.named_parameters(), pairs, strict=True):
         assert not torch.equal(start, q), name
-        torch.testing.assert_close(q, p, rtol=1e-3, atol=1e-4)  # the iteration runs in bf16
+        torch.testing.assert_close(q, p, **near)
     assert stacked.state_dict()["state"].keys() == one.state_dict()["state"].keys()
 
 

@@ -1,5 +1,6 @@
 """`dms_learner` as one who knows fastai expects it: groups of parameters, networks and functions of one's own."""
 
+import math
 from functools import partial
 from types import SimpleNamespace
 
@@ -424,12 +425,15 @@ def test_predictions_of_training_images_are_in_their_order_however_batches_are_d
     "watcher", [lambda: SaveModelCallback(), lambda: EarlyStoppingCallback("accuracy"), lambda: EarlyStopping(3)]
 )
 def test_a_validation_outside_a_fit_is_no_epoch(few, watcher, tmp_path):
-    learn = quiet(dms_learner(few, "se", arch="dmsresnet_tiny", cbs=watcher(), path=tmp_path))
+    watching = watcher()
+    learn = quiet(dms_learner(few, "se", arch="dmsresnet_tiny", cbs=watching, path=tmp_path))
     before = learn.validate()
     learn.fit_recipe(1)
-    best = learn.cbs[-1].best if hasattr(learn.cbs[-1], "best") else None
+    best = watching.best
+    assert np.isfinite(best)
     assert len(learn.validate()) == len(before) == 2
-    assert getattr(learn.cbs[-1], "best", None) == best
+    assert watching.best == best
+    assert watching in learn.cbs
 
 
 def test_a_network_that_a_learner_has_trained_teaches_in_its_normalisation():
@@ -460,6 +464,7 @@ def test_a_graph_of_another_column_is_refused(few):
     [
         (lambda dls: load_data("digits", mean=(0.5, 0.5, "a")), "three numbers"),
         (lambda dls: load_data("digits", mean=0.5), "three numbers"),
+        (lambda dls: load_data("digits", mean=(0.5, 0.5, math.nan)), "three numbers"),
         (lambda dls: load_data("digits", std=(0.5, 0.5, 0.0)), "those of std above 0"),
         (lambda dls: load_data("digits", device="foo"), "device is 'foo'"),
         (lambda dls: dms_learner(dls, "se", lr=[1e-3, 1e-2]), "lr is [0.001, 0.01]"),
@@ -473,3 +478,9 @@ def test_a_graph_of_another_column_is_refused(few):
 )
 def test_arguments_that_mean_nothing_are_said(few, call, words):
     refused(lambda: call(few), words)
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+def test_statistics_come_as_people_have_them(kind):
+    found = load_data("digits", bs=256, mean=kind([0.5, 0.25, 0.5]), std=kind([0.25, 0.5, 0.5])).train
+    assert (found.mean, found.std) == ((0.5, 0.25, 0.5), (0.25, 0.5, 0.5))

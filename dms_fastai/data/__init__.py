@@ -1,11 +1,10 @@
 """Images: sources, batched augmentation and the loader; `load_data` puts them together."""
 
 from collections.abc import Sequence
-from numbers import Real
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from fastai.data.core import DataLoaders
 
@@ -66,7 +65,7 @@ def load_data(
         crops.pop("flip", None)
     if source_name(data) in NO_FLIP:
         crops.setdefault("flip", 0.0)
-    _check_statistics(mean, std)
+    mean, std = _statistics(mean, std)
     device = _device(device)
     cropped = Crops(**crops)
     sets = chosen.open(data, seed, classes, crops=cropped).for_distillation
@@ -75,12 +74,19 @@ def load_data(
     return sets.loaders(bs, cropped, mean, std, device, balance, where)
 
 
-def _check_statistics(mean: Any, std: Any) -> None:
-    """Raise a UserError for what pixels cannot be normalised with."""
-    for values in (mean, std):
-        numbers = isinstance(values, Sequence) and all(isinstance(value, Real) for value in values)
-        if not numbers or len(values) != 3 or not np.isfinite(values).all() or (values is std and min(values) <= 0):
-            raise UserError(f"mean is {mean!r} and std is {std!r}; give three numbers of each, those of std above 0")
+def _statistics(mean: Any, std: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """What pixels are normalised with, as plain numbers.
+
+    Raises:
+        UserError: They are no numbers, too few or too many, or not finite; or a number of std is not above 0.
+    """
+    try:
+        found = [tuple(map(float, values)) for values in (mean, std)]
+    except (TypeError, ValueError):
+        found = []
+    if [len(values) for values in found] != [3, 3] or not all(map(isfinite, sum(found, ()))) or min(found[1]) <= 0:
+        raise UserError(f"mean is {mean!r} and std is {std!r}; give three numbers of each, those of std above 0")
+    return found[0], found[1]
 
 
 def _device(device: str | torch.device | None) -> torch.device | None:

@@ -360,7 +360,7 @@ def dms_learner(
     if recipe.progressive_resize is not None:
         for shape in sorted(recipe.progressive_resize.build().shapes(inputs.shape)):
             try_network(module, recipe.model.name, dls.c, shape, "raise progressive_resize.smallest")
-    _note_statistics(module, inputs)
+    _keep_statistics(module, inputs)
     learn.recipe = recipe
     learn.remove_cbs([learn.recorder, CastToTensor])
     return learn.add_cb(Recorder())
@@ -393,7 +393,7 @@ def _with_unlabelled(dls: ImageLoaders, recipe: Recipe, teacher: Any, loss_func:
     return dls.with_unlabelled(), teacher
 
 
-def _note_statistics(module: nn.Module, inputs: Inputs) -> None:
+def _keep_statistics(module: nn.Module, inputs: Inputs) -> None:
     """Have timm's `pretrained_cfg` say how the images are normalised that the network is trained on."""
     cfg = getattr(module, "pretrained_cfg", None)
     if isinstance(cfg, dict) and inputs.mean is not None:

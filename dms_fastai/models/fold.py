@@ -12,7 +12,6 @@ from torch.fx.experimental.optimization import fuse
 
 __all__ = ["fold_batch_norms"]
 
-
 ROUNDING = 1e-3  # of outputs, as a share of the largest
 
 

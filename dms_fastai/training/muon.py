@@ -1,4 +1,4 @@
-"""timm's Muon, with the matrices of one shape moved together."""
+"""timm's Muon, with matrices moved together, those of one shape and others that fit in beside them."""
 
 import math
 from collections import Counter, defaultdict
@@ -17,7 +17,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic that is iterated (Jor
 
 
 class StackedMuon(timm.optim.Muon):
-    """`timm.optim.Muon`, which makes matrices of one shape orthogonal as a stack.
+    """`timm.optim.Muon`, which makes matrices orthogonal in stacks.
 
     One after another, they cost a GPU more time to be told what to do than to do it: `dmsresnet` has 28 matrices of 11
     shapes, which make four stacks. On a CPU, one after another is faster, and that is what it does there. A Learner's
