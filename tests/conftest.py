@@ -43,6 +43,20 @@ def dls():
     return load_data("digits", bs=64)
 
 
+@pytest.fixture
+def ahead(monkeypatch):
+    """Augmentation goes the way that it goes on a GPU."""
+    for name in ("data.operations", "callbacks.erasing"):
+        monkeypatch.setattr(f"dms_fastai.{name}.runs_ahead", lambda device: True)
+
+
+@pytest.fixture(params=["cpu", "ahead"])
+def both_ways(request):
+    """Augmentation as a CPU does it, and as a GPU does."""
+    if request.param == "ahead":
+        request.getfixturevalue("ahead")
+
+
 @pytest.fixture(scope="session")
 def teacher():
     """A Learner that has seen the digits for eight epochs: a teacher for tests that do not ask for a very good one."""

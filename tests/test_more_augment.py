@@ -146,7 +146,7 @@ def timms(image, name, magnitude, sign, bicubic, monkeypatch):
 
 @pytest.mark.parametrize("name", OPERATIONS[1:])
 @pytest.mark.parametrize("size", [(32, 32), (24, 40)])
-def test_each_operation_is_timms(name, size, monkeypatch):
+def test_each_operation_is_timms(name, size, monkeypatch, both_ways):
     cases = [(m, sign, cubic) for m in (0.0, 2.4, 7.5, 9.0, 10.0) for sign in (-1, 1) for cubic in (False, True)]
     x = smooth_images(len(cases), *size)
     magnitude, sign, bicubic = torch.tensor(cases).T
@@ -159,6 +159,21 @@ def test_each_operation_is_timms(name, size, monkeypatch):
             assert (off > (3 if case[2] else 1)).float().mean() < 0.01, case
         else:
             assert off.max() <= 2, case
+
+
+def test_an_image_is_changed_by_its_own_operation_whatever_others_draw(both_ways):
+    n = 20 * len(OPERATIONS)
+    x, index = smooth_images(n).float(), torch.randint(len(OPERATIONS), (n,))
+    drawn = index, 10 * torch.rand(n), 2 * torch.randint(2, (n,)) - 1, torch.rand(n) < 0.5
+    fill = torch.tensor(FILL).float().view(1, 3, 1, 1)
+    given = x.clone()
+    together = apply(x, *drawn, fill)
+    alone = [apply(x[i : i + 1], *(each[i : i + 1] for each in drawn), fill) for i in range(n)]
+    assert torch.equal(together, torch.cat(alone))
+    assert torch.equal(x, given)
+    changed = (together != x).flatten(1).any(1)
+    assert not changed[index == 0].any()
+    assert changed[index != 0].float().mean() > 0.7
 
 
 @pytest.mark.parametrize(
@@ -258,7 +273,7 @@ def test_an_amount_is_the_most_that_is_drawn(settings, furthest):
 
 
 @pytest.mark.parametrize("mode", ["pixel", "mean"])
-def test_a_rectangle_of_the_drawn_area_is_filled(mode):
+def test_a_rectangle_of_the_drawn_area_is_filled(mode, both_ways):
     x = erase(torch.full((2000, 3, 32, 24), 9.0), 1.0, (0.02, 1 / 3), 0.3, mode)
     gone = x[:, 0] != 9
     assert torch.equal((x != 9), gone[:, None].expand_as(x))
@@ -370,7 +385,7 @@ def test_callbacks_have_no_part_in_fastais_test_time_augmentation():
     torch.testing.assert_close(learn.tta(n=2, beta=None)[0][0], learn.get_preds()[0])
 
 
-def test_nothing_waits_for_the_device():
+def test_nothing_waits_for_the_device(ahead):
     dls = load_data("digits", bs=64, min_area=0.6)
     learn = quiet(dms_learner(dls, "mixup", settings=ALL))
     waits = Waits()

@@ -109,7 +109,7 @@ BEYOND_THE_PAPER = {
 
 
 @pytest.mark.parametrize("divergence", ["dkd", "dist"])
-def test_nor_does_what_the_paper_does_not_have(teacher, divergence):
+def test_nor_does_what_the_paper_does_not_have(teacher, divergence, ahead):
     dls = load_data("digits", bs=64, border="mirror", flip=0.5, alternate=True)
     settings = BEYOND_THE_PAPER | {"distill.divergence": divergence}
     learn = quiet(dms_learner(dls, "kd", teacher=[teacher, teacher], settings=settings))

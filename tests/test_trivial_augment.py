@@ -47,7 +47,7 @@ def smooth_images(n, height=32, width=32):
 
 @pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.parametrize("size", [(32, 32), (24, 40)])
-def test_each_operation_is_torchvisions(name, size):
+def test_each_operation_is_torchvisions(name, size, both_ways):
     cases = [(s / 30, sign) for s in (0, 1, 7, 16, 30) for sign in (-1, 1)]
     x = smooth_images(len(cases), *size)
     strength, sign = torch.tensor(cases).T

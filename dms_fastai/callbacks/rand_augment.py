@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data.operations import IDENTITY, OPERATIONS, operate
+from ..data.operations import IDENTITY, OPERATIONS, Index, operate, where_chosen
 from ..settings import Count, Magnitude, NotNegative, Share, checked
 from ..training.parts import order_of
 from .on_pixels import OnPixels
@@ -83,12 +83,13 @@ def apply(x: Tensor, operation: Tensor, magnitude: Tensor, sign: Tensor, bicubic
     return operate(x, operation, amounts.gather(0, operation[None])[0], sample)
 
 
-def _smooth(x: Tensor, grid: Tensor, bicubic: Tensor, fill: Tensor) -> Tensor:
+def _smooth(x: Tensor, grid: Tensor, which: Index, bicubic: Tensor, fill: Tensor) -> Tensor:
     """What lies between pixels is made of its neighbours; outside is `fill`, with a sharp edge, as in PIL."""
-    linear, cubic = (
-        F.grid_sample(x, grid, mode=mode, padding_mode="border", align_corners=False)
-        for mode in ("bilinear", "bicubic")
-    )
-    read = torch.where(bicubic.view(-1, 1, 1, 1), cubic, linear).round().clamp(0, 255)
+
+    def read(mode: str, x: Tensor, grid: Tensor) -> Tensor:
+        return F.grid_sample(x, grid, mode=mode, padding_mode="border", align_corners=False)
+
+    linear = read("bilinear", x, grid)
+    both = where_chosen(bicubic[which], linear, lambda _, cubic: read("bicubic", x[cubic], grid[cubic]))
     inside = ((grid >= -1) & (grid < 1)).all(-1)[:, None]
-    return torch.where(inside, read, fill)
+    return torch.where(inside, both.round().clamp(0, 255), fill)

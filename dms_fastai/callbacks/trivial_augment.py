@@ -54,6 +54,6 @@ def apply(x: Tensor, operation: Tensor, strength: Tensor, sign: Tensor) -> Tenso
     return operations.operate(x, operation, amounts.gather(0, operation[None])[0], _nearest)
 
 
-def _nearest(x: Tensor, grid: Tensor) -> Tensor:
+def _nearest(x: Tensor, grid: Tensor, which: operations.Index) -> Tensor:
     """The nearest pixel, and black outside."""
     return F.grid_sample(x, grid, mode="nearest", padding_mode="zeros", align_corners=False)
