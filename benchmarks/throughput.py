@@ -163,7 +163,7 @@ def best_of(call: Callable, device: torch.device, n: int = 5) -> float:
 
 def floor_seconds(arch: str, batch_size: int, size: int, peak: float, bandwidth: float, passes: int) -> float:
     """What a step's convolutions and linear layers must take in bf16: forward alone, or all three passes."""
-    model = fold_batch_norms(timm.create_model(arch, num_classes=CLASSES))
+    model = fold_batch_norms(timm.create_model(arch, num_classes=CLASSES), (3, size, size))
     total = 0.0
 
     def add(layer: nn.Module, inputs: tuple, output: torch.Tensor) -> None:

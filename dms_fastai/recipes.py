@@ -189,10 +189,15 @@ def load_recipe(
     if len(mixing) > 1 and "mixup_or_cutmix" in mixing:
         raise UserError(f"{' and '.join(mixing)} would mix the same batch; leave out one: --set {mixing[0]}=false")
     built = _read(modern_recipe(table, old))
+    if built.feature_distill is not None and built.distill is None:
+        raise UserError("feature_distill needs a teacher; extend kd or add [distill], or leave it out")
+    for key in ("sam", "fixed_views"):
+        if built.feature_distill is not None and getattr(built, key) is not None:
+            raise UserError(f"feature_distill does not go with {key}; leave one of the two out: --set {key}=false")
     for key, instead in SAID_ELSEWHERE.items():
         if key in (built.model.args or {}):
             raise UserError(f"model.args.{key} is {built.model.args[key]!r}; leave it out: {instead}")
-    if not is_architecture(built.model.name):
+    if not is_architecture(built.model.name) and not _is_a_runs(_find(recipe)):  # which needs no network to be read
         raise unknown("model", built.model.name, architectures())
     taught = [file for file in _chain(_find(recipe)) if "teacher" in _toml(file) and not _is_a_runs(file)]
     if taught and not any("distill" in layer for _, layer in layers):

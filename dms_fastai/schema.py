@@ -136,9 +136,13 @@ def read_table(at: str, table: Any, where: str, known_keys: Sequence[str] = (), 
     Raises:
         UserError: No table, an unknown key or name, or a value of another type or out of range.
     """
-    if not isinstance(table, Mapping):
-        raise UserError(f"{where} is {table!r}; it must be {'true, false or ' * can_be_off}a table")
     several, chosen = choices_of(at), None
+    if not isinstance(table, Mapping):
+        named = isinstance(table, str) and (several is not None or "name" in settings_of(at))
+        raise UserError(
+            f"{where} is {table!r}; "
+            + (f"write {where}.name={table}" if named else f"it must be {'true, false or ' * can_be_off}a table")
+        )
     if several is not None:
         chosen = table.get("name", next(iter(several)))
         if not isinstance(chosen, str) or chosen not in several:

@@ -426,3 +426,11 @@ def test_weights_are_told_by_what_they_are_and_not_by_where(dms, tmp_path):  # n
     code, _, err = dms(*train, runs)
     assert (code, err.count(f"is no run, but holds some; give {runs / 'seed0'}")) == (2, 1)
     assert f"give {runs / 'seed0'}" in dms("evaluate", tmp_path / "artifacts" / "digits")[2]
+
+
+def test_weights_of_images_in_colour_begin_a_network_for_grey_ones():
+    theirs = timm.create_model("dmsresnet_mini", pretrained=True, in_chans=1).eval()
+    model = timm.create_model("dmsresnet_mini", in_chans=1).eval()
+    begin_from(model, "timm", "dmsresnet_mini")
+    x = torch.randn(2, 1, 32, 32)
+    torch.testing.assert_close(model(x), theirs(x), rtol=0.01, atol=0.01)  # timm adds up in the file's half precision

@@ -1,12 +1,14 @@
 """TeacherDistill: who may teach, what the teacher sees, and where it never goes."""
 
+import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 from fastai.callback import mixup as fastai
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelFitException
 from fastai.data.transforms import Normalize, parent_label
 from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat
@@ -30,6 +32,7 @@ from dms_fastai import (
     load_data,
     load_teacher,
 )
+from dms_fastai.errors import Notice
 from dms_fastai.export import export_run
 from dms_fastai.models.card import ModelCard
 from dms_fastai.models.fold import fold_batch_norms
@@ -368,7 +371,7 @@ def test_in_bf16_the_teacher_says_what_autocast_would_and_keeps_its_own_weights(
 
         def before_train(self):
             cb = self.learn.teacher_distill
-            self.plain = fold_batch_norms(cb.teacher.model)
+            self.plain = fold_batch_norms(cb.teacher.model, (3, 8, 8))
             kinds = {m.weight.dtype for m in cb.network.modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
             assert kinds == {torch.bfloat16}
 
@@ -380,3 +383,83 @@ def test_in_bf16_the_teacher_says_what_autocast_would_and_keeps_its_own_weights(
     learn = quiet(dms_learner(dls, "kd", teacher=teacher, cbs=Compare()))
     learn.fit(1)
     assert all(p.dtype == torch.float32 for p in learn.teacher_distill.teacher.model.parameters())
+
+
+class Normalising(nn.Module):
+    """Normalises tensors, and would take other things, too: Python that a traced copy does not have."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network, self.pretrained_cfg = network, {"mean": (0.0,) * 3, "std": (1.0,) * 3}
+
+    def forward(self, x):
+        return self.network((x - 0.4) / 0.2 if isinstance(x, torch.Tensor) else x)
+
+
+def said_in_training(learn):
+    """What the teacher says in the first step, and the images that it sees."""
+
+    class Keep(Callback):
+        order, run_valid = 50, False
+
+        def after_loss(self):
+            cb = self.learn.teacher_distill
+            kept.append((cb.view().clone(), cb.logits.clone()))
+            raise CancelFitException
+
+    kept = []
+    learn.fit(1, cbs=Keep())
+    return kept[0]
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_the_teacher_that_is_asked_is_the_one_that_was_given(dls, several):
+    given = Normalising(timm.create_model("test_dmsresnet", num_classes=10)).eval()
+    for module in given.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean)
+    teachers = [given, copy.deepcopy(given)] if several else given
+    learn = quiet(dms_learner(dls, "kd", teacher=teachers, settings={"bf16": False}))
+    x, logits = said_in_training(learn)
+    with torch.no_grad():
+        torch.testing.assert_close(logits, given(x), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["script", "trace", "frozen", "quantised"])
+def test_networks_that_are_compiled_or_quantised_teach(dls, kind):
+    network = timm.create_model("test_dmsresnet", num_classes=10).eval()
+    make = {
+        "script": torch.jit.script,
+        "trace": lambda network: torch.jit.trace(network, torch.zeros(2, 3, 8, 8)),
+        "frozen": lambda network: torch.jit.freeze(torch.jit.script(network)),
+        "quantised": lambda network: torch.ao.quantization.quantize_dynamic(network, {nn.Linear}),
+    }
+    learn = quiet(dms_learner(dls, "kd", teacher=make[kind](network), settings={"bf16": False}))
+    x, logits = said_in_training(learn)
+    with torch.no_grad():
+        torch.testing.assert_close(logits, network(x), rtol=0.05, atol=0.05)
+
+
+def test_probabilities_are_no_logits(dls):
+    network = timm.create_model("test_dmsresnet", num_classes=10)
+    with pytest.raises(UserError, match="the teacher, Sequential, gives probabilities"):
+        dms_learner(dls, "kd", teacher=nn.Sequential(network, nn.Softmax(1)))
+    dms_learner(dls, "kd", teacher=nn.Sequential(network, nn.LogSoftmax(1)))
+
+
+def test_a_module_that_does_not_say_how_its_images_are_normalised_is_told_of(dls):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
+    with pytest.warns(Notice, match="does not say how its images are normalised"):
+        dms_learner(dls, "kd", teacher=network)
+    with pytest.raises(UserError, match=r"give the others as Teacher\(model, mean, std\)"):
+        ensemble([network, timm.create_model("test_dmsresnet")])
+    ensemble([Teacher(network, (0.5,), (0.2,)), timm.create_model("test_dmsresnet")])
+
+
+def test_every_member_of_an_ensemble_has_the_classes_of_the_others(dls, teacher):
+    bare, named = timm.create_model("test_dmsresnet", num_classes=10), load_teacher(teacher)
+    assert ensemble([bare, named]).vocab == named.vocab
+    other = replace(named, vocab=named.vocab[::-1])
+    for members in ([bare, other], [other, bare]):
+        with pytest.raises(UserError, match="class 0 is '9' to the teacher"):
+            dms_learner(dls, "kd", teacher=members)

@@ -175,3 +175,21 @@ def test_a_network_without_it_is_refused():
     with pytest.raises(UserError, match="--set drop_block=false"):
         learn.fit(1)
     assert load_recipe("se").drop_block is None
+
+
+def test_in_half_precision_the_scale_is_finite_however_many_positions_there_are():
+    module = DropBlock(0.1).train()
+    torch.manual_seed(0)
+    whole = module(torch.ones(300, 4, 16, 16))
+    torch.manual_seed(0)
+    half = module(torch.ones(300, 4, 16, 16).half())
+    torch.testing.assert_close(half.float(), whole, rtol=1e-3, atol=0)
+
+
+def test_after_a_fit_the_modules_have_their_own_rates_again():
+    learn = learner([])
+    blocks = [module for module in learn.model.modules() if isinstance(module, DropBlock)]
+    for block in blocks:
+        block.rate = 0.05
+    learn.fit_recipe(1)
+    assert [block.rate for block in blocks] == [0.05] * len(blocks)

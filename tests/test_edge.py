@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from contextlib import redirect_stdout
 
 import onnxruntime
@@ -14,6 +15,7 @@ from dms_fastai.edge import check_student
 from dms_fastai.models.prune import mid_widths_of
 from dms_fastai.models.weights import load_weights
 from dms_fastai.run_folder import RunFolder
+from dms_fastai.runs.stop import StopOnRequest
 from tests.test_plan import TINY_TEACHER
 from tests.test_runs import dms, same_run  # noqa: F401  (a fixture)
 
@@ -83,6 +85,25 @@ def test_a_command_that_is_stopped_after_every_step_ends_the_same(dms, whole, tm
     assert stops >= 3  # in the teacher, its student and the pruned one
     for run in ("teacher", "kd", "kd-macs70"):
         same_run(whole[0] / run / "seed0", tmp_path / "parts" / run / "seed0")
+
+
+def test_a_signal_in_the_last_step_of_a_run_ends_the_command(dms, whole, tmp_path, monkeypatch):  # noqa: F811
+    """Of the student, and of the pruned one, whose files would follow; the same command does what is left."""
+    monkeypatch.setattr("dms_fastai.edge.files_of", lambda *args: [])
+    shutil.copytree(whole[0] / "teacher", tmp_path / "last" / "teacher")
+    after_epoch = StopOnRequest.after_epoch
+
+    def told(stop):
+        stop.noted = "SIGTERM"
+        after_epoch(stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StopOnRequest, "after_epoch", told)
+        for run in ("kd", "kd-macs70"):
+            code, out, _ = dms(*ARGS, "--out", "last")
+            assert (code, "stopped (SIGTERM)" in out, "learner: " in out) == (143, True, run != "kd")
+            assert RunFolder(tmp_path / "last" / run / "seed0").finished
+    assert dms(*ARGS, "--out", "last")[0] == 0
 
 
 def test_a_plan_ends_with_what_the_others_do_not_do(dms):  # noqa: F811

@@ -34,22 +34,24 @@ class BeforeEMA(Weights):
     order = 7
 
 
-def by_hand(first, steps, decay, every=1):
-    average = {k: v.double() for k, v in first.items()}
+def by_hand(first, steps, decay, every=1, epoch=1):
+    """`epoch`: how many steps one has; after its last step, the weights are averaged in any case."""
+    average, since = {k: v.double() for k, v in first.items()}, 0
     for n, state in enumerate(steps, start=1):
-        if n % every == 0:
-            d = min(decay, (1 + n) / (10 + n)) ** every
+        since += 1
+        if since == every or n % epoch == 0:
+            d, since = min(decay, (1 + n) / (10 + n)) ** since, 0
             average = {k: d * average[k] + (1 - d) * v for k, v in state.items()}
     return average
 
 
-@pytest.mark.parametrize(("decay", "every"), [(0.9, 1), (0.2, 1), (0.9, 2)])
+@pytest.mark.parametrize(("decay", "every"), [(0.9, 1), (0.2, 1), (0.9, 2), (0.9, 100)])
 def test_the_average_is_the_one_by_hand(decay, every):
     spy = BeforeEMA()
     learn = stock_learner(torch.nn.functional.cross_entropy, [EMA(decay, every), spy])
     first = {k: v.clone() for k, v in learn.model.state_dict().items()}
     learn.fit(3)
-    expected = by_hand(first, spy.steps, decay, every)
+    expected = by_hand(first, spy.steps, decay, every, epoch=len(learn.dls.train))
     left = learn.model.state_dict()
     for key, value in expected.items():
         if left[key].is_floating_point():

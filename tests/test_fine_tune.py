@@ -195,3 +195,12 @@ def test_a_head_that_is_trained_alone_is_said(recwarn):
     assert not [each for each in recwarn if "head alone" in str(each.message)]
     with pytest.warns(Notice, match="the head alone is trained: freeze_epochs is 2, of 2"):
         learn.fit(2, 0.1, cbs=FineTune(2))
+
+
+def test_a_slice_of_rates_that_is_not_used_is_told_of(recwarn):
+    learn = ours(body_and_head, **{"fine_tune.freeze_epochs": 0})
+    learn.fit_recipe(1, 0.1)
+    assert not [each for each in recwarn if "slice" in str(each.message)]
+    for fit in (lambda: learn.fit_recipe(1, slice(1e-3, 1e-1)), lambda: learn.fit_one_cycle(1, slice(1e-3, 1e-1))):
+        with pytest.warns(Notice, match="times the head's learning rate, in place of those of the slice"):
+            fit()

@@ -5,7 +5,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from functorch.compile import aot_function, nop
-from timm.layers import get_notrace_functions, get_notrace_modules
+from timm.layers import SEModule, get_notrace_functions, get_notrace_modules
 from timm.models import group_parameters
 from timm.task import LogitDistillationTask
 from torch import nn
@@ -149,8 +149,8 @@ def test_folding_batch_norms_changes_nothing_but_their_number(name):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    folded = fold_batch_norms(model)
     x = torch.randn(3, 3, *((224, 224) if name.startswith("vit") else (32, 32)))
+    folded = fold_batch_norms(model, x.shape[1:])
     assert model.training
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
@@ -169,7 +169,7 @@ def test_a_network_that_cannot_be_traced_is_folded_to_a_copy():
             return self.bn(self.conv(x)) if x.mean() > 0 else x
 
     model = Branching()
-    folded = fold_batch_norms(model)
+    folded = fold_batch_norms(model, (3, 4, 4))
     assert folded is not model
     assert model.training
     assert not folded.training
@@ -226,7 +226,7 @@ def test_what_is_folded_computes_what_it_did(kind):
     model = Odd(kind)
     model.bn.running_mean.normal_()
     model.bn.running_var.uniform_(2, 3)
-    folded, x = fold_batch_norms(model), torch.rand(2, 3, 4, 4)
+    folded, x = fold_batch_norms(model, (3, 4, 4)), torch.rand(2, 3, 4, 4)
     torch.testing.assert_close(folded(x), model.eval()(x))
     left = sum(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
     assert left == (kind in ("hook", "weight"))
@@ -413,4 +413,27 @@ def test_a_convolution_that_is_called_again_is_not_folded_twice(norms):
     for _ in range(20):
         model(3 * torch.randn(16, 3, 8, 8) + 1)
     x = torch.randn(8, 3, 8, 8)
-    torch.testing.assert_close(fold_batch_norms(model.eval())(x), model(x))
+    torch.testing.assert_close(fold_batch_norms(model.eval(), (3, 8, 8))(x), model(x))
+
+
+def test_squeeze_and_excitation_is_in_one_of_its_places():
+    for se in (True, "block", "Stem"):
+        with pytest.raises(ValueError, match="it must be 'stem', 'blocks' or None"):
+            timm.create_model("dmsresnet_tiny", se=se)
+    for name in ("dmsresnet_tiny_plain", "test_dmsresnet_plain", "dmsresnet_plain"):
+        assert any(isinstance(module, SEModule) for module in timm.create_model(name, se="blocks").modules())
+
+
+@pytest.mark.parametrize("depths", [(1, 1), (1, 1, 1, 1)])
+def test_features_are_those_of_all_stages_however_many_there_are(depths):
+    widths = (8, 16, 24, 32)[: len(depths)]
+    network = timm.create_model("dmsresnet_tiny", depths=depths, widths=widths, features_only=True)
+    maps = network(torch.zeros(1, 3, 32, 32))
+    assert [x.shape[1] for x in maps] == [8, *widths]
+
+
+def test_a_size_of_none_is_no_other_size():
+    network = timm.create_model("test_cct", img_size=16)
+    before = network.pos_embed.clone()
+    network.set_input_size(img_size=None)
+    assert (network.img_size, torch.equal(network.pos_embed, before)) == ((16, 16), True)

@@ -10,7 +10,7 @@ import torch
 from fastai.learner import load_learner
 from torch import nn
 
-from dms_fastai import UserError, dms_learner
+from dms_fastai import UserError, dms_learner, load_data
 from dms_fastai.training import muon
 from dms_fastai.training.muon import COEFFICIENTS, StackedMuon
 from dms_fastai.training.optimizers import OPTIMIZERS, SGD, AdamW, Lookahead, Muon, optimizer, parameters_called
@@ -331,3 +331,17 @@ def test_a_stopped_run_with_muon_ends_as_one_without_interruption(dms, tmp_path)
         pass
     assert code == 0
     same_run(tmp_path / "whole" / "fast" / "seed0", tmp_path / "pieces" / "fast" / "seed0")
+
+
+def test_weights_that_are_loaded_are_not_drawn_back_by_lookahead(tmp_path):
+    settings = {"lookahead.k": 3, "optimizer.momentum": 0.0, "optimizer.weight_decay": 0.0}
+    dls = load_data("digits", bs=256, device="cpu")
+    learn = quiet(dms_learner(dls, "se", arch="test_dmsresnet", settings=settings, path=tmp_path))
+    learn.fit(1, 0.1)
+    learn.save("early", with_opt=False)
+    early = learn.model.fc.weight.clone()
+    learn.fit(2, 0.1)
+    assert not torch.allclose(learn.model.fc.weight, early, atol=1e-3)
+    learn.load("early", with_opt=False)
+    learn.fit(1, 1e-9)
+    torch.testing.assert_close(learn.model.fc.weight, early, rtol=0, atol=1e-6)

@@ -213,6 +213,16 @@ def test_all_end_with_one_line(launcher, tmp_path, args, words):
 # Python
 
 
+def test_a_data_set_smaller_than_a_batch_is_refused_before_anything_is_written(launcher, tmp_path):
+    """Its batches are as large as it is: three images."""
+    images, labels = np.zeros((5, 8, 8), np.uint8), np.arange(5) % 2
+    np.savez(tmp_path / "few.npz", train_images=images, train_labels=labels)
+    args = ("run", "se", "--data", "few.npz", "--set", "data.valid=0.3", "--device", "cpu", "--out", "x")
+    assert launcher.run(tmp_path, *args) == [2, 2]
+    assert "2 processes cannot share a batch of 3 images" in launcher.log.read_text()
+    assert not (tmp_path / "x").exists()
+
+
 def test_lr_find_is_refused_before_it_waits_for_the_others(dls, tmp_path, monkeypatch):
     learn = quiet(dms_learner(dls, "se", path=tmp_path))
     monkeypatch.setattr(processes, "_size", 2)

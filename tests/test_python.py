@@ -484,3 +484,16 @@ def test_arguments_that_mean_nothing_are_said(few, call, words):
 def test_statistics_come_as_people_have_them(kind):
     found = load_data("digits", bs=256, mean=kind([0.5, 0.25, 0.5]), std=kind([0.25, 0.5, 0.5])).train
     assert (found.mean, found.std) == ((0.5, 0.25, 0.5), (0.25, 0.5, 0.5))
+
+
+def test_a_misspelt_argument_of_load_data_is_named():
+    for given, words in (({"flp": 0.5}, "did you mean 'flip'"), ({"batch_tfms": []}, "load_data has no batch_tfms")):
+        with pytest.raises(UserError, match=words):
+            load_data("digits", **given)
+
+
+def test_epochs_are_a_whole_number(dls):
+    learn = dms_learner(dls, "se", arch="test_dmsresnet")
+    for epochs in ("3", 0, 1.5):
+        with pytest.raises(UserError, match="epochs is"):
+            learn.fit_recipe(epochs)

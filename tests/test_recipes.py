@@ -324,3 +324,20 @@ def test_a_teacher_that_teaches_nobody_is_refused(tmp_path):
     assert load_recipe(tmp_path / "a.toml", settings={"distill": True}).teacher == "baseline"
     (tmp_path / "run.json").write_text("{}")  # a run's own recipe, whose distillation was switched off
     assert load_recipe(tmp_path / "a.toml").distill is None
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings", "words"),
+    [
+        ("kd", {"feature_distill": True, "sam": True}, "feature_distill does not go with sam"),
+        ("kd", {"feature_distill": True, "fixed_views": True}, "feature_distill does not go with fixed_views"),
+        ("se", {"feature_distill": True}, "feature_distill needs a teacher"),
+        ("se", {"optimizer": "adamw"}, "write optimizer.name=adamw"),
+        ("se", {"model": "resnet18"}, "write model.name=resnet18"),
+        ("se", {"mixup": "yes"}, "mixup is 'yes'; it must be true, false or a table"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_is(recipe, settings, words):
+    with pytest.raises(UserError) as error:
+        load_recipe(recipe, settings=settings)
+    assert words in error.value.message

@@ -13,7 +13,9 @@ import timm
 import torch
 from fastai.callback.mixup import CutMix as StockCutMix
 from fastai.callback.mixup import MixUp as StockMixUp
+from PIL import Image
 from safetensors.torch import save
+from timm.models import _registry as registry
 
 from dms_fastai import UserError, dms_learner, load_data, load_recipe, load_teacher
 from dms_fastai.models.build import Model
@@ -311,3 +313,22 @@ def test_a_reader_that_has_had_enough_is_no_error():
     )
     assert done.stderr == ""
     assert len(done.stdout.splitlines()) == 1
+
+
+def test_weights_of_a_network_that_somebody_has_registered_ask_for_that(dms, tmp_path):  # noqa: F811
+    """A run of it can be reported without; its weights need the module that registers it."""
+    name = "dmsresnet_of_a_stranger"
+
+    def made(pretrained=False, **kwargs):
+        return timm.create_model("test_dmsresnet", **{k: v for k, v in kwargs.items() if k != "pretrained_cfg"})
+
+    made.__name__, made.__module__ = name, "dms_fastai.models.dmsresnet"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(registry._model_entrypoints, name, made)
+        args = ["run", "se", "--arch", name, "--epochs", 1, "--set", "data.batch_size=700", "--device", "cpu"]
+        assert dms(*args, "--out", "x")[0] == 0
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    code, _, err = dms("predict", "x/se/seed0", "a.png")
+    assert (code, "first import the module that registers it with timm" in err) == (2, True)
+    code, out, _ = dms("report", "x", "--out", "r")
+    assert (code, "left out" in out) == (0, False)

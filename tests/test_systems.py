@@ -351,6 +351,53 @@ def test_side_by_side_none_is_begun_that_could_only_overrun(tmp_path, monkeypatc
     assert reason == (None if begun else "time limit")
 
 
+def test_what_failed_side_by_side_says_its_own_error_and_not_that_of_a_process_before(tmp_path):
+    """Of a log to which another process writes, too, such as one that goes on without its parent."""
+    said = []
+    [job] = jobs(tmp_path, "se")
+    job.log.parent.mkdir()
+    job.log.write_text("dms-fastai: error: an old one\n")
+    job.begin, job.process = job.log.stat().st_size, types.SimpleNamespace(poll=lambda: 2)
+    with job.log.open("a") as log:
+        log.write("$ ...\ndms-fastai: error: x is in use\n" + "epoch 1/9\n" * 9)
+    assert at_once.complain([job], [], types.SimpleNamespace(print=lambda text, **_: said.append(text))) == 2
+    assert said == [f"--- {job.log}", "dms-fastai: error: x is in use"]
+    with job.log.open("a") as log:
+        job.begin = log.tell()
+        log.write("Traceback:\n" + "  line\n" * 9 + "ValueError: 3\n")
+    at_once.complain([job], [], types.SimpleNamespace(print=lambda text, **_: said.append(text)))
+    assert said[-1].splitlines() == ["  line"] * 4 + ["ValueError: 3"]
+
+
+# Signals
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no SIGHUP")
+def test_a_signal_that_nohup_has_a_process_ignore_does_not_stop_it():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop.StopOnRequest(None).listening() as request:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not request.asked()
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert request.asked()
+        with at_once._signals() as asked:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert asked == ["SIGTERM"]
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a process's parent is known elsewhere even if it has ended")
+def test_a_process_whose_parent_has_been_killed_stops_as_if_it_had_been_told_to(dms):  # noqa: F811
+    args = ["run", "se", "--arch", "test_dmsresnet", "--epochs", 1, "--set", "data.batch_size=700", "--device", "cpu"]
+    code, out, _ = dms(*args, "--parent", os.getpid())
+    assert (code, "stopped (SIGTERM): + SE, interrupted, epoch 0/1" in out) == (143, True)
+    assert dms(*args, "--parent", os.getppid())[0] == 0
+
+
 # Between the stages of a process
 
 

@@ -344,3 +344,17 @@ def test_a_class_that_the_teacher_does_not_know_is_named(tmp_path):
     make_folder(tmp_path, ("test",))
     with pytest.raises(UserError, match="has a class 'green' that the teacher does not know"):
         load_data(tmp_path, size=8, classes=["blue", "red"])
+
+
+def test_validated_training_images_are_the_labelled_ones(tmp_path, teacher):
+    dls = load_data(digits_npz(tmp_path / "few.npz"), bs=50, device="cpu", flip=0.0, pad=0.0)
+    learn = quiet(dms_learner(dls, "cpu/kd", teacher=teacher, arch=network(), settings={"bf16": False}))
+    for trained in (False, True):
+        if trained:
+            learn.fit_recipe(epochs=1)
+        x, y = dls.train.load_batch(torch.arange(160))
+        with torch.no_grad():
+            logits = learn.model.eval()(x).double()
+        loss, accuracy = learn.validate(0)
+        assert accuracy == pytest.approx((logits.argmax(1) == y).double().mean().item())
+        assert loss == pytest.approx(torch.nn.functional.cross_entropy(logits, y).item(), rel=1e-4)

@@ -1,5 +1,6 @@
 """Knowledge distillation: a teacher whose logits enter the loss."""
 
+import copy
 import math
 from dataclasses import asdict
 from typing import Any
@@ -69,8 +70,8 @@ class TeacherDistill(Callback):
         refuse_twin(self)
         if self.teacher is None:
             raise UserError(
-                "this Learner was exported without its teacher; set learn.teacher_distill.teacher = load_teacher(...), "
-                "or remove the callback: learn.remove_cb(TeacherDistill)"
+                "this Learner was exported or copied without its teacher; set learn.teacher_distill.teacher = "
+                "load_teacher(...), or remove the callback: learn.remove_cb(TeacherDistill)"
             )
         if self.given and isinstance(self.learn.loss_func, DMSLoss):
             raise UserError(f"{', '.join(self.given)} given to TeacherDistill, but DMSLoss has its own; set it there")
@@ -92,7 +93,9 @@ class TeacherDistill(Callback):
             )
         device = next(self.learn.model.parameters()).device
         self.made_of = self.teacher
-        self.network = folded(self.teacher.model).to(device, memory_format=torch.channels_last)
+        teacher = self.teacher
+        frozen = copy.deepcopy(teacher.model) if images is None else folded(teacher.model, images.shape, teacher.size)
+        self.network = frozen.eval().to(device, memory_format=torch.channels_last)
         self.size, self.affine = self.teacher.size, self._affine(device)
         if isinstance(dls.train_ds, ImageSet):  # which may hold larger images than the student's
             self._fill_sizes(dls.train_ds.shape[1:])

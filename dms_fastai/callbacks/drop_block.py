@@ -19,11 +19,13 @@ class DropBlockSchedule(Callback):
 
     The rate of a step is `highest * (1 - lr / highest lr of the fit)`: it begins anew with every cycle of the learning
     rate. Nothing but the learning rate goes into it, so that a resumed fit goes on with the same rates. Without a
-    schedule of the learning rate it stays 0.
+    schedule of the learning rate it stays 0. After the fit, the modules have the rates that they had.
     """
 
     order, run_valid = order_of("drop_block"), False
-    _stateattrs = ("blocks",)
+    blocks: tuple[DropBlock, ...] = ()
+    rates: tuple[float, ...] = ()
+    _stateattrs = ("blocks", "rates")
 
     def __init__(self, highest: Share = 0.1):
         """
@@ -37,7 +39,9 @@ class DropBlockSchedule(Callback):
         self.highest = highest
 
     def before_train(self) -> None:
-        self.blocks = [module for module in self.learn.model.modules() if isinstance(module, DropBlock)]
+        if not self.blocks:
+            self.blocks = tuple(module for module in self.learn.model.modules() if isinstance(module, DropBlock))
+            self.rates = tuple(block.rate for block in self.blocks)
         if not self.blocks:
             raise UserError(
                 f"{type(self.learn.model).__name__} has no DropBlock whose rate could be scheduled; take another "
@@ -49,6 +53,15 @@ class DropBlockSchedule(Callback):
         rate = self.highest * (1 - self.learn.opt.hypers[-1]["lr"] / self.highest_lr)
         for block in self.blocks:
             block.rate = rate
+
+    def after_fit(self) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Give the modules their own rates back. A Learner calls this if an exception ends a fit without an event."""
+        for block, rate in zip(self.blocks, self.rates, strict=True):
+            block.rate = rate
+        self.blocks = self.rates = ()
 
 
 def highest_lr(learn: Learner) -> float:

@@ -33,13 +33,14 @@ class EMA(Callback):
         Args:
             decay: Share of the average that each step keeps; in step n at most (1 + n) / (10 + n), so that the first
                 weights are soon forgotten.
-            every: Average only every so many steps, with decay to the power of `every`: as good, and less work.
+            every: Average only every so many steps, and before validation and at the end, with decay to the power of
+                the steps since: as good, and less work.
 
         Raises:
             UserError: A value out of range.
         """
         super().__init__()
-        self.decay, self.every, self.steps = decay, every, 0
+        self.decay, self.every, self.steps, self.since = decay, every, 0, 0
         self.pairs: tuple[list[Tensor], list[Tensor]] | None = None
         self.counters: list[tuple[Tensor, Tensor]] | None = None
 
@@ -56,10 +57,10 @@ class EMA(Callback):
     def begin(self) -> None:
         """Begin to average, or go on with what was saved."""
         model = self.learn.model
-        self.average, self.steps = copy.deepcopy(model).eval().requires_grad_(False), 0
+        self.average, self.steps, self.since = copy.deepcopy(model).eval().requires_grad_(False), 0, 0
         if self.saved is not None:
             self.average.load_state_dict(self.saved["average"])
-            self.steps, self.saved = self.saved["steps"], None
+            self.steps, self.since, self.saved = self.saved["steps"], self.saved["since"], None
         ours, theirs = (list(m.state_dict().values()) for m in (self.average, model))
         places = {value.data_ptr(): index for index, value in enumerate(ours) if value.is_floating_point()}
         floats = sorted(places.values())  # of weights that are shared, once
@@ -70,22 +71,28 @@ class EMA(Callback):
         self.put_back()
 
     def after_step(self) -> None:
-        self.steps += 1
+        self.steps, self.since = self.steps + 1, self.since + 1
         for ours, theirs in self.counters:  # batches are counted, not averaged
             ours.copy_(theirs)
-        if self.steps % self.every:
-            return
-        decay = min(self.decay, (1 + self.steps) / (10 + self.steps)) ** self.every
+        if self.since == self.every:
+            self.catch_up()
+
+    def catch_up(self) -> None:
+        """Average the weights as they are now, for all steps since the last time."""
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps)) ** self.since
         with torch.no_grad():
             torch._foreach_lerp_(*self.pairs, 1 - decay)
+        self.since = 0
 
     def before_validate(self) -> None:
         if self.average is not None and self.raw is None:  # outside a fit the model is the average already
+            self.catch_up()
             self.raw, self.learn.model = self.learn.model, self.average
 
     def after_fit(self) -> None:
         self.put_back()
         if self.average is not None:  # None outside a fit, or if another callback cancelled it before it began
+            self.catch_up()
             self.learn.model.load_state_dict(self.average.state_dict())
         self.release()
 
@@ -101,7 +108,7 @@ class EMA(Callback):
 
     def state(self) -> dict[str, Any]:
         """What `restore` needs to resume the average."""
-        return {"average": self.average.state_dict(), "steps": self.steps}
+        return {"average": self.average.state_dict(), "steps": self.steps, "since": self.since}
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Have the next fit resume with a saved average."""

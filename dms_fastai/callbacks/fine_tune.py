@@ -1,6 +1,9 @@
 """Fine-tuning: the head of a trained network alone at first, then all of it, the body at a lower learning rate."""
 
+import numpy as np
 from fastai.callback.core import Callback
+from fastai.callback.schedule import ParamScheduler
+from fastai.learner import Learner
 from fastai.torch_core import norm_bias_params
 from torch import nn
 
@@ -24,8 +27,8 @@ class FineTune(Callback):
     order, run_valid = order_of("fine_tune"), False
     name = "fine_tuning"  # fastai's would hide Learner.fine_tune
     frozen: tuple[nn.Parameter, ...] = ()
-    shares: list[float] | None = None
-    _stateattrs = ("frozen", "shares")
+    lr_shares: list[float] | None = None
+    _stateattrs = ("frozen", "lr_shares")
 
     def __init__(self, freeze_epochs: Steps = 1, body_lr: PositiveShare = 0.01):
         """
@@ -43,7 +46,7 @@ class FineTune(Callback):
         self.release()  # if an exception ended the last fit
 
     def before_train(self) -> None:
-        if self.shares is None:  # not before_fit, which fastai also sends before it validates or predicts
+        if self.lr_shares is None:  # not before_fit, which fastai also sends before it validates or predicts
             self.begin()
         if self.learn.epoch < self.freeze_epochs:
             self.freeze()
@@ -65,14 +68,17 @@ class FineTune(Callback):
                 f"the head alone is trained: freeze_epochs is {self.freeze_epochs}, of {self.learn.n_epoch}; for "
                 f"the body, too, take more --epochs, or --set fine_tune.freeze_epochs=0"
             )
-        self.shares = [self.body_lr ** (1 - place / last) for place in range(last + 1)]
+        if has_a_rate_for_each_group(self.learn):
+            share = f"{self.body_lr:g} times the head's learning rate"
+            notice(f"FineTune gives the body {share}, in place of those of the slice")
+        self.lr_shares = [self.body_lr ** (1 - place / last) for place in range(last + 1)]
 
     def before_batch(self) -> None:
         learn = self.learn
         if learn.epoch == self.freeze_epochs > 0 and learn.iter == 0:  # also where a fit resumes here, with momenta
             learn.opt.clear_state()
         lr = learn.opt.hypers[-1]["lr"]
-        learn.opt.set_hyper("lr", [lr * share for share in self.shares])
+        learn.opt.set_hyper("lr", [lr * share for share in self.lr_shares])
 
     def after_fit(self) -> None:
         self.release()
@@ -80,7 +86,7 @@ class FineTune(Callback):
     def release(self) -> None:
         """Thaw the body. A Learner calls this if an exception ends a fit without an event."""
         self.thaw()
-        self.shares = None
+        self.lr_shares = None
 
     def freeze(self) -> None:
         """Have the body get no gradients, except for its norms."""
@@ -93,10 +99,16 @@ class FineTune(Callback):
             p.grad = None  # of a fit before: the optimiser would go on with it
 
     def thaw(self) -> None:
-        """Have what `freeze` froze get gradients again, and no other weight a head start."""
+        """Have what `freeze` froze get gradients again, and have the optimiser forget the momenta of all weights."""
         if not self.frozen:
             return
         for p in self.frozen:
             p.requires_grad_(True)
         self.frozen = ()
         self.learn.opt.clear_state()  # torch's fused SGD needs the momenta of all weights or of none
+
+
+def has_a_rate_for_each_group(learn: Learner) -> bool:
+    """Whether a schedule of the fit gives each group of parameters its own learning rate."""
+    schedules = [cb.scheds["lr"] for cb in learn.cbs if isinstance(cb, ParamScheduler) and "lr" in cb.scheds]
+    return any(len(set(np.ravel(schedule(0.5)))) > 1 for schedule in schedules)

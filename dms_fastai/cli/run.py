@@ -1,6 +1,7 @@
 """Commands that train what they are told to: run, plan, prune."""
 
 import gc
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -88,6 +89,7 @@ def run(
     deterministic: Annotated[bool, typer.Option("--deterministic", help="Repeatable on a GPU, but slower.")] = False,
     profile: Annotated[bool, typer.Option("--profile", help="Print where step time goes; trace a few steps.")] = False,
     into: Annotated[Path | None, typer.Option(hidden=True)] = None,  # for the processes of --at-once
+    parent: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Train recipes and the teachers that they need, and print the results. After a stop, the same command resumes."""
     load = Load()
@@ -139,6 +141,7 @@ def run(
         be_deterministic()
     elif manner.device.type == "cpu" and at_once == processes.count() == 1 and "OMP_NUM_THREADS" not in os.environ:
         manner = replace(manner, threads=choose_threads(load))
+    manner = replace(manner, parent=parent)
     if wait:
         manner = replace(manner, wait=Patience(console.say, deadline))
     if wanted.teacher is not None:
@@ -149,7 +152,8 @@ def run(
     def planned() -> "tuple[list[Stage], str | Path | None]":
         stages = _planned(wanted, opened, manner)
         for stage in stages:  # before anything is trained
-            processes.rows_of(stage.recipe.data.batch_size, size)
+            images = len(opened.sets(stage.recipe).trained) if size > 1 else math.inf
+            processes.rows_of(min(stage.recipe.data.batch_size, images), size)
             if not restart:
                 refuse_other_recipe(stage.recipe, stage.folder)
         return stages, opened.teaching
@@ -168,7 +172,7 @@ def run(
         options += [] if checkpoint_steps is None else ["--checkpoint-steps", str(checkpoint_steps)]
         _train_at_once(stages, wanted.root, at_once, options, manner)
     else:
-        _train_in_turn(stages, opened, manner)
+        _train_in_turn(stages, opened, manner, more=bool(students))
     for seed in wanted.seeds:
         wished = [stage for stage in stages if stage.seed == seed and not stage.recipe.name.endswith(ALONE)]
         last = wished[-1].folder
@@ -327,7 +331,8 @@ def prune(
     )
 
 
-def _train_in_turn(stages: "list[Stage]", opened: "Opened", manner: "Manner") -> None:
+def _train_in_turn(stages: "list[Stage]", opened: "Opened", manner: "Manner", more: bool = False) -> None:
+    """Train stages one after another, and print their results; `more`: the command has more to do afterwards."""
     from ..run_folder import Run
     from ..runs.advice import teacher_advice
     from ..runs.progress import ahead
@@ -349,7 +354,7 @@ def _train_in_turn(stages: "list[Stage]", opened: "Opened", manner: "Manner") ->
         to_come = ahead(stages[place:], stages[: place - 1], manner.restart)
         result = run_stage(stage, opened, replace(manner, ahead=to_come), console)
         reason = result.facts.stopped_by
-        if reason is not None and (not result.finished or place < len(stages)):
+        if reason is not None and (not result.finished or place < len(stages) or more):
             stopped(reason, f"{result.facts.title}, {result.state or 'finished'}", manner.restart)
         runs[stage.folder.path] = result
         if teacher is not None and teacher.path in runs and stage.recipe.prune is None:
@@ -402,7 +407,7 @@ def _prune_and_export(student: "Stage", wanted: Wanted, opened: "Opened", manner
     from ..edge import files_of
 
     [pruned] = _planned(wanted.pruning(student.folder, student.seed), opened, manner)
-    _train_in_turn([pruned], opened, manner)
+    _train_in_turn([pruned], opened, manner, more=True)
     rows = files_of([student.folder, pruned.folder], opened.sets(student.recipe), console.say)
     return [replace(row, name=f"{row.name}, seed {student.seed}") if len(wanted.seeds) > 1 else row for row in rows]
 

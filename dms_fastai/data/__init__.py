@@ -1,6 +1,8 @@
 """Images: sources, batched augmentation and the loader; `load_data` puts them together."""
 
 from collections.abc import Sequence
+from dataclasses import fields
+from inspect import signature
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,7 @@ from typing import Any
 import torch
 from fastai.data.core import DataLoaders
 
-from ..errors import UserError
+from ..errors import UserError, unknown
 from ..models.dmsresnet import MEAN, STD
 from ..names import source_name
 from ..settings import Pixels, convert
@@ -20,6 +22,7 @@ from .sets import Data, Sets
 __all__ = ["BatchLoader", "Crops", "Data", "ImageSet", "Sets", "load_data", "source_name"]
 
 NO_FLIP = {"digits"}
+FASTAIS = ("item_tfms", "batch_tfms", "after_item", "after_batch")
 
 
 def load_data(
@@ -60,6 +63,14 @@ def load_data(
     Raises:
         UserError: Data that are missing or cannot be trained on, or a setting out of range.
     """
+    known = [field.name for field in fields(Crops)]
+    for name in crops:
+        if name not in known:
+            if name in FASTAIS:
+                raise UserError(
+                    f"load_data has no {name}; augment by callbacks, or give dms_learner DataLoaders of fastai's own"
+                )
+            raise unknown("argument of load_data", name, [*signature(load_data).parameters, *known])
     chosen = Data(bs, size, valid, None if labels is None else str(labels), balance, where)
     if crops.get("flip") is None:
         crops.pop("flip", None)

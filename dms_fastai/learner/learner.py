@@ -31,11 +31,12 @@ from ..models.groups import body_and_head
 from ..models.staged import StagedNet
 from ..recipes import Recipe, load_recipe
 from ..schema import load
+from ..settings import Count, convert
 from ..trained import Inputs, answers, begin_from, check_teacher, expected_by, inputs_of, load_teacher, pruned
 from ..trained.inputs import seen_of, shortest
 from ..training.losses import DMSLoss, check_class_weights
 from ..training.onednn import strided_convolutions
-from ..training.optimizers import optimizer, parameters_called
+from ..training.optimizers import GroupedOptimWrapper, optimizer, parameters_called
 from ..training.parts import PARTS
 from .arguments import (
     check_kinds,
@@ -75,8 +76,7 @@ class DMSLearner(EventLearner):
         recipe = self.recipe
         epochs = recipe.schedule.epochs if epochs is None else epochs
         lr = self.lr if lr is None else lr
-        if epochs < 1:
-            raise UserError(f"epochs is {epochs}; it must be at least 1")
+        epochs = convert(epochs, Count, "epochs")
         check_rate(lr)
         schedule = replace(recipe.schedule, epochs=epochs).build()
         if self.opt is None:
@@ -156,6 +156,12 @@ class DMSLearner(EventLearner):
                 for callback in self.cbs:
                     if hasattr(type(callback), "release"):
                         callback.release()
+
+    def load(self, file: Any, device: Any = None, **kwargs: Any) -> Any:
+        """`Learner.load`, after which Lookahead does not draw the weights back to those before."""
+        if isinstance(self.opt, GroupedOptimWrapper):
+            self.opt.forget_slow_weights()
+        return super().load(file, device, **kwargs)
 
     def validate(self, ds_idx: int = 1, dl: Any = None, cbs: Any = None) -> Any:
         """`Learner.validate`, of which nothing takes note that watches the epochs of a fit."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import processes
 from ..callbacks.distill import TeacherDistill
 from ..callbacks.feature_distill import FeatureDistill
+from ..data.loader import unlabelled_images
 from ..errors import UserError
 from ..training.losses import UNLABELLED, DMSLoss
 
@@ -70,6 +71,15 @@ class Recorder(fastai.Recorder):
         smooth_loss, *metrics = super()._train_mets or [None]
         return L() if smooth_loss is None else L(smooth_loss, *self.parts, *metrics)
 
+    def before_train(self) -> None:
+        super().before_train()
+        self.partial = unlabelled_images(self.learn.dls) > 0
+
+    def before_validate(self) -> None:
+        super().before_validate()
+        dls, seen = self.learn.dls, getattr(self.learn.dl, "dataset", None)
+        self.partial = unlabelled_images(dls) > 0 and seen is dls.train_ds
+
     def after_loss(self) -> None:
         if self.learn.training:
             for part in self.parts:
@@ -77,11 +87,15 @@ class Recorder(fastai.Recorder):
 
     def after_batch(self) -> None:
         learn = self.learn
-        if not learn.training or not len(learn.yb):
-            super().after_batch()
+        if not len(learn.yb):
+            return
+        if not learn.training:
+            with labelled_alone(learn, self.partial):
+                if len(learn.yb[0]):
+                    super().after_batch()
             return
         self.smooth_loss.accumulate(learn)
-        with labelled_alone(learn):
+        with labelled_alone(learn, self.partial):
             for metric in learn.metrics if len(learn.yb[0]) else ():
                 metric.accumulate(learn)
         learn.smooth_loss = self.smooth_loss.value
@@ -128,9 +142,12 @@ class Recorder(fastai.Recorder):
 
 
 @contextmanager
-def labelled_alone(learn: Any) -> Iterator[None]:
-    """Until the block ends, a batch has only the images that have a label. To pick them waits for the device."""
-    if not getattr(learn.loss_func, "partial", False):
+def labelled_alone(learn: Any, partial: bool) -> Iterator[None]:
+    """Until the block ends, a batch has only the images that have a label, if it is `partial` and has others.
+
+    To pick them waits for the device.
+    """
+    if not partial:
         yield
         return
     pred, yb = learn.pred, learn.yb

@@ -101,7 +101,7 @@ def try_network(network: nn.Module, name: str, num_classes: int, shape: tuple[in
         shape: Channels, height and width of the images.
         hint: What to do if it does not take them.
     """
-    training = [module for module in network.modules() if module.training]
+    training = modules_in_training(network)
     device = next((value.device for value in network.state_dict().values()), "cpu")
     try:
         with torch.no_grad():
@@ -114,6 +114,11 @@ def try_network(network: nn.Module, name: str, num_classes: int, shape: tuple[in
     given = tuple(logits.shape) if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
     if given != (1, num_classes):
         raise UserError(f"{name} gives {given} for an image, not {num_classes} logits; take another architecture")
+
+
+def modules_in_training(network: nn.Module) -> list[nn.Module]:
+    """Which of its modules are in training mode. A frozen TorchScript module has no mode."""
+    return [module for module in network.modules() if getattr(module, "training", False)]
 
 
 def described(shape: tuple[int, ...]) -> str:

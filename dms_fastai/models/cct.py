@@ -159,8 +159,10 @@ class CCT(nn.Module):
         self.apply(_init_linear)
 
     @torch.jit.ignore
-    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+    def set_input_size(self, img_size: int | tuple[int, int] | None = None) -> None:
         """Take images of another size; the table of positions is resampled, or computed anew. timm's name for it."""
+        if img_size is None:
+            return
         table, before = self.pos_embed, self.grid_size
         self.img_size = tuple(to_2tuple(img_size))
         self.grid_size = tuple((side + 1) // 2 for side in self.img_size)

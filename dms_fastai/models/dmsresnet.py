@@ -28,6 +28,8 @@ STD = (0.2023, 0.1994, 0.2010)
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 PRETRAINED = Path(__file__).parent / "pretrained"
+DEPTHS = (4, 4, 3)
+SE_PLACES = ("stem", "blocks", None)
 
 
 def conv_bn(in_chs: int, out_chs: int, kernel_size: int, stride: int = 1, **dd: Any) -> list[nn.Module]:
@@ -118,7 +120,7 @@ class DMSResNet(StagedNet):
     def __init__(
         self,
         block: type[ResidualBlock] = BasicBlock,
-        depths: tuple[int, ...] = (4, 4, 3),
+        depths: tuple[int, ...] = DEPTHS,
         widths: tuple[int, ...] = (64, 128, 256),
         se: Literal["stem", "blocks"] | None = "stem",
         num_classes: int = 10,
@@ -146,11 +148,14 @@ class DMSResNet(StagedNet):
                 None: the planes of its stage. A pruned network has fewer; its blocks' outputs stay as wide.
 
         Raises:
-            ValueError: `depths` and `widths` differ in length, or `mid_widths` is not a width for each block.
+            ValueError: `depths` and `widths` differ in length, `se` is something else, or `mid_widths` is not a width
+                for each block.
         """
         super().__init__()
         if len(depths) != len(widths):
             raise ValueError(f"depths {depths} and widths {widths} do not have the same length")
+        if se not in SE_PLACES:
+            raise ValueError(f"se is {se!r}; it must be 'stem', 'blocks' or None")
         if mid_widths is not None and (len(mid_widths) != sum(depths) or not all(map(_is_width, mid_widths))):
             raise ValueError(f"mid_widths {mid_widths} must be {sum(depths)} whole numbers above 0, one for each block")
         dd = {"device": device, "dtype": dtype}
@@ -191,7 +196,8 @@ def _is_width(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _create_dmsresnet(variant: str, pretrained: bool, num_stages: int = 3, **kwargs: Any) -> DMSResNet:
+def _create_dmsresnet(variant: str, pretrained: bool, **kwargs: Any) -> DMSResNet:
+    num_stages = len(kwargs.get("depths", DEPTHS))
     feature_cfg = dict(out_indices=tuple(range(num_stages + 1)), flatten_sequential=True)
     model = build_model_with_cfg(DMSResNet, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
     model.pretrained_cfg = model.default_cfg = model.pretrained_cfg | {"file": None}  # a place on this machine
@@ -282,7 +288,7 @@ def dmsresnet50(pretrained: bool = False, **kwargs: Any) -> DMSResNet:
     23,521,422 parameters, 1,297.8 M MACs.
     """
     args = dict(block=Bottleneck, depths=(3, 4, 6, 3), widths=(64, 128, 256, 512))
-    return _create_dmsresnet("dmsresnet50", pretrained, num_stages=4, **dict(args, **kwargs))
+    return _create_dmsresnet("dmsresnet50", pretrained, **dict(args, **kwargs))
 
 
 @register_model
@@ -337,7 +343,7 @@ def dmsresnet_tiny_plain(pretrained: bool = False, **kwargs: Any) -> DMSResNet:
 
     56,538 parameters, 11.1 M MACs.
     """
-    return _create_dmsresnet("dmsresnet_tiny_plain", pretrained, **dict(TINY, se=None, **kwargs))
+    return _create_dmsresnet("dmsresnet_tiny_plain", pretrained, **dict(TINY | dict(se=None), **kwargs))
 
 
 # The former names of these two. Recipes and finished runs have them, and a run is resumed by the name in its recipe.
@@ -358,4 +364,4 @@ def test_dmsresnet_plain(pretrained: bool = False, **kwargs: Any) -> DMSResNet:
 
     56,538 parameters, 11.1 M MACs.
     """
-    return _create_dmsresnet("test_dmsresnet_plain", pretrained, **dict(TINY, se=None, **kwargs))
+    return _create_dmsresnet("test_dmsresnet_plain", pretrained, **dict(TINY | dict(se=None), **kwargs))

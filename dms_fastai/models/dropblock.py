@@ -41,4 +41,5 @@ class DropBlock(nn.Module):
         seeds = torch.rand_like(x[:, :1], dtype=torch.float32) < self.seed_rate
         blanked = F.max_pool2d(seeds.float(), 2, stride=1, padding=1)[:, :, :-1, :-1]
         left = blanked == 0
-        return x * (left.to(x.dtype) * left.numel() / left.sum().clamp(min=1))
+        scale = left.numel() / left.sum().clamp(min=1)  # not in half precision, where so many positions are infinite
+        return x * (left * scale).to(x.dtype)

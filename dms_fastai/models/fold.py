@@ -15,7 +15,7 @@ __all__ = ["fold_batch_norms"]
 ROUNDING = 1e-3  # of outputs, as a share of the largest
 
 
-def fold_batch_norms(model: nn.Module, shape: tuple[int, ...] | None = None) -> nn.Module:
+def fold_batch_norms(model: nn.Module, shape: tuple[int, ...]) -> nn.Module:
     """A frozen copy in evaluation mode, with batch norms folded into the convolutions before them where possible.
 
     It computes what `model.eval()` does with images alone, up to rounding, and saves a pass over memory for each batch
@@ -24,10 +24,13 @@ def fold_batch_norms(model: nn.Module, shape: tuple[int, ...] | None = None) -> 
 
     Args:
         model: The network.
-        shape: Channels, height and width of an image. If it is given, the copy is tried on noise, and the network stays
-            as it is where that gives something else: Python in its `forward` that torch.fx does not see.
+        shape: Channels, height and width of an image. The copy is tried on noise, and the network stays as it is where
+            that gives something else: Python in its `forward` that torch.fx does not see.
     """
-    model = copy.deepcopy(model).eval().requires_grad_(False)
+    model = copy.deepcopy(model).eval()
+    for parameter in model.parameters():
+        if parameter.is_leaf:  # a copy of TorchScript's are not
+            parameter.requires_grad_(False)
     if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
         return model
     if any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules()):
@@ -40,7 +43,7 @@ def fold_batch_norms(model: nn.Module, shape: tuple[int, ...] | None = None) -> 
         if any(hasattr(module, "weight") for module in again) or read & calls.keys():
             return model  # a norm folded for one call would change the others
         fused = fuse(traced, no_trace=True)
-        return fused if shape is None or _alike(fused, model, shape) else model
+        return fused if _alike(fused, model, shape) else model
     except Exception:  # a network that torch.fx cannot trace, for any of its reasons, stays as it is
         return model
 

@@ -12,7 +12,7 @@ from torch import nn
 from ..errors import UserError
 from ..files import whole
 from ..names import is_architecture
-from .card import ModelCard, read_card
+from .card import ModelCard, UnregisteredError, read_card
 
 __all__ = ["all_finite", "card_in", "load_weights", "save_weights", "shipped_weights"]
 
@@ -64,7 +64,7 @@ def load_weights(file: Path) -> tuple[nn.Module, ModelCard]:
     except KeyError:
         raise UserError(f"{file} does not say what model it holds; it was not written by dms_fastai") from None
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
-        raise UserError(f"{file} cannot be loaded ({_reason(error)}); train it again") from None
+        raise _unreadable(file, error) from None
     try:
         with torch.device("meta"):  # shapes alone: whatever the card asks for takes no memory
             _compare(card.build(), state)
@@ -75,7 +75,7 @@ def load_weights(file: Path) -> tuple[nn.Module, ModelCard]:
         if not all_finite(model):
             raise ValueError("its weights are NaN or infinite")
     except Exception as error:  # an architecture may raise anything
-        raise UserError(f"{file} cannot be loaded ({_reason(error)}); train it again") from None
+        raise _unreadable(file, error) from None
     return model, card
 
 
@@ -90,12 +90,13 @@ def card_in(file: Path) -> ModelCard | None:
             metadata = opened.metadata() or {}
         return read_card(metadata[KEY]) if KEY in metadata else None
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
-        raise UserError(f"{file} cannot be loaded ({_reason(error)}); train it again") from None
+        raise _unreadable(file, error) from None
 
 
 def all_finite(model: nn.Module) -> bool:
     """Whether every weight and statistic is a finite number; one wait for the device."""
-    floats = [t.detach() for t in model.state_dict().values() if t.is_floating_point() and t.numel()]
+    values = (t for t in model.state_dict().values() if isinstance(t, torch.Tensor) and not t.is_quantized)
+    floats = [t.detach() for t in values if t.is_floating_point() and t.numel()]
     return bool(torch.stack(torch._foreach_norm(floats, float("inf"))).isfinite().all()) if floats else True
 
 
@@ -105,6 +106,13 @@ def _compare(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):
             raise ValueError(f"{name} is {theirs.get(name)} in the file and {ours.get(name)} in the model of its card")
+
+
+def _unreadable(file: Path, error: Exception) -> UserError:
+    """The error for a file of weights, with what to do about it."""
+    own = isinstance(error, UnregisteredError)
+    then = "if it is your own, first import the module that registers it with timm" if own else "train it again"
+    return UserError(f"{file} cannot be loaded ({_reason(error)}); {then}")
 
 
 def _reason(error: Exception) -> str:

@@ -14,7 +14,7 @@ __all__ = ["advice", "other_settings", "teacher_advice"]
 FEW_STEPS, GOOD = 300, 0.95  # few steps, and an accuracy with which they have been enough
 ROUNDED = 1e-6  # accuracies are float32's
 THIRD = 3  # the epochs of a third from which on it has a slope
-RISE = 0.05  # of the validation loss in the last third, which is more than noise
+RISE = 0.05  # of a loss, which is more than noise
 
 
 def advice(facts: Facts, rows: Sequence[Row], steps: int, largest: float, others: int = 0) -> list[str]:
@@ -29,7 +29,7 @@ def advice(facts: Facts, rows: Sequence[Row], steps: int, largest: float, others
     """
     first, last, found = rows[0], rows[-1], []
     accuracy, even = last["valid_accuracy"], 1 / facts.classes if facts.classes else 0.0
-    if last["train_loss"] > first["train_loss"]:
+    if last["train_loss"] > (1 + RISE) * first["train_loss"]:
         losses = f"its training loss rose from {first['train_loss']:.3g} to {last['train_loss']:.3g}"
         found.append(f"it has diverged: {losses}; try a smaller --set optimizer.lr")
     if facts.agreement:
@@ -69,9 +69,13 @@ def teacher_advice(student: Facts, teacher: Facts) -> list[str]:
     if teaching >= taught:
         return []
     return [
-        f"{student.title}: its teacher has {_percent(teaching)} after {teacher.epochs_done} epochs, less than the "
+        f"{student.title}: its teacher has {_percent(teaching)} after {_epochs(teacher)}, less than the "
         f"student, {_percent(taught)}; train the teacher for longer, or see with --compare what it is worth"
     ]
+
+
+def _epochs(facts: Facts) -> str:
+    return f"{facts.epochs_done} epoch{'s' * (facts.epochs_done != 1)}"
 
 
 def _labelled(facts: Facts) -> list[str] | None:

@@ -22,7 +22,7 @@ from ..errors import UserError
 from ..files import whole
 from ..run_folder import RunFolder
 from .plan import Stage
-from .stop import SIGNALS, TIME_LIMIT, TO_COMPILE, name_of
+from .stop import SIGNALS, TIME_LIMIT, TO_COMPILE, heeded, name_of
 
 __all__ = ["Job", "complain", "train_at_once"]
 
@@ -30,6 +30,7 @@ TO_BEGIN = 45.0  # seconds under which no stage is begun: it would stop before i
 TO_START = 10.0  # seconds in which a process imports what it needs, before its own clock starts
 LOOK, SAY = 0.2, 30.0  # seconds between looks at the processes, and between lines about them
 LINES = 5  # of a failed process's log
+ERROR = "dms-fastai: error: "  # of a line that says all
 # Windows knows no SIGTERM, but can send Ctrl-Break to a group of processes.
 OWN_GROUP = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
 
@@ -42,11 +43,13 @@ class Job:
         stage: Of `plan`.
         root: The folder of the runs.
         process: Once it has been started.
+        begin: Bytes of the log from before that.
     """
 
     stage: Stage
     root: Path
     process: subprocess.Popen | None = None
+    begin: int = 0
 
     @property
     def name(self) -> str:
@@ -101,13 +104,22 @@ class Job:
         command += ["--seed", str(self.stage.seed), "--into", str(self.stage.folder.path), *options]
         if self.stage.teacher is not None:
             command += ["--teacher", str(self.stage.teacher)]
+        if os.name == "posix":  # elsewhere a process may have another one between
+            command += ["--parent", str(os.getpid())]
         environment = {"PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"}
         environment |= {**({"OMP_NUM_THREADS": str(threads)} if threads else {}), **os.environ}
         with self.log.open("a", encoding="utf-8") as log:
+            self.begin = log.tell()
             print("$", shlex.join(command[3:]), file=log, flush=True)
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, env=environment, creationflags=OWN_GROUP
             )
+
+    def last_words(self) -> list[str]:
+        """The process's error, if it has said one, or its last lines."""
+        said = self.log.read_bytes()[self.begin :].decode(errors="replace").splitlines()
+        errors = [line for line in said if line.startswith(ERROR)]
+        return errors[-1:] or said[-LINES:]
 
     def stop(self) -> None:
         """Have the process write a checkpoint and end; the same command resumes it."""
@@ -195,12 +207,12 @@ def _ready(waiting: list[Job], coming: set[Path], free: int, console: Console) -
 
 
 def complain(jobs: Iterable[Job], stopped: Iterable[int], console: Console) -> int:
-    """Print the last lines of what failed; the exit code."""
+    """Print what failed, and why; the exit code."""
     killed = [-number for number in SIGNALS]
     failed = [job for job in jobs if job.code not in (None, 0, *stopped, *killed)]
     for job in failed:
         _say(console, f"--- {job.log}")
-        _say(console, "\n".join(job.log.read_text(encoding="utf-8", errors="replace").splitlines()[-LINES:]))
+        _say(console, "\n".join(job.last_words()))
     return max((job.code if job.code > 0 else 128 - job.code for job in failed), default=0)
 
 
@@ -216,7 +228,7 @@ def _signals() -> Iterator[list[str]]:
     def note(number: int, frame: FrameType | None) -> None:
         asked.append(name_of(number))
 
-    before = {number: signal.signal(number, note) for number in SIGNALS}
+    before = {number: signal.signal(number, note) for number in heeded()}
     try:
         yield asked
     finally:

@@ -67,6 +67,7 @@ class Manner:
         tensorboard: Also write the epochs for TensorBoard.
         ahead: What the command trains after this stage, for the time left.
         wait: Waits for a folder that another process uses; None: that is refused.
+        parent: As in `StopOnRequest`.
         threads: Threads to compute with; a resumed run keeps those that it was begun with. None: whatever torch has.
         cbs: Callbacks that look on, and may end the training.
     """
@@ -80,6 +81,7 @@ class Manner:
     tensorboard: bool = False
     ahead: Ahead = NOTHING
     wait: Patience | None = None
+    parent: int | None = None
     threads: int | None = None
     cbs: tuple[Callback, ...] = ()
 
@@ -156,7 +158,7 @@ class _Training:
         self.manner, self.console = manner, console
         self.history = History(self.folder.metrics, then=lambda: self.note("running"))
         self.checkpoint = Checkpoint(self.folder.checkpoints, self.history, manner.checkpoint_steps)
-        self.stop = StopOnRequest(self.checkpoint, manner.deadline)
+        self.stop = StopOnRequest(self.checkpoint, manner.deadline, manner.parent)
         self.work = Work.of_learner(learn)
         self.facts, self.before = _facts(learn, stage.seed, origin, self.work), 0.0
         self.began = time.perf_counter()

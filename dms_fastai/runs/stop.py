@@ -1,5 +1,6 @@
 """Stop on request: the current step is finished and checkpointed, so that the run can be resumed."""
 
+import os
 import signal
 import threading
 import time
@@ -12,7 +13,7 @@ from fastai.callback.core import Callback, CancelFitException
 from .. import processes
 from .checkpoint import Checkpoint
 
-__all__ = ["SIGNALS", "TIME_LIMIT", "TO_COMPILE", "StopOnRequest", "name_of"]
+__all__ = ["SIGNALS", "TIME_LIMIT", "TO_COMPILE", "StopOnRequest", "heeded", "name_of"]
 
 TIME_LIMIT = "time limit"
 LOOK = 0.5  # seconds after which several processes ask one another whether to stop
@@ -29,8 +30,16 @@ def name_of(number: int) -> str:
     return "SIGINT" if name == "SIGBREAK" else name
 
 
+def heeded() -> list[int]:
+    """The signals that ask to stop: not those that whoever began this process has it ignore, as nohup does.
+
+    SIGINT is heeded all the same, which scripts have their commands in the background ignore: it is sent on purpose.
+    """
+    return [n for n in SIGNALS if n == signal.SIGINT or signal.getsignal(n) is not signal.SIG_IGN]
+
+
 class StopOnRequest(Callback):
-    """End training on one of `SIGNALS` or at a deadline, once the current step is done and checkpointed.
+    """End training on one of the signals `heeded`, at a deadline or when the process is left alone, after a checkpoint.
 
     Use `listening` round fit. A second signal has its usual effect, at once. Several processes stop together, whichever
     of them is asked to; torchrun, which kills what does not end, sends them signals once more on its own account.
@@ -38,21 +47,22 @@ class StopOnRequest(Callback):
 
     order = 75  # after the checkpoint
 
-    def __init__(self, checkpoint: Checkpoint, deadline: float | None = None):
+    def __init__(self, checkpoint: Checkpoint, deadline: float | None = None, parent: int | None = None):
         """
         Args:
             checkpoint: The callback that writes the checkpoints.
             deadline: A time on the clock of `time.monotonic`.
+            parent: Number of the process that has begun this one, and would tell it to stop; None: nobody would.
         """
         super().__init__()
-        self.checkpoint, self.deadline = checkpoint, deadline
+        self.checkpoint, self.deadline, self.parent = checkpoint, deadline, parent
         self.noted = self.reason = None  # why this process has been asked, and why all stop
         self.steps, self.next, self.looked = 0, 1, time.monotonic()
 
     @contextmanager
     def listening(self) -> Iterator["StopOnRequest"]:
         """Take signals as requests to stop; only a process's main thread can."""
-        signals = SIGNALS if threading.current_thread() is threading.main_thread() else ()
+        signals = heeded() if threading.current_thread() is threading.main_thread() else ()
         before = {number: signal.signal(number, self._note) for number in signals}
         try:
             yield self
@@ -70,6 +80,8 @@ class StopOnRequest(Callback):
         """Whether to stop; several processes agree on it, so that all have to call this."""
         if self.noted is None and self.deadline is not None and time.monotonic() > self.deadline:
             self.noted = TIME_LIMIT
+        if self.noted is None and self.parent is not None and os.getppid() != self.parent:
+            self.noted = name_of(signal.SIGTERM)  # which it would have sent, had it not been killed
         self.agree()
         return self.reason is not None
 

@@ -98,7 +98,7 @@ class _Search:
             study_name="tune", storage=storage, direction="maximize", load_if_exists=True, pruner=pruner
         )
         # Not what the stopped process has drawn.
-        self.study.sampler = optuna.samplers.TPESampler(seed=wanted.seeds[0] + len(self.study.trials))
+        self.study.sampler = optuna.samplers.TPESampler(seed=(wanted.seeds[0] + len(self.study.trials)) % 2**32)
         self.distributions = {space.key: _distribution(space) for space in over}
         self.refused = 0
         self._check_same(facts)

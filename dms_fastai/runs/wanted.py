@@ -306,7 +306,7 @@ def _without_teacher(recipe: Recipe) -> list[Recipe]:
     if recipe.distill is None:
         return []
     name, title = f"{recipe.name}{ALONE}", f"{recipe.title}, no teacher"
-    return [replace(recipe, name=name, title=title, teacher=None, distill=None)]
+    return [replace(recipe, name=name, title=title, teacher=None, distill=None, feature_distill=None)]
 
 
 def _is_for(key: str, recipe: Recipe, others: list[Recipe]) -> bool:

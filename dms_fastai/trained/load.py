@@ -12,7 +12,7 @@ from fastai.learner import Learner, load_learner
 from torch import nn
 
 from ..data.loader import statistics, vocabulary
-from ..errors import UserError
+from ..errors import UserError, notice
 from ..models.weights import all_finite, load_weights, shipped_weights
 from ..run_folder import RunFolder
 from .inputs import images_of
@@ -38,12 +38,15 @@ def ensemble(sources: Iterable[Any], of: str = "logits", trust: bool = False) ->
         raise UserError("an ensemble needs at least one teacher")
     if of not in ("logits", "probabilities"):
         raise UserError(f"an ensemble cannot average {of!r}; it averages 'logits' or 'probabilities'")
-    first = teachers[0]
-    for teacher in teachers[1:]:
-        check_classes(teacher, first.vocab)
+    first, vocab = teachers[0], next((teacher.vocab for teacher in teachers if teacher.vocab), None)
+    for teacher in teachers:
+        check_classes(teacher, vocab)
         if (teacher.mean is None) != (first.mean is None):
-            raise UserError("only some of these teachers say how their images are normalised; all or none must")
-    return Teacher(Ensemble(teachers, of), first.mean, first.std, first.vocab)
+            raise UserError(
+                "only some of these teachers say how their images are normalised; give the others as "
+                "Teacher(model, mean, std)"
+            )
+    return Teacher(Ensemble(teachers, of), first.mean, first.std, vocab)
 
 
 def load_teacher(source: Any, trust: bool = False, size: int | None = None) -> Teacher:
@@ -73,7 +76,13 @@ def load_teacher(source: Any, trust: bool = False, size: int | None = None) -> T
         mean, std = statistics(source.dls)
         return Teacher(_copied(source.model), mean, std, vocabulary(source.dls), _learner_size(source))
     if isinstance(source, nn.Module):
-        return Teacher(_copied(source), *_cfg_statistics(source), size=_fixed_size(source))
+        teacher = Teacher(_copied(source), *_cfg_statistics(source), size=_fixed_size(source))
+        if teacher.mean is None:
+            notice(
+                f"the teacher, {type(source).__name__}, does not say how its images are normalised, and gets them as "
+                f"the student does; if it was trained otherwise, give Teacher(model, mean, std)"
+            )
+        return teacher
     if not isinstance(source, (str, Path)):
         raise UserError(f"a {type(source).__name__} is no teacher; give a model, a Learner, a file or 'timm:NAME'")
     if str(source).startswith("timm:"):

@@ -12,13 +12,15 @@ from torch import Tensor, nn
 
 from ..data.augment import at_size
 from ..errors import UserError
-from ..models.build import described
+from ..models.build import described, modules_in_training
 from ..models.fold import fold_batch_norms
 from ..models.weights import all_finite
 from ..settings import Pixels, convert
 from .inputs import Inputs, shortest
 
 __all__ = ["Ensemble", "Teacher", "averaged", "check_classes", "check_teacher", "folded", "renormalize"]
+
+PROBABLY = 1e-3  # by which the sum of probabilities may differ from 1
 
 
 @dataclass
@@ -70,7 +72,10 @@ class Teacher:
         state = hashlib.blake2b(digest_size=8)
         for name, value in self.model.state_dict().items():
             state.update(name.encode())
-            state.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            if isinstance(value, Tensor) and not value.is_quantized:
+                state.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            else:  # of a quantised network
+                state.update(repr(value).encode())
         return state.hexdigest()
 
 
@@ -126,12 +131,19 @@ def averaged(model: nn.Module) -> list | None:
     return [model.of, *map(averaged, model.members)] if isinstance(model, Ensemble) else None
 
 
-def folded(model: nn.Module) -> nn.Module:
-    """As `fold_batch_norms`; of an ensemble, each member for itself."""
+def folded(model: nn.Module, shape: tuple[int, ...], size: tuple[int, int] | None = None) -> nn.Module:
+    """As `fold_batch_norms`; of an ensemble, each member for itself.
+
+    Args:
+        model: The network of a teacher.
+        shape: Of the student's images, (C, H, W).
+        size: Height and width of the network's own images; None: the student's.
+    """
     if not isinstance(model, Ensemble):
-        return fold_batch_norms(model)
+        return fold_batch_norms(model, (shape[0], *(size or shape[1:])))
     found = copy.deepcopy(model).eval().requires_grad_(False)
-    found.members = nn.ModuleList(map(folded, found.members))
+    members = zip(found.members, found.own_sizes, strict=True)
+    found.members = nn.ModuleList(folded(member, shape, own) for member, own in members)
     return found
 
 
@@ -209,7 +221,7 @@ def _try(network: nn.Module, shape: tuple[int, ...], size: tuple[int, ...], clas
     pixels = f"the student's {described(tuple(shape))}"
     if tuple(shape[1:]) != tuple(size):
         pixels = f"{described(tuple(x.shape[1:]))}, made of {pixels}"
-    training = [module for module in network.modules() if module.training]
+    training = modules_in_training(network)
     device = next((value.device for value in network.state_dict().values()), x.device)
     try:
         with torch.no_grad():
@@ -225,6 +237,11 @@ def _try(network: nn.Module, shape: tuple[int, ...], size: tuple[int, ...], clas
         raise UserError(f"the teacher, {name}, gives a {type(logits).__name__}; wrap it so that it gives logits alone")
     if logits.ndim != 2 or len(logits) != len(x):
         raise UserError(f"the teacher, {name}, gives shape {tuple(logits.shape)} for {len(x)} images, not logits")
+    if (logits >= 0).all() and (logits.float().sum(1) - 1).abs().max() < PROBABLY:
+        raise UserError(
+            f"the teacher, {name}, gives probabilities; give the network without its softmax, or one that gives their "
+            f"logarithms"
+        )
     if classes is not None and logits.shape[1] != classes:
         raise UserError(f"the teacher gives {logits.shape[1]} logits an image, the data have {classes} classes")
 

@@ -10,6 +10,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from ..data.stored import CHANNELS
 from ..errors import UserError
 from ..models.groups import classifiers
 from ..models.prune import as_narrow_as
@@ -89,7 +90,7 @@ def begin_from(model: nn.Module, source: str, arch: str) -> None:
     Raises:
         UserError: There are no such weights, they are damaged or NaN, they need code, or they are another network's.
     """
-    state, ours = _adapted(_state(source, arch, model), model), model.state_dict()
+    state, ours = _for_channels(_adapted(_state(source, arch, model), model), arch, model), model.state_dict()
     if other := _differing(state, model):
         theirs, own = _shape(state, other[0]), _shape(ours, other[0])
         raise UserError(
@@ -186,6 +187,17 @@ def _adapted(state: State, model: nn.Module) -> State:
         return adapt(dict(state), model)
     except Exception:  # as of weights of another network
         return state
+
+
+def _for_channels(state: State, arch: str, model: nn.Module) -> State:
+    """A state of images in colour for a network of another number of channels, as timm converts it; others stay."""
+    first = pretrained_cfg(arch).first_conv
+    name = f"{first}.weight"
+    if not isinstance(first, str) or name not in state or (ours := model.state_dict().get(name)) is None:
+        return state
+    if ours.ndim != 4 or ours.shape[1] == state[name].shape[1] or state[name].shape[1] != CHANNELS:
+        return state
+    return {**state, name: timm.models.adapt_input_conv(ours.shape[1], state[name])}
 
 
 def _differing(state: State, model: nn.Module) -> list[str]:

@@ -226,10 +226,19 @@ class GroupedOptimWrapper(OptimWrapper):
     def zero_grad(self) -> None:
         self.opt.zero_grad()
 
+    @property
+    def fast(self) -> torch.optim.Optimizer:
+        """The optimiser inside Lookahead, which keeps its slow weights there, too; without Lookahead, the only one."""
+        return getattr(self.opt, "_base_optimizer", self.opt)
+
     def clear_state(self) -> None:
         """Forget momenta and slow weights, as fastai does when it freezes or unfreezes."""
-        fast = getattr(self.opt, "_base_optimizer", self.opt)  # Lookahead keeps its own there, too
-        fast.state = defaultdict(dict)
+        self.fast.state = defaultdict(dict)
+
+    def forget_slow_weights(self) -> None:
+        """Have Lookahead, if it is there, begin anew from the weights of the next step, and keep the momenta."""
+        for state in self.fast.state.values():
+            state.pop("lookahead_slow_buff", None)
 
     @property
     def hypers(self) -> list[dict[str, float]]:
