@@ -20,7 +20,7 @@ from .errors import UserError, notice
 from .export import open_model
 from .export.formats import is_exported
 from .models.card import ModelCard
-from .names import TIMM
+from .names import TIMM, source_name
 from .run_folder import RunFolder
 from .trained import find_file
 from .trained.pretrained import pretrained_cfg, timm_model
@@ -84,7 +84,8 @@ def evaluate_model(
     Args:
         source, trust: As in `predict_files`; or "timm:NAME", at the size of timm's weights, and with the share of image
             files that timm crops to.
-        data, labels: As in `load_data`.
+        data: As in `load_data`.
+        labels: As in `load_data`. None: the table that the run at `source` had, if the data are called as its are.
         split: "test", "val" or "train". None: "test"; "val" where there is no "test"; where there is neither, the
             training images that the run at `source` has held out.
         device: Where to compute.
@@ -141,6 +142,8 @@ def split_images(
     `own` is the run that the model comes from.
     """
     check_square(card)
+    if labels is None and own is not None and own.recipe_file.is_file() and own.facts().data == source_name(data):
+        labels = own.recipe().data.labels
     splits = load_splits(data, card.shape[1], labels, card.vocab, card.middle, to_train=False)
     there = [each for each in splits if each != "unlabelled"]
     found = split or next((name for name in ("test", "val") if name in there), None)

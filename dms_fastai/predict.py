@@ -4,17 +4,20 @@ import csv
 import glob
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from PIL import Image
 
-from .errors import UserError, unlistable
+from .errors import UserError, notice, unlistable
 from .files import check_folder, whole
 from .terminal import printable, reader_gone
 
 __all__ = ["check_table", "image_files", "table"]
+
+ENDINGS = 5  # in one message
 
 
 def image_files(given: Iterable[str]) -> dict[Path, tuple[str, ...]]:
@@ -63,15 +66,22 @@ def _images_below(folder: Path) -> list[Path]:
 
     known = Image.registered_extensions()
     suffixes = {suffix for suffix, kind in known.items() if kind in Image.OPEN}
-    found, seen = [], set()
+    found, seen, others = [], set(), Counter()
     for where, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         if os.path.realpath(where) in seen:  # a link back
             folders.clear()
             continue
         seen.add(os.path.realpath(where))
         folders[:] = [name for name in folders if not name.startswith(".")]
-        images = (name for name in names if os.path.splitext(name)[1].lower() in suffixes)
-        found += [Path(where, name) for name in images if not name.startswith(".")]
+        for name in (name for name in names if not name.startswith(".")):
+            ending = os.path.splitext(name)[1].lower()
+            if ending in suffixes:
+                found.append(Path(where, name))
+            else:
+                others[ending or "none"] += 1
+    if others:
+        endings = ", ".join(f"{ending} ({count})" for ending, count in others.most_common(ENDINGS))
+        notice(f"{folder}: files are passed over, by endings that Pillow does not read here: {endings}")
     return sorted(found)
 
 

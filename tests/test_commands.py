@@ -464,6 +464,19 @@ def test_a_run_begins_from_anothers_weights(dms, run, tmp_path):  # noqa: F811
     assert code == 2
     assert folder.weights.is_file()
     assert dms("run", "se", "--from", folder.path, "--epochs", 1, "--out", "other", "--device", "cpu")[0] == 0
-    code, _, err = dms("run", "baseline", "--from", run.path, "--epochs", 1)
+    code, _, err = dms("run", "baseline", "--from", run.path, "--epochs", 1, "--arch", "test_dmsresnet_plain")
     assert (code, err.count("\n")) == (2, 1)
     assert "are of another network than test_dmsresnet_plain" in err
+    assert "give --arch test_dmsresnet" in err
+
+
+def test_a_run_that_begins_from_another_has_its_network_unless_it_is_given(dms, tmp_path):  # noqa: F811
+    few = ("--set", "data.batch_size=700", "--epochs", 1, "--device", "cpu")
+    wide = ("--set", "model.args.widths=[8, 16, 24]")
+    assert dms("run", "se", "--arch", "dmsresnet_tiny", *wide, *few, "--out", "a")[0] == 0
+    assert dms("run", "small", "--from", "a/se/seed0", *few, "--out", "b")[0] == 0
+    begun = RunFolder(tmp_path / "b" / "small-from" / "seed0")
+    card = load_weights(begun.weights)[1]
+    assert (card.arch, list(card.args["widths"])) == ("dmsresnet_tiny", [8, 16, 24])
+    code, _, err = dms("run", "se", "--from", "a/se/seed0", "--arch", "dmsresnet_mini", *few, "--out", "c")
+    assert (code, "give --arch dmsresnet_tiny" in err) == (2, True)

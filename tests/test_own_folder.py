@@ -73,6 +73,8 @@ def test_a_table_of_labels_that_has_moved_is_given_again(dms, binary):  # noqa: 
         lines.append(f"{name},{file.parent.name}")
     (home / "table.csv").write_text("\n".join(lines))
     assert dms("run", "se", "--data", "pictures", "--labels", "table.csv", *FEW)[0] == 0
+    code, out, _ = dms("evaluate", "artifacts/pictures/se/seed0", "--data", "pictures")
+    assert (code, "of 6 images: pictures, held out" in out) == (0, True)
     (home / "table.csv").rename(home / "moved.csv")
     command = ("export", "artifacts/pictures/se/seed0", "p.int8.onnx", "--data", "pictures", "--tolerance", 100)
     code, _, err = dms(*command)
@@ -94,3 +96,31 @@ def test_a_folder_that_is_called_as_a_data_set_is_said(dms, binary):  # noqa: F8
     assert "1,438 training images" in out
     code, out, err = dms("run", "se", "--data", "./digits", "--dry-run", *FEW)
     assert (code, "of that name" in err, "18 training images" in out) == (0, False, True)
+
+
+def test_splits_by_the_names_of_archives(dms, binary):  # noqa: F811
+    for split in ("Training", "testing"):
+        shutil.copytree(binary, binary.parent / "kaggle" / split)
+    code, out, _ = dms("run", "se", "--data", "kaggle", *FEW[:6], "--dry-run")
+    assert (code, "24 training images of 2 classes" in out, "24 to validate on (test)" in out) == (0, True, True)
+
+
+def test_files_that_are_no_images_here_are_counted_where_images_are_classified(dms, binary):  # noqa: F811
+    assert dms("run", "se", "--data", "binary", *FEW)[0] == 0
+    (binary / "dark" / "phone.HEIC").write_bytes(b"...")
+    code, _, err = dms("predict", "artifacts/binary/se/seed0", "binary/dark", "--csv", "p.csv")
+    assert (code, "passed over, by endings that Pillow does not read here: .heic (1)" in err) == (0, True)
+    assert len((binary.parent / "p.csv").read_text().splitlines()) == 13
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig", "cp1252"])
+def test_tables_as_spreadsheets_write_them(dms, binary, encoding):  # noqa: F811
+    files = sorted(binary.rglob("*.png"))
+    rows = [f"{file.relative_to(binary)}\t{'hell é' if file.parent.name == 'light' else 'dunkel'}" for file in files]
+    table = binary.parent / "t.csv"
+    table.write_bytes("\r\n".join(["file\tlabel", *rows]).encode(encoding))
+    code, out, err = dms("run", "se", "--data", "binary", "--labels", table, *FEW, "--dry-run")
+    if encoding == "cp1252":
+        assert (code, "t.csv, line 14, is not in UTF-8; save it as CSV UTF-8" in err) == (2, True)
+    else:
+        assert (code, "18 training images of 2 classes" in out) == (0, True)

@@ -106,7 +106,7 @@ def wanted_by(
     teacher = None if teacher is None else ",".join(map(os.path.expanduser, teacher.split(",")))
     settings = settings_of(set_) | labelled(labels)
     if from_ is not None:
-        settings = _beginning(os.path.expanduser(from_), recipe, data, settings) | settings
+        settings = _beginning(os.path.expanduser(from_), recipe, data, arch, settings) | settings
     return Wanted(
         recipes=tuple(map(os.path.expanduser, recipe)),
         data=data,
@@ -142,8 +142,10 @@ def settings_of(texts: list[str] | None) -> dict[str, Any]:
     return dict(parse_setting(text) for text in texts or [])
 
 
-def _beginning(source: str, recipes: list[str], data: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that --from is short for."""
+def _beginning(
+    source: str, recipes: list[str], data: str, arch: str | None, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """The settings that --from is short for: with the network of the weights, unless another is asked for."""
     from ..runs.start_from import settings_from
 
     if len(recipes) > 1 or recipes[0] in SEVERAL:
@@ -151,7 +153,10 @@ def _beginning(source: str, recipes: list[str], data: str, settings: dict[str, A
     if "model.weights" in settings:
         raise UserError("--from and --set model.weights say the same thing; leave one out")
     own = {key: value for key, value in settings.items() if not key.startswith(FOR_TEACHER)}
-    return settings_from(source, load_recipe(os.path.expanduser(recipes[0]), source_name(data), None, own))
+    found = settings_from(source, load_recipe(os.path.expanduser(recipes[0]), source_name(data), None, own))
+    if arch is not None or "model.name" in settings:
+        return {key: value for key, value in found.items() if key not in ("model.name", "model.args")}
+    return found
 
 
 def labelled(labels: Path | None) -> dict[str, str]:

@@ -172,7 +172,10 @@ def export(
     file: Annotated[Path, typer.Argument(help="NAME.onnx, NAME.int8.onnx, NAME.pt2, NAME.pte or NAME.int8.pte.")],
     data: Annotated[
         str | None,
-        typer.Option(help="For int8: the images, as in run. A run has its own.", autocompletion=data_words),
+        typer.Option(
+            help="For int8: the images, as in run. A run on a data set with a name takes that.",
+            autocompletion=data_words,
+        ),
     ] = None,
     labels: Annotated[Path | None, typer.Option(help="For int8: as in run. A run has its own.")] = None,
     calibrate: Annotated[

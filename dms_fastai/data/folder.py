@@ -28,7 +28,11 @@ __all__ = [
     "unlabelled",
 ]
 
-SPLIT_OF = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
+SPLIT_OF = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("test", "testing"), "test"),
+    **dict.fromkeys(("val", "valid", "validation"), "val"),
+}
 NO_LABELS = ("unlabelled", "unlabeled")  # folders of images without classes
 PASSED_OVER = {"__MACOSX", "@eaDir"}  # beside hidden files and folders
 OURS = ({"recipe.toml", "run.json"}, {"report.md", "index.html"})  # in the folders of runs and of reports, with plots
@@ -43,8 +47,8 @@ def read_folder(
     """The splits of an image folder.
 
     Args:
-        folder: A folder with train/CLASS/ and, optionally, test/CLASS/ and valid/, val/ or validation/CLASS/; or one
-            with CLASS/ alone, all of whose images are for training. An unlabelled/ beside these has images at any
+        folder: A folder with train/CLASS/ and, optionally, test/CLASS/ and val/CLASS/, or other names of `SPLIT_OF`; or
+            one with CLASS/ alone, all of whose images are for training. An unlabelled/ beside these has images at any
             depth, without labels.
         size: Height and width of what is given out of each image.
         classes: Names of the classes, in order, to be taken where the training images are in no class folders.
@@ -248,7 +252,7 @@ def _classes(tree: _Tree, root: Path, split: str) -> dict[str, list[str]]:
     if passed_over:
         total = tree.endings.total()
         files = "1 file is" if total == 1 else f"{total} files are"
-        notice(f"{root}: {files} passed over, by endings that no image has: {passed_over}")
+        notice(f"{root}: {files} passed over, by endings that Pillow does not read here: {passed_over}")
     if loose:
         images = f"the image {loose[0]} is" if len(loose) == 1 else f"{len(loose)} images are"
         notice(f"{root}: {images} in no class folder, and passed over")

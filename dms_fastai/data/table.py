@@ -3,6 +3,7 @@
 import csv
 import io
 import re
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
@@ -43,7 +44,7 @@ def read_table(folder: Path, table: Path, size: int, middle: float = 1.0, to_tra
     labelled: dict[str, dict[str, str]] = defaultdict(dict)
     for line, name, label, split in rows:
         if split and split.lower() not in SPLIT_OF:
-            raise UserError(f"{table}, line {line}: split is {split!r}; it must be train, test or val")
+            raise UserError(f"{table}, line {line}: split is {split!r}; it must be {', '.join(SPLIT_OF)}")
         if not label:
             raise UserError(f"{table}, line {line}: {name} has no label; give it one, or remove the row")
         file = files.find(name, f"{table}, line {line}")
@@ -88,11 +89,13 @@ def read_table(folder: Path, table: Path, size: int, middle: float = 1.0, to_tra
 def _rows(table: Path) -> list[tuple[int, str, str, str]]:
     """Line, file, label and split of every row."""
     try:
-        text = table.read_text(encoding="utf-8-sig")
+        written = table.read_bytes()
+        text = written.decode("utf-16" if written.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "utf-8-sig")
     except OSError as error:
         raise UserError(f"{table} cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{table} is not in UTF-8: {error}") from None
+        line = written[: error.start].count(b"\n") + 1
+        raise UserError(f"{table}, line {line}, is not in UTF-8; save it as CSV UTF-8") from None
     try:
         before = BEFORE.match(text)
         text, skipped = text[before.end() :], before[0].count("\n")

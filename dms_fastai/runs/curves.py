@@ -1,5 +1,6 @@
 """The curves of one run, drawn when it has finished."""
 
+import warnings
 from pathlib import Path
 
 from ..terminal import printable
@@ -43,4 +44,6 @@ def plot_curves(rows: list[dict[str, float | None]], title: str, file: Path, mea
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
     drawn.suptitle(printable(title), parse_math=False)
-    FigureCanvasAgg(drawn).print_png(file)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # of names in scripts that the font does not have
+        FigureCanvasAgg(drawn).print_png(file)

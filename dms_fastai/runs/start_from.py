@@ -15,7 +15,7 @@ AS_BEFORE = ("data", "augment")  # tables that a pruned network shares with the 
 
 
 def settings_from(source: str, recipe: Recipe) -> dict[str, Any]:
-    """What it takes to begin a recipe from trained weights: the weights, and a folder and a title of its own.
+    """What it takes to begin a recipe from trained weights: them, their network, and a folder and a title of its own.
 
     Args:
         source: As in `model.weights`: a finished run's folder, a file of weights or "timm".
@@ -34,7 +34,14 @@ def settings_from(source: str, recipe: Recipe) -> dict[str, Any]:
     facts = RunFolder(path if path.is_dir() else path.parent)
     name = facts.facts().recipe if path.exists() and facts.facts_file.is_file() else path.stem
     if recipe.prune is None:
-        return {"model.weights": source, "name": f"{recipe.name}-from", "title": f"{recipe.title}, from {name}"}
+        own = facts.recipe().model if path.exists() and facts.recipe_file.is_file() else None
+        return {
+            **({} if own is None else {"model.name": own.name}),
+            **({} if own is None or not own.args else {"model.args": own.args}),
+            "model.weights": source,
+            "name": f"{recipe.name}-from",
+            "title": f"{recipe.title}, from {name}",
+        }
     return {
         **(_shared(facts.recipe()) if path.exists() and facts.recipe_file.is_file() else {}),
         "model.weights": source,

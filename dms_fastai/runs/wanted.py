@@ -95,7 +95,7 @@ class Wanted:
         if place is None or not places or place in places:
             return root
         beside = root.with_name(f"{name}-{place}")
-        notice(f"{root} has runs on other data called {name!r}; those on {self.data} are in {beside}")
+        notice(f"{root} has runs on data called {name!r} that lay elsewhere; those on {self.data} are in {beside}")
         return beside
 
     def folder(self, recipe: Recipe, seed: int, teacher: bool = False) -> RunFolder:

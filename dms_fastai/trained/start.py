@@ -123,7 +123,9 @@ def _what_they_are_of(source: str, arch: str) -> str:
     """What to give so that the network is the one that weights are of."""
     file = None if source == "timm" else _file(source)
     card = card_in(file) if file is not None and file.suffix == ".safetensors" else None
-    if card is None or card.arch != arch or "mid_widths" not in card.args:
+    if card is not None and card.arch != arch:
+        return f"--arch {card.arch}"
+    if card is None or "mid_widths" not in card.args:
         return "--arch the network that they are of"
     return f"--set model.args.mid_widths='{card.args['mid_widths']}', for they are of a pruned one"
 
