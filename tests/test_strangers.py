@@ -329,6 +329,21 @@ def test_weights_of_a_network_that_somebody_has_registered_ask_for_that(dms, tmp
         assert dms(*args, "--out", "x")[0] == 0
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     code, _, err = dms("predict", "x/se/seed0", "a.png")
-    assert (code, "first import the module that registers it with timm" in err) == (2, True)
+    assert (code, "import the module that registers it, in a command by DMS_FASTAI_IMPORT" in err) == (2, True)
     code, out, _ = dms("report", "x", "--out", "r")
     assert (code, "left out" in out) == (0, False)
+
+
+def test_a_command_imports_the_module_that_registers_a_network(tmp_path):
+    (tmp_path / "my_nets.py").write_text(
+        "from timm.models import register_model\nfrom torch import nn\n\n\n@register_model\n"
+        "def my_net(pretrained=False, num_classes=10, in_chans=3, **kwargs):\n"
+        "    model = nn.Sequential(nn.Conv2d(in_chans, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), "
+        "nn.Linear(8, num_classes))\n    model.num_classes = num_classes\n    return model\n"
+    )
+    command = [sys.executable, "-m", "dms_fastai", "run", "se", "--arch", "my_net", "--epochs", "1", "--device", "cpu"]
+    for modules, code, words in (("my_nets", 0, "my_net"), ("my_netts", 2, "No module named 'my_netts'")):
+        done = subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "DMS_FASTAI_IMPORT": modules}
+        )
+        assert (done.returncode, words in done.stdout + done.stderr) == (code, True), done.stderr

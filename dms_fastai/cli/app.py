@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 from errno import ENOSPC
+from importlib import import_module
 from typing import Annotated
 
 import typer
@@ -23,6 +24,7 @@ console, errors = Terminal(), Terminal(stderr=True)
 SIGNAL_CODES = {"SIGHUP": 129, "SIGINT": 130, "SIGUSR1": 138, "SIGUSR2": 140, "SIGTERM": 143, "SIGXCPU": 152}
 EXIT_CODES = {**SIGNAL_CODES, "time limit": 75}
 TRAINING = ("run", "prune")  # commands that several processes carry out together
+IMPORT = "DMS_FASTAI_IMPORT"
 
 
 def _version(asked: bool) -> None:
@@ -42,6 +44,18 @@ def about(
     command = context.invoked_subcommand
     if processes.started() and command not in TRAINING:
         raise UserError(f"torchrun is for what trains, {either(TRAINING)}; start {command} without it")
+    _import_own()
+
+
+def _import_own() -> None:
+    """Import the modules that the environment variable names, from the current folder, too; they register networks."""
+    names = [name.strip() for name in os.environ.get(IMPORT, "").split(",") if name.strip()]
+    sys.path += [os.getcwd()] if names else []
+    for name in names:
+        try:
+            import_module(name)
+        except ImportError as error:
+            raise UserError(f"{IMPORT} is {os.environ[IMPORT]!r}, and {name} cannot be imported: {error}") from None
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *where: object, **more: object) -> None:

@@ -111,7 +111,11 @@ def _compare(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
 def _unreadable(file: Path, error: Exception) -> UserError:
     """The error for a file of weights, with what to do about it."""
     own = isinstance(error, UnregisteredError)
-    then = "if it is your own, first import the module that registers it with timm" if own else "train it again"
+    then = (
+        "if it is your own, import the module that registers it, in a command by DMS_FASTAI_IMPORT"
+        if own
+        else "train it again"
+    )
     return UserError(f"{file} cannot be loaded ({_reason(error)}); {then}")
 
 
