@@ -59,7 +59,7 @@ def fitted(
     if "data.batch_size" not in given:
         fitting = 2 ** math.floor(math.log2(max(1, images / BATCHES)))
         recipe = replace(recipe, data=replace(recipe.data, batch_size=min(max(fitting, SMALLEST), LARGEST)))
-    found: list[tuple[float, Recipe, Estimate]] = []  # of each network, the seconds of an epoch first
+    found: list[tuple[float, float, Recipe, Estimate]] = []  # first the seconds of an epoch, and those for its teacher
     for name, args in _networks(recipe, given):
         tried = replace(recipe, model=replace(recipe.model, name=name, args=args))
         try:
@@ -69,30 +69,34 @@ def fitted(
                 raise
             continue
         teaching = before.step_seconds / 3 * took.steps if isinstance(before, Estimate) else 0.0
-        found.append((took.epoch_seconds + teaching, tried, took))
-        least = max(LEAST, math.ceil(STEPS / took.steps))
-        if seconds / found[-1][0] >= least:
+        found.append((took.epoch_seconds + teaching, teaching, tried, took))
+        if seconds / found[-1][0] >= _least(took):
             break
     else:
         if not found:
             raise UserError(f"batches of {recipe.data.batch_size} images do not fit into memory; try smaller ones")
         found.sort(key=lambda each: each[0])
         found = found[:1]
-    epoch, chosen, took = found[-1]
+    epoch, teaching, chosen, took = found[-1]
     epochs = max(1, math.floor(seconds / epoch))
     if recipe.fixed_views is not None and epochs > recipe.fixed_views.count:  # later ones do without the teacher
         asked = recipe.fixed_views.count
         alone = max(epoch - took.steps * took.teacher_seconds - teaching, 0.05 * epoch)
         epochs = asked + math.floor((seconds - asked * epoch) / alone)
     if "schedule.epochs" not in given:
-        if epochs < min(least, MOST):
-            notice(f"{recipe.title}: {epochs} epochs fit into {clock(seconds)}; {least} are wanted")
+        if epochs < min(_least(took), MOST):
+            notice(f"{recipe.title}: {epochs} epochs fit into {clock(seconds)}; {_least(took)} are wanted")
         chosen = replace(chosen, schedule=replace(chosen.schedule, epochs=min(epochs, MOST)))
     notice(
         f"{recipe.title}: fitted to {clock(seconds)}: {chosen.model.name} with {took.parameters:,} parameters, batches "
         f"of {chosen.data.batch_size}, {chosen.schedule.epochs} epochs of {epoch:.1f} s"
     )
     return replace(chosen, budget=replace(recipe.budget or Budget(seconds / 60), fitted=True)), took
+
+
+def _least(took: Estimate) -> int:
+    """How many epochs a network should train for."""
+    return max(LEAST, math.ceil(STEPS / took.steps))
 
 
 def _networks(recipe: Recipe, given: Collection[str]) -> list[tuple[str, dict[str, Any] | None]]:
