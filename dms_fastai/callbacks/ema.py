@@ -79,6 +79,8 @@ class EMA(Callback):
 
     def catch_up(self) -> None:
         """Average the weights as they are now, for all steps since the last time."""
+        if not self.since:
+            return
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps)) ** self.since
         with torch.no_grad():
             torch._foreach_lerp_(*self.pairs, 1 - decay)

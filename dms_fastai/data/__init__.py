@@ -1,6 +1,6 @@
 """Images: sources, batched augmentation and the loader; `load_data` puts them together."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from inspect import signature
 from math import isfinite
@@ -63,14 +63,7 @@ def load_data(
     Raises:
         UserError: Data that are missing or cannot be trained on, or a setting out of range.
     """
-    known = [field.name for field in fields(Crops)]
-    for name in crops:
-        if name not in known:
-            if name in FASTAIS:
-                raise UserError(
-                    f"load_data has no {name}; augment by callbacks, or give dms_learner DataLoaders of fastai's own"
-                )
-            raise unknown("argument of load_data", name, [*signature(load_data).parameters, *known])
+    _refuse_unknown(crops)
     chosen = Data(bs, size, valid, None if labels is None else str(labels), balance, where)
     if crops.get("flip") is None:
         crops.pop("flip", None)
@@ -83,6 +76,17 @@ def load_data(
     if view is not None:
         sets = chosen.enlarged(sets, data, convert(view, Pixels, "view"), seed)
     return sets.loaders(bs, cropped, mean, std, device, balance, where)
+
+
+def _refuse_unknown(crops: Iterable[str]) -> None:
+    """Raise a UserError for an argument of `load_data` that is none of `Crops`, either."""
+    known = [field.name for field in fields(Crops)]
+    for name in (name for name in crops if name not in known):
+        if name in FASTAIS:
+            raise UserError(
+                f"load_data has no {name}; augment by callbacks, or give dms_learner DataLoaders of fastai's own"
+            )
+        raise unknown("argument of load_data", name, [*signature(load_data).parameters, *known])
 
 
 def _statistics(mean: Any, std: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -91,6 +91,7 @@ def _rows(table: Path) -> list[tuple[int, str, str, str]]:
     try:
         written = table.read_bytes()
         text = written.decode("utf-16" if written.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "utf-8-sig")
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
     except OSError as error:
         raise UserError(f"{table} cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:

@@ -32,6 +32,8 @@ class Recorder(fastai.Recorder):
     without their weights.
     """
 
+    partial = False  # whether some images of the batches have no label
+
     def __init__(self):
         super().__init__(train_metrics=True)
         self.smooth_loss, self.loss = LazySmoothLoss(), LazyLoss()

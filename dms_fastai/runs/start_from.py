@@ -34,14 +34,11 @@ def settings_from(source: str, recipe: Recipe) -> dict[str, Any]:
     facts = RunFolder(path if path.is_dir() else path.parent)
     name = facts.facts().recipe if path.exists() and facts.facts_file.is_file() else path.stem
     if recipe.prune is None:
-        own = facts.recipe().model if path.exists() and facts.recipe_file.is_file() else None
-        return {
-            **({} if own is None else {"model.name": own.name}),
-            **({} if own is None or not own.args else {"model.args": own.args}),
-            "model.weights": source,
-            "name": f"{recipe.name}-from",
-            "title": f"{recipe.title}, from {name}",
-        }
+        found = {"model.weights": source, "name": f"{recipe.name}-from", "title": f"{recipe.title}, from {name}"}
+        if path.exists() and facts.recipe_file.is_file():
+            model = facts.recipe().model
+            found |= {"model.name": model.name} | ({"model.args": model.args} if model.args else {})
+        return found
     return {
         **(_shared(facts.recipe()) if path.exists() and facts.recipe_file.is_file() else {}),
         "model.weights": source,
