@@ -189,8 +189,8 @@ def keys_of(at: str, where: str) -> list[str]:
 @cache
 def settings_of(at: str) -> dict[str, Setting]:
     """The settings of the part at `at`, by name, in their order."""
-    module, name = at.split(":")
-    found = _definitions(module)[name]
+    module, _ = at.split(":")
+    found = _definition(at)
     own: dict[str, Setting] = {}
     init = next((f for f in found.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"), None)
     if init is None:  # a dataclass, or as the class that it builds on
@@ -208,15 +208,17 @@ def settings_of(at: str) -> dict[str, Setting]:
             continue
         chooses = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
         choices = next((f"{module}:{more.choices}" for more in chooses if isinstance(more, OneOf)), None)
-        own[argument] = Setting(hint, ast.literal_eval(default), choices)
+        try:
+            own[argument] = Setting(hint, ast.literal_eval(default), choices)
+        except ValueError:
+            raise TypeError(f"{at}: the default of {argument} is {ast.unparse(default)}, which is no literal") from None
     return own
 
 
 @cache
 def meaning_of(at: str) -> Meaning:
     """What the docstrings of the class at `at` and of its constructor say of it and of its settings."""
-    module, name = at.split(":")
-    found = _definitions(module)[name]
+    found = _definition(at)
     init = [node for node in found.body if isinstance(node, ast.FunctionDef) and node.name == "__init__"]
     texts = [ast.get_docstring(node) or "" for node in (found, *init)]
     entries = [pair for text in texts for body in SECTION.findall(text) for pair in ENTRY.findall(body)]
@@ -227,11 +229,22 @@ def meaning_of(at: str) -> Meaning:
 @cache
 def choices_of(at: str) -> dict[str, str] | None:
     """The parts in the dictionary at `at`: their names and where they are; None if `at` is no dictionary."""
-    module, name = at.split(":")
-    found = _definitions(module)[name]
+    module, _ = at.split(":")
+    found = _definition(at)
     if not isinstance(found, ast.Dict):
         return None
+    if strange := [ast.unparse(value) for value in found.values if not isinstance(value, ast.Name)]:
+        raise TypeError(f"{at} has {strange[0]}; an entry is a class of this file, by its name alone")
     return {ast.literal_eval(key): f"{module}:{value.id}" for key, value in zip(found.keys, found.values, strict=True)}
+
+
+def _definition(at: str) -> Any:
+    """The class, or the value of the variable, at "module:name", as it is written."""
+    module, name = at.split(":")
+    try:
+        return _definitions(module)[name]
+    except (FileNotFoundError, KeyError):
+        raise LookupError(f"{at} is listed as a part, and there is no {name} in that file of the package") from None
 
 
 @cache

@@ -2,6 +2,7 @@
 written before can be read.
 """
 
+import ast
 import dataclasses
 import inspect
 import json
@@ -20,7 +21,7 @@ from fastai.callback.core import Callback
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dms_fastai import UserError, dms_learner, load_data, load_recipe, names
+from dms_fastai import UserError, dms_learner, load_data, load_recipe, names, schema
 from dms_fastai.data import sources
 from dms_fastai.models.macs import entry_macs
 from dms_fastai.models.weights import load_weights
@@ -30,7 +31,7 @@ from dms_fastai.runs import at_once, machine, plan
 from dms_fastai.runs.predictions import read_predictions
 from dms_fastai.runs.wanted import Wanted
 from dms_fastai.schema import choices_of, load, settings_of, table_of
-from dms_fastai.training.parts import PARTS
+from dms_fastai.training.parts import PARTS, order_of
 from tests.conftest import quiet
 from tests.test_runs import dms, same_run  # noqa: F401  (a fixture)
 
@@ -65,6 +66,28 @@ def test_a_table_builds_its_part_and_survives_pickling(at):
     if at != "callbacks.distill:TeacherDistill":
         assert isinstance(table.build(), load(at))
     assert pickle.loads(pickle.dumps(table)) == table
+
+
+@pytest.mark.parametrize("at", [at for at in classes() if settings_of(at)])
+def test_every_part_checks_its_settings(at):
+    """Their ranges are annotations, which `checked` reads."""
+    assert hasattr(load(at).__init__, "__wrapped__")
+
+
+def test_an_idea_that_is_half_there_is_said(monkeypatch):
+    made = "callbacks.half_an_idea:HalfAnIdea"
+    for at in (made, "callbacks.cutout:Cutouts"):
+        with pytest.raises(LookupError, match=f"{at} is listed as a part, and there is no"):
+            settings_of(at)
+    with pytest.raises(LookupError, match="there is no part 'half_an_idea'; add its line to PARTS"):
+        order_of("half_an_idea")
+    code = "class HalfAnIdea:\n    def __init__(self, prob: Share = 1 / 5): ...\nBOTH = {'a': half.Idea}\n"
+    half = {node.name: node for node in ast.parse(code).body[:1]} | {"BOTH": ast.parse(code).body[1].value}
+    monkeypatch.setattr(schema, "_definitions", lambda module: half)
+    with pytest.raises(TypeError, match="the default of prob is 1 / 5, which is no literal"):
+        settings_of("callbacks.other:HalfAnIdea")
+    with pytest.raises(TypeError, match=r"has half\.Idea; an entry is a class of this file"):
+        choices_of("callbacks.other:BOTH")
 
 
 def test_every_setting_has_its_meaning_in_the_docstring():

@@ -73,4 +73,7 @@ PARTS = (
 
 def order_of(table: str) -> float:
     """The place of a callback among fastai's, by its table."""
-    return next(part.order for part in PARTS if part.table == table)
+    for part in PARTS:
+        if part.table == table:
+            return part.order
+    raise LookupError(f"there is no part {table!r}; add its line to PARTS in training/parts.py")
