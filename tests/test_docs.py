@@ -13,7 +13,9 @@ from dms_fastai.models.dmsresnet import PRETRAINED
 from dms_fastai.recipes import all_keys
 from dms_fastai.report.page import write_report
 from dms_fastai.report.rows import sections
+from dms_fastai.report.statistics import paired_images
 from dms_fastai.run_folder import Run, find_runs
+from dms_fastai.runs.predictions import read_predictions
 from docs.build import CELL, TUTORIAL, cells
 
 ROOT = Path(__file__).parent.parent
@@ -81,6 +83,17 @@ def test_what_two_teachers_say_together_is_said():
     both = (mean.argmax(1) == kept[0]["labels"]).mean()
     assert f"{one} and {two} % in\nthe last epoch" in DETAILS
     assert f"the mean of their logits {100 * both:.2f} %" in DETAILS
+
+
+def test_what_three_more_epochs_gained_is_said():
+    [file] = (ROOT / "artifacts" / "cifar10-cpu-again").rglob("run.json")
+    [before] = (ROOT / "artifacts" / "cifar10-h200" / "fast" / "kd").rglob("run.json")
+    again, first = (Run.read(each.parent).facts for each in (file, before))
+    found = paired_images(*(read_predictions(each.parent / "predictions.npz").right for each in (file, before)))
+    gained = "{:+.2f} ({:+.2f} to {:+.2f})".format(*(100 * each for each in (found.mean, found.low, found.high)))
+    text = " ".join(DETAILS.split())
+    assert f"it ends at {100 * again.last.valid_accuracy:.2f} %, {gained} points" in text
+    assert f"after {again.train_pflop.student + first.train_pflop.student:.3g} PFLOP of its own" in text
 
 
 @pytest.mark.parametrize("file", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda f: f.name)
