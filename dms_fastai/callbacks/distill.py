@@ -47,8 +47,9 @@ class TeacherDistill(Callback):
 
     # The loss is complete before gradient accumulation (6) divides it; mixed precision is still on in after_pred.
     order, run_valid = order_of("distill"), False
-    teacher = network = made_of = logits = answers = None
-    trusted = False
+    teacher = logits = None
+    network = made_of = None  # the teacher's faster copy on the student's device, and the teacher that it is a copy of
+    answers, trusted = None, False  # what is kept on the disk, and whether one of them has been compared
     _stateattrs = ("teacher", "network", "made_of", "logits", "answers")
 
     def __init__(self, teacher: Any, size: int | None = None, **distillation: Any):

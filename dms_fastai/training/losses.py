@@ -211,7 +211,8 @@ class DMSLoss(nn.Module):
         partial: Whether some targets may be `UNLABELLED`; `TeacherDistill` sets it. To look for them in each batch
             would wait for a GPU.
         parts: The terms of the last loss with a teacher, "cross_entropy" and "distillation", without their weights; if
-            `partial`, also "labelled", the share of the targets that are labels. The others count as 0 in the first.
+            `partial`, also "labelled", the share of the targets that are labels; the others count as 0 in
+            "cross_entropy".
     """
 
     progress, partial = 0.0, False
@@ -268,13 +269,14 @@ class DMSLoss(nn.Module):
             labelled = labelled + share * (y != UNLABELLED)
         distillation = self.distillation if self.distillation.constant else self.distillation.at(self.progress)
         soft = distillation.soft(pred, teacher_logits, targets, "none")
-        by_label = 1 - distillation.alpha
+        label_weight = 1 - distillation.alpha
+        teacher_weight = 1 - label_weight * labelled
         self.parts = {
             "cross_entropy": hard.detach(),
             "distillation": soft.detach(),
             "labelled": labelled.detach().mean(),
         }
-        return reduced((1 - by_label * labelled) * soft, None, None, self.reduction) + by_label * hard
+        return reduced(teacher_weight * soft, None, None, self.reduction) + label_weight * hard
 
     def activation(self, pred: Tensor) -> Tensor:
         """Probabilities, shape (B, C), of logits."""

@@ -19,8 +19,8 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic that is iterated (Jor
 class StackedMuon(timm.optim.Muon):
     """`timm.optim.Muon`, which makes matrices orthogonal in stacks.
 
-    One after another, they cost a GPU more time to be told what to do than to do it: `dmsresnet` has 28 matrices of 11
-    shapes, which make four stacks. On a CPU, one after another is faster, and that is what it does there. A Learner's
+    One after another, they take a GPU longer to launch than to compute: `dmsresnet` has 28 matrices of 11 shapes, which
+    make four stacks. On a CPU, one after another is faster, and that is what it does there. A Learner's
     parameters come to a GPU after its optimiser has been made, so that each step looks where they are.
 
     Of Muon's choices it has what `optimizers.Muon` asks for: Nesterov's momentum, the quintic of `COEFFICIENTS`, and
