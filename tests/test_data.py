@@ -348,7 +348,7 @@ def test_no_network_names_the_folder_to_fill(tmp_path, monkeypatch):
 
 def spoil(root, what):
     if what == "no train":
-        (root / "train").rename(root / "training")
+        (root / "train").rename(root / "learning")
     elif what == "one class":
         for label in ("blue", "green"):
             for split in ("train", "test"):

@@ -283,5 +283,5 @@ def test_a_stopped_run_ends_as_one_without_interruption(dms, tmp_path):  # noqa:
 def test_what_does_not_go_together_is_said_before_the_first_step():
     with pytest.raises(UserError, match="count is 0; it must be at least 1"):
         FixedViews(0)
-    with pytest.raises(UserError, match="the features are not kept"):
+    with pytest.raises(UserError, match="feature_distill does not go with fixed_views"):
         train(0, 1, recipe="kd", teacher=timm.create_model(TINY), **{"feature_distill.weight": 1.0})

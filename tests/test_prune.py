@@ -196,7 +196,7 @@ def test_a_file_of_a_pruned_network_is_read_and_refused_where_it_does_not_fit(tm
         load_weights(tmp_path / "wrong.safetensors")
     with pytest.raises(UserError, match=r"give --set model.args.mid_widths='\[8, 16, 16, 24, 24\]'"):
         begin_from(dense, str(tmp_path / "pruned.safetensors"), "dmsresnet")
-    with pytest.raises(UserError, match="give --arch the network that they are of"):
+    with pytest.raises(UserError, match="give --arch dmsresnet"):
         begin_from(timm.create_model("resnet18"), str(tmp_path / "pruned.safetensors"), "resnet18")
 
 
