@@ -14,7 +14,7 @@ from dms_fastai.recipes import all_keys
 from dms_fastai.report.page import write_report
 from dms_fastai.report.rows import sections
 from dms_fastai.report.statistics import paired_images
-from dms_fastai.run_folder import Run, find_runs
+from dms_fastai.run_folder import Run, RunFolder, find_runs
 from dms_fastai.runs.predictions import read_predictions
 from docs.build import CELL, TUTORIAL, cells
 
@@ -93,6 +93,12 @@ def test_what_three_more_epochs_gained_is_said():
     gained = "{:+.2f} ({:+.2f} to {:+.2f})".format(*(100 * each for each in (found.mean, found.low, found.high)))
     text = " ".join(DETAILS.split())
     assert f"it ends at {100 * again.last.valid_accuracy:.2f} %, {gained} points" in text
+    epochs = ", ".join(f"{100 * row['valid_accuracy']:.2f}" for row in RunFolder(file.parent).rows())
+    assert f"the first training: {epochs}." in text
+    taught = ("cifar10-h200-teachers/fast/teacher/seed0", "cifar10-h200/fast-mixup/fast/seed0")
+    kept = [np.load(ROOT / "artifacts" / each / "predictions.npz") for each in taught]
+    mean = sum(each["log_probabilities"].astype(float) for each in kept)
+    assert f"that have {100 * (mean.argmax(1) == kept[0]['labels']).mean():.2f} % together" in text
     assert f"after {again.train_pflop.student + first.train_pflop.student:.3g} PFLOP of its own" in text
 
 

@@ -1,5 +1,7 @@
 """DropBlock's rate, opposite to the learning rate."""
 
+from collections.abc import Callable
+
 import numpy as np
 from fastai.callback.core import Callback
 from fastai.callback.schedule import ParamScheduler
@@ -10,7 +12,7 @@ from ..models.dropblock import DropBlock
 from ..settings import Share, checked
 from ..training.parts import order_of
 
-__all__ = ["DropBlockSchedule", "highest_lr"]
+__all__ = ["DropBlockSchedule", "highest_lr", "lr_schedules"]
 
 
 @checked
@@ -66,6 +68,10 @@ class DropBlockSchedule(Callback):
 
 def highest_lr(learn: Learner) -> float:
     """The highest learning rate of a fit: of its schedule, or the constant one; of the last group."""
-    schedules = [cb.scheds["lr"] for cb in learn.cbs if isinstance(cb, ParamScheduler) and "lr" in cb.scheds]
-    rates = [np.ravel(schedule(pct))[-1] for schedule in schedules for pct in np.linspace(0, 1, 1001)]
+    rates = [np.ravel(schedule(pct))[-1] for schedule in lr_schedules(learn) for pct in np.linspace(0, 1, 1001)]
     return float(max(rates, default=learn.opt.hypers[-1]["lr"]))
+
+
+def lr_schedules(learn: Learner) -> list[Callable[[float], float | np.ndarray]]:
+    """The schedules of a fit's learning rate, by the share of training that is done; none where it is constant."""
+    return [cb.scheds["lr"] for cb in learn.cbs if isinstance(cb, ParamScheduler) and "lr" in cb.scheds]

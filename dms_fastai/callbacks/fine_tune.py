@@ -2,7 +2,6 @@
 
 import numpy as np
 from fastai.callback.core import Callback
-from fastai.callback.schedule import ParamScheduler
 from fastai.learner import Learner
 from fastai.torch_core import norm_bias_params
 from torch import nn
@@ -10,6 +9,7 @@ from torch import nn
 from ..errors import UserError, notice
 from ..settings import PositiveShare, Steps, checked
 from ..training.parts import order_of
+from .drop_block import lr_schedules
 
 __all__ = ["FineTune"]
 
@@ -110,5 +110,4 @@ class FineTune(Callback):
 
 def has_a_rate_for_each_group(learn: Learner) -> bool:
     """Whether a schedule of the fit gives each group of parameters its own learning rate."""
-    schedules = [cb.scheds["lr"] for cb in learn.cbs if isinstance(cb, ParamScheduler) and "lr" in cb.scheds]
-    return any(len(set(np.ravel(schedule(0.5)))) > 1 for schedule in schedules)
+    return any(len(set(np.ravel(schedule(0.5)))) > 1 for schedule in lr_schedules(learn))
