@@ -44,6 +44,34 @@ def test_a_run_is_evaluated_on_what_it_has_held_out(dms, binary):  # noqa: F811
     assert (code, "other has neither test nor val images" in err) == (2, True)
 
 
+def test_images_that_are_there_twice_are_said_before_a_training(dms, tmp_path):  # noqa: F811
+    random = np.random.default_rng(0)
+    several = [Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8)) for _ in range(8)]
+    places = [f"train/{name}/{index}.png" for name in ("cat", "dog") for index in range(3)]
+    places += ["test/cat/new.png", "test/dog/new.png"]
+    copies = {"test/cat/copy.bmp": 1, "test/dog/copy.png": 0, "train/dog/copy.png": 2, "train/cat/copy.png": 0}
+    for place, image in {
+        **dict(zip(places, several, strict=True)),
+        **{c: several[i] for c, i in copies.items()},
+    }.items():
+        file = tmp_path / "pets" / place
+        file.parent.mkdir(parents=True, exist_ok=True)
+        image.save(file)
+    few = ("--arch", "test_dmsresnet", "--epochs", 1, "--set", "data.batch_size=4", "--set", "data.size=8")
+    code, _, err = dms("run", "se", "--data", "pets", *few)
+    assert code == 0
+    trained, labels = (
+        "pets: images to validate on that are training images, too: 2 of 4, such as pets/test/cat/copy.bmp, which is "
+        "pets/train/cat/1.png; that flatters the accuracy",
+        "pets: training images that are in another class, too: 1, such as pets/train/dog/copy.png, which is "
+        "pets/train/cat/2.png",
+    )
+    assert trained in err
+    assert labels in err
+    code, _, err = dms("run", "se", "--data", "pets", *few)
+    assert (code, "too: 2 of 4" in err) == (0, False)
+
+
 def test_runs_and_reports_among_the_images_are_no_images(dms, binary, monkeypatch):  # noqa: F811
     monkeypatch.chdir(binary)
     assert dms("run", "se", "--data", ".", *FEW)[0] == 0

@@ -49,7 +49,7 @@ def images(tmp_path):
 @pytest.fixture
 def counted(monkeypatch):
     """How often data are opened, image files are listed and decoded, and images are hashed."""
-    counts = dict.fromkeys(("load_splits", "_stamp", "_decode", "_digest"), 0)
+    counts = dict.fromkeys(("load_splits", "_stamp", "_decode", "_hashed"), 0)
 
     def count(owner, name):
         original = getattr(owner, name)
@@ -62,7 +62,7 @@ def counted(monkeypatch):
 
     for owner in (sets, plan_module):
         count(owner, "load_splits")
-    for owner, name in ((decoded, "_stamp"), (decoded, "_decode"), (ImageSet, "_digest")):
+    for owner, name in ((decoded, "_stamp"), (decoded, "_decode"), (ImageSet, "_hashed")):
         count(owner, name)
     return counts
 
@@ -71,12 +71,12 @@ def test_a_command_reads_its_data_once_for_all_stages_and_seeds(dms, images, cou
     more = (*TINY, "--data", images, "--set", "data.size=8")
     assert dms("run", "se", "kd", "--seeds", "0,1", *more, *TINY_TEACHER)[0] == 0
     # train, test and unlabelled: each is listed, decoded and hashed, and val, which nobody asks for, is not
-    assert counted == {"load_splits": 1, "_stamp": 3, "_decode": 3, "_digest": 3}
+    assert counted == {"load_splits": 1, "_stamp": 3, "_decode": 3, "_hashed": 3}
 
     (tmp_path / "own.toml").write_text('extends = "se"\n[data]\nvalid = "val"\n')
     counted.update(dict.fromkeys(counted, 0))
     assert dms("run", "se", "own.toml", *more, "--out", "x")[0] == 0
-    assert counted == {"load_splits": 1, "_stamp": 3, "_decode": 1, "_digest": 3}  # train, test and val
+    assert counted == {"load_splits": 1, "_stamp": 3, "_decode": 1, "_hashed": 3}  # train, test and val
 
 
 def test_processes_that_begin_together_decode_once(images, counted):

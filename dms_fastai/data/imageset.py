@@ -245,14 +245,21 @@ class ImageSet:
 
         They are read for it at the first call.
         """
-        return self._keep(("digest",), self._digest)
+        return self._keep(("digest",), self._hashed)[0]
 
-    def _digest(self) -> str:
-        state = hashlib.blake2b(digest_size=8)
+    def hashes(self) -> list[int]:
+        """A hash of each image: equal images have equal ones, within this process. They are read as for `digest`."""
+        return self._keep(("digest",), self._hashed)[1].tolist()
+
+    def _hashed(self) -> tuple[str, Tensor]:
+        state, images = hashlib.blake2b(digest_size=8), []
         for block in self.stored.blocks():
             state.update(block.numpy())
+            if block.dtype == torch.uint8:  # else it is the sides of images to come
+                last = block.permute(0, 2, 3, 1).contiguous() if block.ndim == 4 else block[None]
+                images += [hash((*image.shape, image.numpy().tobytes())) for image in last]
         state.update(b"" if self.labels is None else self.labels.contiguous().numpy())
-        return state.hexdigest()
+        return state.hexdigest(), torch.tensor(images, dtype=torch.int64)
 
     def class_of(self, label: int) -> str:
         """The name of a label's class, to be shown."""

@@ -20,6 +20,7 @@ from .images import MIDDLE
 from .imageset import ImageSet
 from .loader import BatchLoader, ImageLoaders
 from .placed import Where
+from .repeats import repeats_said
 from .sources import load_splits, split_by_class
 from .splits import Splits, UnlabelledError
 
@@ -99,6 +100,12 @@ class Sets:
         if self.plain is not None:
             return self.plain.digest
         return [each.digest() for each in (self.train, self.valid, self.unlabelled) if each is not None]
+
+    @cached_property
+    def repeated(self) -> list[str]:
+        """A line about images to validate on that are trained on, too, and one about images in two classes."""
+        plain = self.plain or self
+        return list(repeats_said(plain.train, plain.valid))
 
     @cached_property
     def for_distillation(self) -> "Sets":

@@ -134,6 +134,8 @@ def run_stage(stage: Stage, opened: Opened, manner: Manner | None = None, consol
         torch.compiler.reset()  # and its graphs, which hold gigabytes of a GPU's memory
         if line := held(recipe, sets, torch.device(manner.device), at_least=LARGE):
             notice(f"{recipe.title}: {line}")
+        for line in sets.repeated:
+            notice(f"{opened.data}: {line}")
         dls = loaders_of(recipe, sets, manner.device)
         seed_everything(stage.seed)  # only after fastai's loaders have drawn from Python's generator
         begun = folder.finished or any(folder.checkpoints.glob("*.pt"))
