@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .callbacks.bf16 import fast_kernels, has_bf16
 from .data.augment import affine, normalize
+from .data.decoded import EACH
 from .data.imageset import ImageSet
 from .data.known import check_square, known_classes
 from .data.sets import VALID_BATCH
@@ -20,7 +21,7 @@ from .errors import UserError, notice
 from .export import open_model
 from .export.formats import is_exported
 from .models.card import ModelCard
-from .names import TIMM, source_name
+from .names import TIMM, source_name, source_place
 from .run_folder import RunFolder
 from .trained import find_file
 from .trained.pretrained import pretrained_cfg, timm_model
@@ -103,7 +104,7 @@ def evaluate_model(
     images = split_images(data, split, labels, card, own)
     known = known_classes(images, card).to(device)
     bf16 = own is not None and own.recipe_file.is_file() and own.recipe().bf16 is not None and has_bf16(device)
-    _note_other_images(images, own)
+    _note_other_images(images, data, own)
     model = model.to(device, memory_format=torch.channels_last).float().eval()
     scaling = affine(card.mean, card.std, images.size, device)
     of_class, right = (torch.zeros(images.c, dtype=torch.long, device=device) for _ in range(2))
@@ -142,12 +143,14 @@ def split_images(
     `own` is the run that the model comes from.
     """
     check_square(card)
-    if labels is None and own is not None and own.recipe_file.is_file() and own.facts().data == source_name(data):
+    its_own = own is not None and own.facts_file.is_file() and _are_of(own, data)
+    if labels is None and its_own and own.recipe_file.is_file():
         labels = own.recipe().data.labels
-    splits = load_splits(data, card.shape[1], labels, card.vocab, card.middle, to_train=False)
+    white = EACH if card.white is None else card.white
+    splits = load_splits(data, card.shape[1], labels, card.vocab, card.middle, to_train=False, white=white)
     there = [each for each in splits if each != "unlabelled"]
     found = split or next((name for name in ("test", "val") if name in there), None)
-    if found is None and own is not None and own.facts_file.is_file() and own.facts().data == splits.name:
+    if found is None and its_own:
         wanted = own.recipe().data.build()
         if not isinstance(wanted.valid, str):
             return wanted.open(data, splits=splits).valid
@@ -166,12 +169,19 @@ def split_images(
     return images
 
 
-def _note_other_images(images: ImageSet, own: RunFolder | None) -> None:
+def _are_of(own: RunFolder, data: str | Path) -> bool:
+    """Whether a run was trained on the data: they have the same name, and the same place, if the run has noted one."""
+    facts = own.facts()
+    return facts.data == source_name(data) and facts.place in (None, source_place(data))
+
+
+def _note_other_images(images: ImageSet, data: str | Path, own: RunFolder | None) -> None:
     """Say so if a run was validated on other images of the same name, or trained on these."""
     if own is None or not own.facts_file.is_file():
         return
     facts = own.facts()
-    if (images.name, images.split) == (facts.data, "train"):
+    same_images = facts.data_digest is not None and images.digest() == facts.data_digest[0]
+    if images.split == "train" and (same_images or _are_of(own, data)):
         notice(f"the run was trained on images of {images.name}, train: that flatters it")
     same = (images.name, images.split, images.size) == (facts.data, facts.valid, facts.size)
     if same and facts.data_digest and images.digest() != facts.data_digest[1]:

@@ -10,11 +10,17 @@ from pathlib import Path
 
 from .errors import UserError
 
-__all__ = ["amount", "check_file", "check_folder", "partials", "sweep", "whole"]
+__all__ = ["amount", "check_file", "check_folder", "is_hidden", "partials", "sweep", "whole"]
 
 PARTIAL = ".partial"
+PASSED_OVER = {"__MACOSX", "@eaDir"}  # what systems put beside images
 OLD = 24 * 3600  # seconds
 PATIENCE, PAUSE = 2.0, 0.05  # seconds in which a file that is in use may come free, and between two tries
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is none that a user means."""
+    return name.startswith(".") or name in PASSED_OVER
 
 
 def check_folder(folder: Path, option: str = "--out") -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from .errors import UserError, notice, unlistable
-from .files import check_folder, whole
+from .files import check_folder, is_hidden, whole
 from .terminal import printable, reader_gone
 
 __all__ = ["check_table", "image_files", "table"]
@@ -72,8 +72,8 @@ def _images_below(folder: Path) -> list[Path]:
             folders.clear()
             continue
         seen.add(os.path.realpath(where))
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in (name for name in names if not name.startswith(".")):
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        for name in (name for name in names if not is_hidden(name)):
             ending = os.path.splitext(name)[1].lower()
             if ending in suffixes:
                 found.append(Path(where, name))

@@ -42,7 +42,13 @@ def unpacked(
     folder = cache_dir() / "unpacked" / f"{source.name}-{key}"
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{source} cannot be unpacked into {cache_dir()} ({error.strerror}); set DMS_FASTAI_CACHE to a folder that "
+            f"can be written"
+        ) from None
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
             partial = folder.with_name(f"{folder.name}.partial")

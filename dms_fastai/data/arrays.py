@@ -17,7 +17,7 @@ from .images import resize, to_rgb
 from .imageset import ImageSet
 from .in_parts import extremes, squares_of
 from .splits import Splits
-from .white import UNIT, as_bytes, describe, white_of
+from .white import UNIT, as_bytes, beyond, describe, other_range, white_of
 
 if TYPE_CHECKING:
     from .npz import ArrayInFile
@@ -45,6 +45,7 @@ def array_splits(
     names: np.ndarray | None,
     size: int | None,
     to_train: bool = True,
+    white: float | None = None,
 ) -> Splits:
     """Splits over arrays, each read when it is asked for; the first tells the classes, the size and the pixels' scale.
 
@@ -54,6 +55,7 @@ def array_splits(
         names: Names of the classes, if there are any.
         size: Height and width in pixels. None: the shorter side of the first split's images.
         to_train: Whether two classes at least are needed.
+        white: The value that becomes 255, for pixels that are not bytes. None: what those of the first split suggest.
 
     Raises, when a split is read:
         UserError: Images or labels that cannot be trained on; says which and why.
@@ -73,16 +75,18 @@ def array_splits(
         indices = labels if without else label_indices(labels, vocab, f"{where}_labels", named=names is not None)
         whole = isinstance(arrays.images, np.ndarray)
         try:
-            white = None
+            scale = None
             if arrays.images.dtype != np.uint8:
                 own = white_of(arrays.images if whole else extremes(arrays.images))
-                white = own if train is None or train.white is None else train.white
-                if arrays.images.dtype.kind == "f" and own != white and UNIT in (own, white):
-                    raise UserError(f"pixels run to about {own:g}, and those of {first} to {white:g}; give one range")
-                if own > white > UNIT:
-                    notice(f"{where}_images: pixels above {white:g} become white, as it is white in {first}")
+                told = white if train is None or train.white is None else train.white
+                scale = own if told is None else told
+                decimal = arrays.images.dtype.kind in "fb"
+                if decimal and own == UNIT < scale:  # of a whole split, and not of one dark image
+                    raise other_range(own, scale)
+                if beyond(own, scale, decimal):
+                    notice(f"{where}_images: pixels above {scale:g} become white, as it is white in training")
             pixels = (
-                to_rgb(as_bytes(arrays.images, white)) if whole else to_rgb(torch.empty(0, *arrays.images.shape[1:]))
+                to_rgb(as_bytes(arrays.images, scale)) if whole else to_rgb(torch.empty(0, *arrays.images.shape[1:]))
             )
         except UserError as error:
             raise UserError(f"{where}_images: {error.message}") from None
@@ -91,15 +95,15 @@ def array_splits(
             raise UserError(f"{where} has {counts}; give equally many, at least 1")
         side = size or (min(pixels.shape[-2:]) if train is None else train.size)
         if train is None:
-            if white is not None:
-                notice(f"{where}_images: {describe(white, arrays.images.dtype)}")
+            if scale is not None:
+                notice(f"{where}_images: {describe(scale, arrays.images.dtype)}")
             if to_train and not without:
                 _name_missing(indices, vocab, source)
         elif size is None and min(pixels.shape[-2:]) != side:
             found = "x".join(map(str, pixels.shape[-2:]))
             notice(f"{where}_images are {found} pixels; they are resized to {side}x{side}, as those of {first} are")
-        stored = resize(pixels, side) if whole else squares_of(arrays.images, side, white)
-        found = ImageSet(stored, torch.from_numpy(indices), vocab, white=white)
+        stored = resize(pixels, side) if whole else squares_of(arrays.images, side, scale)
+        found = ImageSet(stored, torch.from_numpy(indices), vocab, white=scale)
         found.own_size = min(pixels.shape[-2:])
         return found
 
@@ -181,7 +185,8 @@ def _one_each(labels: np.ndarray, where: str) -> np.ndarray:
     if kind == "b":
         labels, kind = labels.astype(np.int64), "i"
     if labels.ndim != 1 or kind not in "iuU":
-        raise UserError(f"{where} is {labels.dtype} {labels.shape}; give whole numbers or names, one an image")
+        has = ", with NaN or fractions" if kind == "f" and labels.ndim == 1 else ""
+        raise UserError(f"{where} is {labels.dtype} {labels.shape}{has}; give whole numbers or names, one an image")
     return labels
 
 

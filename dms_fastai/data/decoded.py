@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,13 +28,16 @@ from .imageset import ImageSet
 from .memory import free_memory
 from .rows import Rows, bytes_of, read_rows
 from .stored import CHANNELS, Squares, Stored, Wholes
-from .white import BYTE, describe
+from .white import BYTE, beyond, describe
 
-__all__ = ["Listing", "alone", "cache_dir", "decoded_image_set", "write_rows"]
+__all__ = ["EACH", "Listing", "White", "alone", "cache_dir", "decoded_image_set", "white_like", "write_rows"]
 
 SHOW_PROGRESS_FROM = 2000
 LISTED = 10  # unreadable files in one message
 AHEAD = 64  # files that are given to the threads before the first is asked for
+EACH = "each"  # in place of a white: each image is scaled by its own values
+NAME = 150  # bytes of a folder's name in that of its cache; systems take 255 in all
+White = float | Literal["each"] | None
 READING = b"5"  # to be counted up when images are read in another way, so that older caches are not used
 
 
@@ -63,7 +66,12 @@ def cache_dir() -> Path:
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "dms_fastai"
 
 
-def decoded_image_set(listing: Listing, size: int, like: ImageSet | None = None, middle: float = 1.0) -> ImageSet:
+def white_like(train: ImageSet) -> White:
+    """How grey of more than 8 bits is scaled in other images than those for training: as theirs, if they have such."""
+    return EACH if train.white is None else train.white
+
+
+def decoded_image_set(listing: Listing, size: int, white: White = None, middle: float = 1.0) -> ImageSet:
     """The listed images, memory-mapped from the cache.
 
     Any file added, removed, moved, resized or touched makes the cache stale. A process that was killed as it decoded
@@ -72,27 +80,29 @@ def decoded_image_set(listing: Listing, size: int, like: ImageSet | None = None,
     Args:
         listing: The files.
         size: Height and width of what is given out of each image.
-        like: The training images, if these are others: grey of more than 8 bits is scaled as theirs is.
+        white: The value of grey of more than 8 bits that becomes 255; `EACH`: what the values of each image suggest.
+            None: what those of all images suggest.
         middle: Below 1, images are kept whole, as `read_whole` makes them, and not as their middle squares.
 
     Raises:
         UserError: Files that cannot be read as images; names them. Or the images fit neither on the disk nor into
             memory.
     """
-    images, white = _read(listing, size, None if like is None else like.white, middle)
-    if like is None and white not in (None, BYTE):
-        notice(f"{listing.root}: grey {describe(white)}")
+    images, found = _read(listing, size, white, middle)
+    if white is None and found not in (None, BYTE):
+        notice(f"{listing.root}: grey {describe(found)}")
     labels = torch.tensor(listing.labels, dtype=torch.long)
-    return ImageSet(images, labels, listing.vocab, files=listing.files, root=listing.root, white=white)
+    return ImageSet(images, labels, listing.vocab, files=listing.files, root=listing.root, white=found)
 
 
-def _read(listing: Listing, size: int, white: float | None, middle: float) -> tuple[Stored, float | None]:
+def _read(listing: Listing, size: int, white: White, middle: float) -> tuple[Stored, float | None]:
     """The images, and the white that they were scaled with if there is grey of more than 8 bits."""
     root, count = listing.root.resolve(), len(listing.files)
     where = hashlib.sha256(f"{root}{listing.name}".encode(errors="surrogateescape")).hexdigest()[:16]
     stamp = _stamp(listing, white)
     kept = "" if middle == 1 else f"of{round(size / middle)}"
-    cache = cache_dir() / f"{root.parent.name}-{root.name}-{size}{kept}-{where}"
+    name = os.fsencode(f"{root.parent.name}-{root.name}")[-NAME:].decode(errors="ignore")
+    cache = cache_dir() / f"{name}-{size}{kept}-{where}"
     found = read_rows(cache, stamp, count)
     if found is None:
         with alone(cache) as locked:  # of several processes that begin together, one decodes
@@ -102,7 +112,7 @@ def _read(listing: Listing, size: int, white: float | None, middle: float) -> tu
     pixels, rows = found
     sides = torch.from_numpy(np.stack([rows["height"], rows["width"]], 1).astype(np.int64))
     whites = rows["white"][~np.isnan(rows["white"])]
-    white = white if not len(whites) else float(whites[0])
+    white = float(whites[0]) if len(whites) else None if white == EACH else white
     if (sides == size).all():
         return Squares([pixels.view(count, size, size, CHANNELS).permute(0, 3, 1, 2)]), white
     return Wholes.in_a_row(pixels, sides, size), white
@@ -123,7 +133,7 @@ def alone(cache: Path) -> Iterator[bool]:
         lock.release()
 
 
-def _stamp(listing: Listing, white: float | None) -> str:
+def _stamp(listing: Listing, white: White) -> str:
     """A digest of how files are read, and of every file's name, class, size, time of change and number on its disk.
 
     The number tells two folders that changed names from what they were, even if sizes and times are the same.
@@ -141,18 +151,20 @@ def _stamp(listing: Listing, white: float | None) -> str:
 
 
 def _decode(
-    listing: Listing, size: int, white: float | None, middle: float, cache: Path | None, stamp: str
+    listing: Listing, size: int, white: White, middle: float, cache: Path | None, stamp: str
 ) -> tuple[Tensor, np.ndarray]:
     """Decode what the cache does not have yet; into memory, where there is no cache or it cannot be written."""
 
-    clipped = []
+    clipped, scaled_alone = [], []
 
-    def decode(index: int, scale: float | None = white) -> tuple[np.ndarray, float | None]:
+    def decode(index: int, scale: White = white) -> tuple[np.ndarray, float | None]:
         with open_image(listing.root / listing.files[index], round(size / middle)) as image:
-            own = grey_white(image)
-            kept = read_image(image, size, scale) if middle == 1 else read_whole(image, size, scale, middle)
-        if scale is not None and (own or 0) > scale:
+            own, scaling = grey_white(image), None if scale == EACH else scale
+            kept = read_image(image, size, scaling) if middle == 1 else read_whole(image, size, scaling, middle)
+        if None not in (own, scaling) and beyond(own, scaling, decimal=image.mode == "F"):
             clipped.append(listing.files[index])
+        if scale == EACH and own not in (None, BYTE):
+            scaled_alone.append(listing.files[index])
         return kept.permute(1, 2, 0).numpy(), own if scale is None else None
 
     def decode_into(rows: Rows) -> None:
@@ -167,6 +179,11 @@ def _decode(
             notice(
                 f"{listing.root}: pixels above {white:g}, which is white in train, become white in {len(clipped)} "
                 f"images, such as {min(clipped)}"
+            )
+        if scaled_alone:
+            notice(
+                f"{listing.root}: {len(scaled_alone)} grey images of other pixels than bytes, which no training image "
+                f"has, are scaled by their own values, such as {min(scaled_alone)}"
             )
 
     needed = len(listing.files) * CHANNELS * round(size / middle) ** 2

@@ -5,14 +5,15 @@ import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path, PurePath
 
 from PIL import Image
 
 from ..errors import UserError, notice, unlistable
+from ..files import is_hidden
 from ..training.losses import UNLABELLED
-from .decoded import Listing, decoded_image_set
+from .decoded import Listing, White, decoded_image_set, white_like
 from .imageset import ImageSet
 from .splits import NEEDS_TEACHER, Splits, UnlabelledError
 
@@ -34,7 +35,6 @@ SPLIT_OF = {
     **dict.fromkeys(("val", "valid", "validation"), "val"),
 }
 NO_LABELS = ("unlabelled", "unlabeled")  # folders of images without classes
-PASSED_OVER = {"__MACOSX", "@eaDir"}  # beside hidden files and folders
 OURS = ({"recipe.toml", "run.json"}, {"report.md", "index.html"})  # in the folders of runs and of reports, with plots
 OUR_ENDINGS = {".log", ".toml"}  # of all files in a folder of logs, and of a run that has just begun
 LOCK = ".lock"  # all that there is of a run that opens its images
@@ -42,7 +42,12 @@ ENDINGS = 5  # in one message
 
 
 def read_folder(
-    folder: Path, size: int, classes: Sequence[str] | None = None, middle: float = 1.0, to_train: bool = True
+    folder: Path,
+    size: int,
+    classes: Sequence[str] | None = None,
+    middle: float = 1.0,
+    to_train: bool = True,
+    white: White = None,
 ) -> Splits:
     """The splits of an image folder.
 
@@ -53,7 +58,9 @@ def read_folder(
         size: Height and width of what is given out of each image.
         classes: Names of the classes, in order, to be taken where the training images are in no class folders.
         middle: As in `decoded_image_set`.
-        to_train: Whether images to train on are needed, of two classes at least.
+        to_train: Whether images to train on are needed, of two classes at least. If not, those that are there tell the
+            classes by their folders, and are read only when somebody asks for them.
+        white: As in `decoded_image_set`, where no images to train on are needed.
 
     Raises, some of it when a split is read:
         UserError: There are no classes, a class is empty or the only one, a split has a class that train has not, it
@@ -65,42 +72,72 @@ def read_folder(
     if not found.keys() - {"unlabelled"}:
         found["train"] = [folder]
     elif "train" not in found and to_train:
-        raise UserError(f"{folder} has no folder 'train'; the layout is train/CLASS/*.png and test/CLASS/*.png")
+        raise UserError(
+            f"{folder} has no folder 'train'; the layout is train/CLASS/*.png and test/CLASS/*.png"
+            f"{_or_classes(folder, found)}"
+        )
     splits = Splits()
-    vocab: list[str] = []
+    telling = {split: "train" if "train" in found else split for split in found}  # whose folders are the classes
 
-    def read(split: str) -> ImageSet:
-        train = splits["train"] if split != "train" and "train" in found else None  # its folders are the classes
+    def root_of(split: str) -> Path:
         if len(found[split]) > 1:
             first, second, *_ = found[split]
             raise UserError(f"{folder} has both {first.name!r} and {second.name!r}; remove or rename one")
-        [root] = found[split]
-        if split == "unlabelled":
-            return decoded_image_set(unlabelled(root, find_images(root), vocab), size, train, middle)
+        return found[split][0]
+
+    @cache
+    def classes_in(split: str) -> _Classes | None:
+        """The class folders of a split; None: its images have no labels, and need none."""
+        root = root_of(split)
+        first = None if split == telling[split] else classes_in(telling[split])
         try:
-            files = _classes(_walk(root, besides=found.get("unlabelled", ())), root, split)
-        except UnlabelledError:
-            if classes is None or (train is not None and train.labelled):
-                raise
-            vocab[:] = classes
-            return decoded_image_set(unlabelled(root, find_images(root), vocab), size, train, middle)
-        if train is None:
-            vocab[:] = _vocab_of(files, root) if to_train else sorted(files)
-        elif not set(files) <= set(vocab):
-            strange = min(set(files) - set(vocab))
-            who = f"{found['train'][0]} does not have" if train.labelled else "the teacher does not know"
+            return _classes(_walk(root, besides=found.get("unlabelled", ())), root, split, first)
+        except UnlabelledError as error:
+            hint = _or_classes(folder, found) if split == "train" else ""
+            if hint and class_name(root.name) in (classes or ()):
+                raise UserError(f"{root} has no class folders{hint}") from None
+            if classes is None or first is not None:
+                raise UnlabelledError(f"{error.message}{hint}") from None
+            return None
+
+    def vocab_of(split: str) -> list[str]:
+        named = classes_in(telling[split])
+        if named is None:
+            return list(classes)
+        return _vocab_of(named.files, root_of(telling[split])) if to_train else sorted(named.files)
+
+    def read(split: str) -> ImageSet:
+        root, vocab = root_of(split), vocab_of(split)
+        train = splits["train"] if to_train and split != "train" else None
+        scale = white if train is None else white_like(train)
+        named = None if split == "unlabelled" else classes_in(split)
+        if named is None:
+            files = _without_labels(root, () if split == "unlabelled" else found.get("unlabelled", ()))
+            return decoded_image_set(unlabelled(root, files, vocab), size, scale, middle)
+        if not set(named.files) <= set(vocab):
+            strange = min(set(named.files) - set(vocab))
+            who = f"{root_of('train')} does not have" if classes_in(telling[split]) else "the teacher does not know"
             raise UserError(f"{root} has a class {strange!r} that {who}")
         listing = Listing(
             root,
-            [file for name in vocab for file in files.get(name, [])],
-            [label for label, name in enumerate(vocab) for _ in files.get(name, [])],
+            [file for name in vocab for file in named.files.get(name, [])],
+            [label for label, name in enumerate(vocab) for _ in named.files.get(name, [])],
             vocab,
         )
-        return decoded_image_set(listing, size, train, middle)
+        return decoded_image_set(listing, size, scale, middle)
 
     for split in found:
         splits.add(split, partial(read, split))
     return splits
+
+
+def _or_classes(folder: Path, splits: dict[str, list[Path]]) -> str:
+    """A hint for folders whose classes may be called as splits are; empty where no others with images lie beside."""
+    taken = [root for roots in splits.values() for root in roots]
+    for name in list_names(folder):
+        if (folder / name).is_dir() and folder / name not in taken and _walk(folder / name).images:
+            return f"; if {taken[0].name!r} and {name!r} are classes, put all of them into one folder, train/"
+    return ""
 
 
 def has_image_splits(folder: Path) -> bool:
@@ -108,7 +145,7 @@ def has_image_splits(folder: Path) -> bool:
     if not folder.is_dir():
         return False
     endings, inner = _readable_endings(), [each for found in _split_folders(folder).values() for each in found]
-    files = (name for each in inner for _, _, names in os.walk(each) for name in names if not _hidden(name))
+    files = (name for each in inner for _, _, names in os.walk(each) for name in names if not is_hidden(name))
     return any(PurePath(name).suffix.lower() in endings for name in files)
 
 
@@ -122,13 +159,19 @@ def list_names(folder: Path) -> list[str]:
         names = os.listdir(folder)
     except OSError as error:
         raise unlistable(error) from None
-    return sorted(name for name in names if not _hidden(name))
+    return sorted(name for name in names if not is_hidden(name))
 
 
 def find_images(folder: Path) -> list[str]:
     """All image files in a folder, at any depth, relative to it."""
-    found = _walk(folder)
-    return sorted(str(where / name) for where, names in found.images.items() for name in names)
+    return _walk(folder).files
+
+
+def _without_labels(root: Path, besides: Collection[Path] = ()) -> list[str]:
+    """All image files in a folder without those `besides`, as in `find_images`; says how many others are there."""
+    tree = _walk(root, besides)
+    _say_endings(root, tree.endings)
+    return tree.files
 
 
 def unlabelled(root: Path, files: Sequence[str], vocab: Sequence[str], name: str = "") -> Listing:
@@ -147,16 +190,18 @@ def class_name(text: str) -> str:
     return unicodedata.normalize("NFC", os.fsencode(text).decode("utf-8", "backslashreplace"))
 
 
-def _hidden(name: str) -> bool:
-    return name.startswith(".") or name in PASSED_OVER
-
-
 def only_folder(folder: Path) -> Path:
-    """The folder, or the only one in it, beside which there is no image: archives often hold one, and a README."""
+    """The folder, or the only one in it, beside which there is no image: archives often hold one, and a README.
+
+    It is neither a split's nor a class's.
+    """
     names, endings = list_names(folder), _readable_endings()
     inner = [folder / name for name in names if (folder / name).is_dir()]
     images = any(PurePath(name).suffix.lower() in endings for name in names)
-    return inner[0] if len(inner) == 1 and not images else folder
+    if len(inner) != 1 or images or inner[0].name.lower() in (*SPLIT_OF, *NO_LABELS):
+        return folder
+    is_class = any(PurePath(name).suffix.lower() in endings for name in list_names(inner[0]))
+    return folder if is_class else inner[0]
 
 
 def _split_folders(folder: Path) -> dict[str, list[Path]]:
@@ -184,6 +229,26 @@ class _Tree:
     empty: list[PurePath] = field(default_factory=list)
     endings: Counter = field(default_factory=Counter)
 
+    @property
+    def files(self) -> list[str]:
+        """The image files, relative to the root, sorted."""
+        return sorted(str(where / name) for where, names in self.images.items() for name in names)
+
+
+@dataclass(frozen=True)
+class _Classes:
+    """The image files of a split.
+
+    Attributes:
+        files: Those of each class, relative to the split's folder.
+        level: Which part of their paths names the class.
+        depth: How many folders they lie in.
+    """
+
+    files: dict[str, list[str]]
+    level: int
+    depth: int
+
 
 def _walk(root: Path, besides: Collection[Path] = ()) -> _Tree:
     """List a folder without the folders `besides` and those of runs. Links are followed, but not back to their origin.
@@ -203,8 +268,8 @@ def _walk(root: Path, besides: Collection[Path] = ()) -> _Tree:
         if real[where] in around or (where != str(root) and _is_ours(folders, names)):
             folders.clear()
             continue
-        folders[:] = sorted(name for name in folders if not _hidden(name) and Path(where, name) not in besides)
-        files = sorted(name for name in names if not _hidden(name))
+        folders[:] = sorted(name for name in folders if not is_hidden(name) and Path(where, name) not in besides)
+        files = sorted(name for name in names if not is_hidden(name))
         images = [name for name in files if PurePath(name).suffix.lower() in endings]
         tree.endings.update(PurePath(name).suffix.lower() for name in set(files) - set(images))
         here = PurePath(os.path.relpath(where, root))
@@ -218,7 +283,7 @@ def _walk(root: Path, besides: Collection[Path] = ()) -> _Tree:
 
 def _is_ours(folders: Sequence[str], names: Sequence[str]) -> bool:
     """Whether a folder with these folders and files is one that a command of this package has made."""
-    files = {name for name in names if not _hidden(name)}
+    files = {name for name in names if not is_hidden(name)}
     alone = (bool(files) or LOCK in names) and not folders
     logs = alone and all(PurePath(name).suffix in OUR_ENDINGS for name in files)
     return logs or any(ours <= files for ours in OURS)
@@ -228,15 +293,15 @@ def _readable_endings() -> set[str]:
     return {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
 
-def _classes(tree: _Tree, root: Path, split: str) -> dict[str, list[str]]:
-    """The files of each class, relative to the root.
+def _classes(tree: _Tree, root: Path, split: str, train: _Classes | None) -> _Classes:
+    """The files of each class; where the split's folders are as deep as those of `train`, the classes lie as deep, too.
 
     Raises:
         UserError: A class is empty, or it is unclear which folders are the classes.
         UnlabelledError: There are no class folders.
     """
     loose = tree.images.pop(PurePath("."), [])
-    passed_over = ", ".join(f"{ending or 'none'} ({count})" for ending, count in tree.endings.most_common(ENDINGS))
+    passed_over = _endings(tree.endings)
     if tree.empty and (tree.images or split == "train"):
         hint = f" (files with other endings: {passed_over})" if passed_over else ""
         raise UserError(f"{root / min(tree.empty)} holds no images{hint}; fill it or remove it")
@@ -245,18 +310,28 @@ def _classes(tree: _Tree, root: Path, split: str) -> dict[str, list[str]]:
             hint = f"; {NEEDS_TEACHER}" if loose else ""
             raise UnlabelledError(f"{root} has no class folders; a classifier needs at least 2 folders of images{hint}")
         raise UnlabelledError(f"{root} has no images in class folders")
-    level = _class_level(tree.images, root)
+    depths = {len(folder.parts) for folder in tree.images}
+    like_train = train is not None and depths == {train.depth}
+    level = train.level if like_train else _class_level(tree.images, root)
     classes: dict[str, list[str]] = {}
     for where, names in sorted(tree.images.items()):
         classes.setdefault(class_name(where.parts[level]), []).extend(str(where / name) for name in names)
-    if passed_over:
-        total = tree.endings.total()
-        files = "1 file is" if total == 1 else f"{total} files are"
-        notice(f"{root}: {files} passed over, by endings that Pillow does not read here: {passed_over}")
+    _say_endings(root, tree.endings)
     if loose:
         images = f"the image {loose[0]} is" if len(loose) == 1 else f"{len(loose)} images are"
         notice(f"{root}: {images} in no class folder, and passed over")
-    return classes
+    return _Classes(classes, level, min(depths))
+
+
+def _endings(found: Counter) -> str:
+    return ", ".join(f"{ending or 'none'} ({count})" for ending, count in found.most_common(ENDINGS))
+
+
+def _say_endings(root: Path, found: Counter) -> None:
+    """Say how many files have an ending that is no image's."""
+    if total := found.total():
+        files = "1 file is" if total == 1 else f"{total} files are"
+        notice(f"{root}: {files} passed over, by endings that Pillow does not read here: {_endings(found)}")
 
 
 def _class_level(folders: Iterable[PurePath], root: Path) -> int:

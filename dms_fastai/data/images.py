@@ -17,8 +17,8 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from ..errors import UserError
-from .white import BYTE, as_bytes, white_of
+from ..errors import UserError, notice
+from .white import BYTE, as_bytes, beyond, white_of
 
 __all__ = ["MIDDLE", "grey_white", "open_image", "read_image", "read_pixels", "read_whole", "resize", "to_rgb"]
 
@@ -49,10 +49,14 @@ def read_image(item: Any, size: int | None = None, white: float | None = None, m
     if isinstance(item, (np.ndarray, Tensor)):
         if isinstance(item, Tensor):
             item = (item.float() if item.dtype == torch.bfloat16 else item).numpy(force=True)
+        if white is not None and item.dtype != np.uint8:
+            _say_beyond(white_of(item), white, "the image", decimal=item.dtype.kind in "fb")
         pixels = to_rgb(as_bytes(item[None], white))
         return (resize(pixels, size, middle) if size else pixels)[0]
     if not isinstance(item, Image.Image):
         with open_image(item, size and round(size / middle)) as opened:
+            if white is not None and (own := grey_white(opened)) is not None:
+                _say_beyond(own, white, "the image" if isinstance(item, bytes) else str(item), opened.mode == "F")
             return read_image(opened, size, white, middle)
     if size and middle < 1:
         return _middle(read_whole(item, size, white, middle), size).contiguous()
@@ -137,6 +141,12 @@ def open_image(file: str | Path | bytes, side: int | None = None) -> Iterator[Im
             raise UserError(f"{name}: {error.message}") from None
         except (ValueError, OSError) as error:  # of a mode that Pillow cannot convert
             raise UserError(f"{name} is not an image that can be read ({error}); remove or replace it") from None
+
+
+def _say_beyond(own: float, white: float, name: str, decimal: bool) -> None:
+    """Say that an image goes beyond the white of the training images; arguments and errors as in `beyond`."""
+    if beyond(own, white, decimal):
+        notice(f"{name}: pixels above {white:g} become white, as it is white in training")
 
 
 def grey_white(image: Image.Image) -> float | None:

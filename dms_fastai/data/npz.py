@@ -23,7 +23,13 @@ SPLITS = ("train", "test", "val", "unlabelled")
 OTHER_NAMES = KERAS | {"unlabeled_images": "unlabelled_images"}
 
 
-def read_npz(file: Path, size: int | None, classes: Sequence[str] | None = None, to_train: bool = True) -> Splits:
+def read_npz(
+    file: Path,
+    size: int | None,
+    classes: Sequence[str] | None = None,
+    to_train: bool = True,
+    white: float | None = None,
+) -> Splits:
     """`train_images`, `train_labels` and the same for test and val; or Keras' names.
 
     `unlabelled_images` and `class_names` are optional.
@@ -33,6 +39,7 @@ def read_npz(file: Path, size: int | None, classes: Sequence[str] | None = None,
         size: Height and width in pixels. None: the shorter side of the training images.
         classes: Names of the classes, in order, to be taken where there are no `train_labels`.
         to_train: As in `read_folder`.
+        white: As in `array_splits`.
 
     Raises, some of it when a split is read:
         UserError: The file cannot be read, lacks an array, or fits neither into memory nor on the disk, or the arrays
@@ -61,7 +68,7 @@ def read_npz(file: Path, size: int | None, classes: Sequence[str] | None = None,
 
         return read
 
-    return array_splits(file, {split: reader(split) for split in found}, names, size, to_train)
+    return array_splits(file, {split: reader(split) for split in found}, names, size, to_train, white)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from ..errors import UserError, notice
 from ..names import source_name
 from .archive import count_files, is_archive, unpacked
 from .cifar import is_cifar, read_cifar
+from .decoded import EACH, White
 from .folder import find_images, has_image_splits, only_folder, read_folder
 from .images import resize, to_rgb
 from .imageset import ImageSet
@@ -40,6 +41,7 @@ def load_splits(
     classes: Sequence[str] | None = None,
     middle: float = 1.0,
     to_train: bool = True,
+    white: White = None,
 ) -> Splits:
     """Open a data set, each of its splits read when it is asked for.
 
@@ -53,7 +55,10 @@ def load_splits(
         middle: Share of the shorter side of image files that is seen without crops. Below 1, they are kept whole;
             arrays are read as squares of `size` all the same.
         to_train: Whether a network is to be trained on them. If not, a folder, a table or an .npz file may
-            have test images alone, or one class.
+            have test images alone, or one class; a folder's images to train on are read only when somebody asks for
+            them.
+        white: Where no network is to be trained: the white that it was trained with, for pixels that are no bytes;
+            `EACH`: it was trained on bytes.
 
     Raises:
         UserError: Data that are missing or cannot be trained on; says which and why.
@@ -67,7 +72,7 @@ def load_splits(
         splits = NAMED[name](name, size or DEFAULT_SIZE.get(name, USUAL_SIZE), middle)
     else:
         table = None if labels is None else Path(labels).expanduser()
-        splits = _read(Path(data).expanduser(), size, table, classes, middle, to_train)
+        splits = _read(Path(data).expanduser(), size, table, classes, middle, to_train, white)
     splits.name = name
     return splits
 
@@ -83,22 +88,28 @@ def has_own_size(data: str | Path) -> bool:
 
 
 def _read(
-    path: Path, size: int | None, labels: Path | None, classes: Sequence[str] | None, middle: float, to_train: bool
+    path: Path,
+    size: int | None,
+    labels: Path | None,
+    classes: Sequence[str] | None,
+    middle: float,
+    to_train: bool,
+    white: White,
 ) -> Splits:
     if path.is_file() and is_archive(path):
         path = only_folder(unpacked(path))
     if labels is not None:
         if not path.is_dir():
             raise UserError(f"labels is {labels}, and {path} is no folder of images")
-        return read_table(path, labels, size or USUAL_SIZE, middle, to_train)
+        return read_table(path, labels, size or USUAL_SIZE, middle, to_train, white)
     if path.suffix.lower() == ".npz" and path.is_file():
-        return read_npz(path, size, classes, to_train)
+        return read_npz(path, size, classes, to_train, None if white == EACH else white)
     if not has_image_splits(path) and (files := parquet_files(path)):
         images = unpacked(path, unpack_parquet, [file for _, file in files])
-        return read_table(images, images / LABELS, size or USUAL_SIZE, middle, to_train)
+        return read_table(images, images / LABELS, size or USUAL_SIZE, middle, to_train, white)
     if is_cifar(path):
         return read_cifar(path, size)
-    return read_folder(path, size or USUAL_SIZE, classes, middle, to_train)
+    return read_folder(path, size or USUAL_SIZE, classes, middle, to_train, white)
 
 
 def _digits(name: str, size: int, middle: float) -> Splits:

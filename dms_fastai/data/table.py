@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from ..errors import UserError, notice
-from .decoded import Listing, decoded_image_set
+from .decoded import Listing, White, decoded_image_set, white_like
 from .folder import NO_LABELS, SPLIT_OF, class_name, find_images, unlabelled
 from .imageset import ImageSet
 from .splits import Splits
@@ -17,14 +17,32 @@ from .splits import Splits
 __all__ = ["read_table"]
 
 # Names of columns, in lower case; the first that a table has is taken.
-FILE_COLUMNS = ("file", "filename", "file_name", "image", "image_path", "path", "filepath", "image_id", "img", "id")
+FILE_COLUMNS = (
+    "file",
+    "filename",
+    "file_name",
+    "image",
+    "image_name",
+    "image_path",
+    "image_file",
+    "path",
+    "filepath",
+    "image_id",
+    "img",
+    "img_name",
+    "img_path",
+    "id",
+)
 LABEL_COLUMNS = ("label", "class", "class_name", "label_name", "category", "target", "y")
 SPLIT_COLUMNS = ("split", "set", "subset")
+NO_NAMES = {"nan", "na", "n/a", "null"}  # as programs write that there is none
 # What spreadsheets write before the columns: empty lines, and which character is between two columns.
 BEFORE = re.compile(r"(?:[ \t,;]*\n)*(?:sep=(?P<delimiter>.)\n)?(?:[ \t,;]*\n)*", re.IGNORECASE)
 
 
-def read_table(folder: Path, table: Path, size: int, middle: float = 1.0, to_train: bool = True) -> Splits:
+def read_table(
+    folder: Path, table: Path, size: int, middle: float = 1.0, to_train: bool = True, white: White = None
+) -> Splits:
     """The images of a folder, with the classes that a .csv or .tsv file gives them.
 
     Args:
@@ -34,13 +52,14 @@ def read_table(folder: Path, table: Path, size: int, middle: float = 1.0, to_tra
             their name alone, with or without its ending.
         size: Height and width of what is given out of each image.
         middle: As in `decoded_image_set`.
-        to_train: As in `read_folder`.
+        to_train, white: As in `read_folder`.
 
     Raises, some of it when a split is read:
         UserError: The table cannot be read, lacks a column, or names a file that is not there or not unique.
     """
-    rows = _rows(table)
     files = _Files(folder)
+    rows = _rows(table, files)
+    written: dict[str, str] = {}
     labelled: dict[str, dict[str, str]] = defaultdict(dict)
     for line, name, label, split in rows:
         if split and split.lower() not in SPLIT_OF:
@@ -48,6 +67,9 @@ def read_table(folder: Path, table: Path, size: int, middle: float = 1.0, to_tra
         if not label:
             raise UserError(f"{table}, line {line}: {name} has no label; give it one, or remove the row")
         file = files.find(name, f"{table}, line {line}")
+        other = written.setdefault(file, name)
+        if not _agree(other.replace("\\", "/"), name.replace("\\", "/")):
+            raise UserError(f"{table}, line {line}: {name} is {folder / file}, and so is {other} in a line before")
         if any(file in others for key, others in labelled.items() if key != SPLIT_OF.get(split.lower(), "train")):
             raise UserError(f"{table}, line {line}: {name} is in two splits")
         before = labelled[SPLIT_OF.get(split.lower(), "train")].setdefault(file, class_name(label))
@@ -55,6 +77,9 @@ def read_table(folder: Path, table: Path, size: int, middle: float = 1.0, to_tra
             raise UserError(f"{table}, line {line}: {name} is {label!r} here, and {before!r} in a line before")
     if to_train and "train" not in labelled:
         raise UserError(f"{table} has no training images; its splits are {', '.join(sorted(labelled)) or 'empty'}")
+    if odd := [(line, label) for line, _, label, _ in rows if label.lower() in NO_NAMES]:
+        line, label = odd[0]
+        notice(f"{table}, line {line}: {label!r} is taken for the name of a class, in {len(odd)} rows in all")
     telling = [labelled["train"]] if "train" in labelled else labelled.values()
     vocab = sorted({name for classes in telling for name in classes.values()})
     if to_train and len(vocab) < 2:
@@ -73,11 +98,14 @@ def read_table(folder: Path, table: Path, size: int, middle: float = 1.0, to_tra
         place = {name: index for index, name in enumerate(vocab)}
         labels = [place[name] for name in classes.values()]
         listing = Listing(folder, list(classes), labels, vocab, f"{table.resolve()} {split}")
-        return decoded_image_set(listing, size, None if split == "train" else splits.get("train"), middle)
+        return decoded_image_set(listing, size, white_of_split(split), middle)
 
     def read_unlabelled() -> ImageSet:
         listing = unlabelled(folder, without, vocab, f"{table.resolve()} unlabelled")
-        return decoded_image_set(listing, size, splits["train"], middle)
+        return decoded_image_set(listing, size, white_of_split("unlabelled"), middle)
+
+    def white_of_split(split: str) -> White:
+        return white_like(splits["train"]) if to_train and split != "train" else white
 
     for split in labelled:
         splits.add(split, partial(read, split))
@@ -86,8 +114,8 @@ def read_table(folder: Path, table: Path, size: int, middle: float = 1.0, to_tra
     return splits
 
 
-def _rows(table: Path) -> list[tuple[int, str, str, str]]:
-    """Line, file, label and split of every row."""
+def _rows(table: Path, files: "_Files") -> list[tuple[int, str, str, str]]:
+    """Line, file, label and split of every row that is not blank."""
     try:
         written = table.read_bytes()
         text = written.decode("utf-16" if written.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) else "utf-8-sig")
@@ -113,6 +141,10 @@ def _rows(table: Path) -> list[tuple[int, str, str, str]]:
         rows = []
         for row in reader:
             line = skipped + reader.line_num
+            if not any(cell.strip() for cell in row.values() if isinstance(cell, str)):
+                continue
+            if not rows:
+                _check_ids(row, file, label, table, files)
             if row[file] is None or row[label] is None:
                 raise UserError(f"{table}, line {line}: the row is shorter than the first")
             if any(surplus.strip() for surplus in row.get(None, ())):
@@ -134,16 +166,42 @@ def _column(columns: dict[str, str], names: tuple[str, ...], table: Path) -> str
     return found
 
 
+def _check_ids(row: dict[str, str], file: str, label: str, table: Path, files: "_Files") -> None:
+    """Raise a UserError if images may be named by another column than the one that counts them."""
+    if file.strip().lower() != "id":
+        return
+    for column, cell in row.items():
+        if column not in (None, file, label) and cell and files.named(cell.strip()):
+            raise UserError(
+                f"{table} has the images {row[file]!r} in the column {file!r} and {cell!r} in {column!r}; call the "
+                f"right one 'file'"
+            )
+
+
 class _Files:
     """The image files of a folder, found by path, by the end of it, or by name; with or without its ending."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
+        self.folder, self._split = folder, SPLIT_OF.get(folder.resolve().name.lower())
         self.paths = set(find_images(folder))
         self._by_name: dict[str, set[str]] = defaultdict(set)
         for path in self.paths:
             self._by_name[class_name(Path(path).name)].add(path)
             self._by_name[class_name(Path(path).stem)].add(path)
+
+    def named(self, name: str) -> list[str]:
+        """The paths that a name may mean, relative to the folder."""
+        if (path := str(Path(name))) in self.paths:
+            return [path]
+        name = name.replace("\\", "/")  # as Windows writes paths
+        alike = self._by_name.get(class_name(Path(name).name), ())
+        return sorted(path for path in alike if _agree(path, name) and not self._of_other_split(path, name))
+
+    def _of_other_split(self, path: str, name: str) -> bool:
+        """Whether a name leads out of the folder, which is a split's, into that of another split."""
+        above = Path(name).parts[: -len(Path(path).parts)]
+        other = SPLIT_OF.get(above[-1].lower()) if above else None
+        return None not in (self._split, other) and self._split != other
 
     def find(self, name: str, where: str) -> str:
         """The path of a file, relative to the folder.
@@ -151,11 +209,7 @@ class _Files:
         Raises:
             UserError: There is none by that path or the end of it, or several.
         """
-        path = str(Path(name))
-        if path in self.paths:
-            return path
-        name = name.replace("\\", "/")  # as Windows writes paths
-        found = sorted(path for path in self._by_name.get(class_name(Path(name).name), ()) if _agree(path, name))
+        found = self.named(name)
         if not found:
             raise UserError(f"{where}: {self.folder} has no image {name!r}")
         if len(found) > 1:

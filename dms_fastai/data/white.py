@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import UserError
 
-__all__ = ["BYTE", "UNIT", "as_bytes", "describe", "white_of"]
+__all__ = ["BYTE", "UNIT", "as_bytes", "beyond", "describe", "other_range", "white_of"]
 
 BYTE = 255.0
 UNIT = 1.0
@@ -66,6 +66,27 @@ def as_bytes(values: np.ndarray, white: float | None = None) -> Tensor:
             scaled = part.astype(np.float64) * (BYTE / white)
             result[first : first + rows] = scaled.round().clip(0, 255)
     return torch.from_numpy(result)
+
+
+def beyond(own: float, white: float, decimal: bool) -> bool:
+    """Whether some values exceed the white of the training images, and so become white.
+
+    Args:
+        own: What the values suggest as their white.
+        white: That of the training images.
+        decimal: Whether the values are no whole numbers.
+
+    Raises:
+        UserError: Decimal values go beyond the 0 to 1 of the training images.
+    """
+    if decimal and own > white == UNIT:
+        raise other_range(own, white)
+    return own > white > UNIT
+
+
+def other_range(own: float, white: float) -> UserError:
+    """The error for pixels whose white is not that of the training images, one of the two being 1."""
+    return UserError(f"pixels run to about {own:g}, and those of training to {white:g}; give one range")
 
 
 def describe(white: float, dtype: np.dtype | None = None) -> str:
