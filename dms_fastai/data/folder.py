@@ -5,7 +5,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from pathlib import Path, PurePath
 
 from PIL import Image
@@ -76,47 +76,43 @@ def read_folder(
             f"{folder} has no folder 'train'; the layout is train/CLASS/*.png and test/CLASS/*.png"
             f"{_or_classes(folder, found)}"
         )
-    splits = Splits()
-    telling = {split: "train" if "train" in found else split for split in found}  # whose folders are the classes
+    reader = _Reader(folder, found, size, classes, middle, to_train, white)
+    for split in found:
+        reader.splits.add(split, partial(reader.read, split))
+    return reader.splits
 
-    def root_of(split: str) -> Path:
-        if len(found[split]) > 1:
-            first, second, *_ = found[split]
-            raise UserError(f"{folder} has both {first.name!r} and {second.name!r}; remove or rename one")
-        return found[split][0]
 
-    @cache
-    def classes_in(split: str) -> _Classes | None:
-        """The class folders of a split; None: its images have no labels, and need none."""
-        root = root_of(split)
-        first = None if split == telling[split] else classes_in(telling[split])
-        try:
-            return _classes(_walk(root, besides=found.get("unlabelled", ())), root, split, first)
-        except UnlabelledError as error:
-            hint = _or_classes(folder, found) if split == "train" else ""
-            if hint and class_name(root.name) in (classes or ()):
-                raise UserError(f"{root} has no class folders{hint}") from None
-            if classes is None or first is not None:
-                raise UnlabelledError(f"{error.message}{hint}") from None
-            return None
+@dataclass(eq=False)
+class _Reader:
+    """Reads the splits of an image folder. Arguments and errors as in `read_folder`.
 
-    def vocab_of(split: str) -> list[str]:
-        named = classes_in(telling[split])
+    Attributes:
+        found: The folders that may be each split.
+        splits: What is read by it.
+    """
+
+    folder: Path
+    found: dict[str, list[Path]]
+    size: int
+    classes: Sequence[str] | None
+    middle: float
+    to_train: bool
+    white: White
+    splits: Splits = field(default_factory=Splits)
+    _listed: "dict[str, _Classes | None]" = field(default_factory=dict)
+
+    def read(self, split: str) -> ImageSet:
+        """The images of a split, and their labels."""
+        root, vocab = self._root(split), self._vocab(split)
+        train = self.splits["train"] if self.to_train and split != "train" else None
+        white = self.white if train is None else white_like(train)
+        named = None if split == "unlabelled" else self._classes_in(split)
         if named is None:
-            return list(classes)
-        return _vocab_of(named.files, root_of(telling[split])) if to_train else sorted(named.files)
-
-    def read(split: str) -> ImageSet:
-        root, vocab = root_of(split), vocab_of(split)
-        train = splits["train"] if to_train and split != "train" else None
-        scale = white if train is None else white_like(train)
-        named = None if split == "unlabelled" else classes_in(split)
-        if named is None:
-            files = _without_labels(root, () if split == "unlabelled" else found.get("unlabelled", ()))
-            return decoded_image_set(unlabelled(root, files, vocab), size, scale, middle)
+            files = _without_labels(root, () if split == "unlabelled" else self._unlabelled)
+            return decoded_image_set(unlabelled(root, files, vocab), self.size, white, self.middle)
         if not set(named.files) <= set(vocab):
-            strange = min(set(named.files) - set(vocab))
-            who = f"{root_of('train')} does not have" if classes_in(telling[split]) else "the teacher does not know"
+            strange, known = min(set(named.files) - set(vocab)), self._classes_in(self._telling(split))
+            who = "the teacher does not know" if known is None else f"{self._root('train')} does not have"
             raise UserError(f"{root} has a class {strange!r} that {who}")
         listing = Listing(
             root,
@@ -124,11 +120,47 @@ def read_folder(
             [label for label, name in enumerate(vocab) for _ in named.files.get(name, [])],
             vocab,
         )
-        return decoded_image_set(listing, size, scale, middle)
+        return decoded_image_set(listing, self.size, white, self.middle)
 
-    for split in found:
-        splits.add(split, partial(read, split))
-    return splits
+    @property
+    def _unlabelled(self) -> Sequence[Path]:
+        return self.found.get("unlabelled", ())
+
+    def _telling(self, split: str) -> str:
+        """The split whose folders are the classes."""
+        return "train" if "train" in self.found else split
+
+    def _root(self, split: str) -> Path:
+        if len(self.found[split]) > 1:
+            first, second, *_ = self.found[split]
+            raise UserError(f"{self.folder} has both {first.name!r} and {second.name!r}; remove or rename one")
+        return self.found[split][0]
+
+    def _vocab(self, split: str) -> list[str]:
+        telling = self._telling(split)
+        named = self._classes_in(telling)
+        if named is None:
+            return list(self.classes)
+        return _vocab_of(named.files, self._root(telling)) if self.to_train else sorted(named.files)
+
+    def _classes_in(self, split: str) -> "_Classes | None":
+        """The class folders of a split, listed once; None: its images have no labels, and need none."""
+        if split not in self._listed:
+            self._listed[split] = self._list(split)
+        return self._listed[split]
+
+    def _list(self, split: str) -> "_Classes | None":
+        root, telling = self._root(split), self._telling(split)
+        train = None if split == telling else self._classes_in(telling)
+        try:
+            return _classes(_walk(root, besides=self._unlabelled), root, split, train)
+        except UnlabelledError as error:
+            hint = _or_classes(self.folder, self.found) if split == "train" else ""
+            if hint and class_name(root.name) in (self.classes or ()):
+                raise UserError(f"{root} has no class folders{hint}") from None
+            if self.classes is None or train is not None:
+                raise UnlabelledError(f"{error.message}{hint}") from None
+            return None
 
 
 def _or_classes(folder: Path, splits: dict[str, list[Path]]) -> str:
