@@ -11,7 +11,9 @@ from fastai.learner import Learner
 from fastai.optimizer import SGD, Adam
 from torch import nn
 
-from dms_fastai import FineTune, UserError, dms_learner, load_data
+from dms_fastai import FineTune, UserError, dms_learner, load_data, processes
+from dms_fastai.callbacks import sync_bn
+from dms_fastai.callbacks.sync_bn import HostSyncBatchNorm
 from dms_fastai.errors import Notice
 from dms_fastai.models.groups import body_and_head
 from tests.conftest import quiet
@@ -204,3 +206,35 @@ def test_a_slice_of_rates_that_is_not_used_is_told_of(recwarn):
     for fit in (lambda: learn.fit_recipe(1, slice(1e-3, 1e-1)), lambda: learn.fit_one_cycle(1, slice(1e-3, 1e-1))):
         with pytest.warns(Notice, match="times the head's learning rate, in place of those of the slice"):
             fit()
+
+
+def test_norms_over_several_processes_of_a_frozen_body_go_on_learning(monkeypatch):
+    learnt = []
+    for several in (False, True):
+        learn = ours(**{"sync_bn": True, "fine_tune.freeze_epochs": 1})
+        learn.create_opt()
+        learn.epoch, learn.n_epoch = 0, 2
+        with monkeypatch.context() as patched:
+            patched.setattr(processes, "count", lambda: 2 if several else 1)  # noqa: B023
+            learn.sync_bn.before_fit()
+        assert any(isinstance(module, HostSyncBatchNorm) for module in learn.model.modules()) is several
+        learn.fine_tuning.before_train()
+        learnt.append([name for name, p in learn.model.named_parameters() if p.requires_grad])
+        learn.fine_tuning.release()
+        learn.sync_bn.release()
+    assert learnt[0] == learnt[1]
+    assert len(learnt[0]) > 2, "more than the head's"
+
+
+@pytest.mark.parametrize("mean", [0.0, 3.0, 5.0])
+def test_norms_over_several_processes_take_statistics_in_float32(monkeypatch, mean):
+    monkeypatch.setattr(sync_bn.distributed, "all_reduce", lambda total: None)  # of one process
+    x = (mean + 0.05 * torch.randn(64, 4, 16, 16, generator=torch.Generator().manual_seed(0))).bfloat16()
+    ours, torchs = HostSyncBatchNorm(4), nn.BatchNorm2d(4)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ours(x)
+    expected = torchs(x.float())
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(ours.running_mean, torchs.running_mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours.running_var, torchs.running_var, rtol=1e-5, atol=1e-6)
+    assert (found.float().mean((0, 2, 3)) - expected.mean((0, 2, 3))).abs().max() < 1e-3

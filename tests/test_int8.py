@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -16,8 +17,9 @@ from torch import nn
 
 from dms_fastai import UserError, bench, dms_learner, load_data
 from dms_fastai.bench import _told_apart
+from dms_fastai.data import Sets
 from dms_fastai.evaluate import evaluate_model, split_images
-from dms_fastai.export import export_model, export_run, formats, open_model, predict_files
+from dms_fastai.export import calibrate, export_model, export_run, formats, open_model, predict_files
 from dms_fastai.export.calibrate import Calibration, sets_of
 from dms_fastai.export.classifier import traced
 from dms_fastai.export.formats import FORMATS, Exported, open_exported
@@ -82,6 +84,14 @@ def test_int8_agrees_with_float_and_gives_probabilities(files, valid):
     assert (before.argmax(1) == after.argmax(1)).mean() > 0.98
     assert (after.argmax(1) == labels).mean() > (before.argmax(1) == labels).mean() - 0.005
     assert files[".int8.onnx"].stat().st_size < 0.5 * files[".onnx"].stat().st_size
+
+
+def test_two_products_fit_into_16_bits_as_processors_without_vnni_add_them(files):
+    """These multiply a byte of an activation by a weight, twice, and cut the sum at 32,767."""
+    graph = onnx.load(files[".int8.onnx"]).graph
+    weights = [onnx.numpy_helper.to_array(each) for each in graph.initializer if each.data_type == TensorProto.INT8]
+    matrices = [each.astype(int) for each in weights if each.ndim > 1]
+    assert max(2 * 255 * abs(each).max() for each in matrices) < 2**15
 
 
 def test_int8_takes_and_says_what_float_does(files):
@@ -220,6 +230,21 @@ def test_what_loses_too_much_is_refused(dms, files, tmp_path, monkeypatch):  # n
     code, out, err = dms("export", files["run"], "digits.int8.onnx", "--data", "digits", "--tolerance", 100)
     assert (code, err) == (0, "")
     assert out.endswith(f"digits.int8.onnx: {(tmp_path / 'digits.int8.onnx').stat().st_size / 1e3:.1f} kB\n")
+
+
+def test_what_loses_as_much_as_it_may_is_written(dls, monkeypatch):
+    """50 of 10,000 images are half a point, whatever the difference of two floats is."""
+
+    def quantized(right):
+        rows = [SimpleNamespace(answers=SimpleNamespace(accuracy=each / 10_000)) for each in (8_579, right)]
+        monkeypatch.setattr(calibrate, "_compare", lambda *_: rows)
+        written = SimpleNamespace(quantize=lambda *_: (b"large", b"small"))
+        own = ModelCard("net", [str(digit) for digit in range(10)], (0.5,) * 3, (0.25,) * 3, (3, 8, 8))
+        return Calibration(Sets(dls.train_ds, dls.valid_ds)).quantize(None, {}, written, own, Path("x.int8.onnx"))
+
+    assert quantized(8_529) == b"small"
+    with pytest.raises(UserError, match=r"from 85.79 to 85.28 %.*--tolerance 0.51"):
+        quantized(8_528)
 
 
 @pytest.mark.parametrize("ending", HERE)

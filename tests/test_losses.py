@@ -296,3 +296,9 @@ def test_what_are_no_class_weights_is_refused(weight):
     with pytest.raises(UserError, match="weight") as error:
         DMSLoss(weight=weight)
     assert "\n" not in error.value.message
+
+
+def test_dkd_refuses_targets_without_a_class():
+    logits = torch.randn(4, 3)
+    with pytest.raises(UserError, match="dkd needs a class for each image"):
+        DMSLoss(divergence="dkd")(logits, logits.softmax(1), teacher_logits=logits)

@@ -333,6 +333,17 @@ def test_a_stopped_run_with_muon_ends_as_one_without_interruption(dms, tmp_path)
     same_run(tmp_path / "whole" / "fast" / "seed0", tmp_path / "pieces" / "fast" / "seed0")
 
 
+def test_an_average_is_not_drawn_back_by_lookahead():
+    """To what the slow weights were before the fit left the average in their place."""
+    settings = {"lookahead.k": 3, "ema.decay": 0.9, "optimizer.momentum": 0.0, "optimizer.weight_decay": 0.0}
+    dls = load_data("digits", bs=256, device="cpu")
+    learn = quiet(dms_learner(dls, "se", arch="test_dmsresnet", settings=settings))
+    learn.fit(2, 0.1)
+    average = learn.model.fc.weight.clone()
+    learn.fit(1, 1e-9)
+    torch.testing.assert_close(learn.model.fc.weight, average, rtol=0, atol=1e-6)
+
+
 def test_weights_that_are_loaded_are_not_drawn_back_by_lookahead(tmp_path):
     settings = {"lookahead.k": 3, "optimizer.momentum": 0.0, "optimizer.weight_decay": 0.0}
     dls = load_data("digits", bs=256, device="cpu")

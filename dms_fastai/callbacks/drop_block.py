@@ -52,7 +52,8 @@ class DropBlockSchedule(Callback):
         self.highest_lr = highest_lr(self.learn)
 
     def before_batch(self) -> None:
-        rate = self.highest * (1 - self.learn.opt.hypers[-1]["lr"] / self.highest_lr)
+        share = 1 - self.learn.opt.hypers[-1]["lr"] / self.highest_lr
+        rate = self.highest * max(share, 0.0)  # the peak may lie between two of the rates that were looked at
         for block in self.blocks:
             block.rate = rate
 

@@ -96,6 +96,8 @@ class EMA(Callback):
         if self.average is not None:  # None outside a fit, or if another callback cancelled it before it began
             self.catch_up()
             self.learn.model.load_state_dict(self.average.state_dict())
+            if hasattr(self.learn.opt, "forget_slow_weights"):  # Lookahead's, of before the average
+                self.learn.opt.forget_slow_weights()
         self.release()
 
     def release(self) -> None:

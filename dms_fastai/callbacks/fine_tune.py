@@ -3,8 +3,9 @@
 import numpy as np
 from fastai.callback.core import Callback
 from fastai.learner import Learner
-from fastai.torch_core import norm_bias_params
+from fastai.torch_core import norm_types
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import UserError, notice
 from ..settings import PositiveShare, Steps, checked
@@ -90,8 +91,7 @@ class FineTune(Callback):
 
     def freeze(self) -> None:
         """Have the body get no gradients, except for its norms."""
-        norms = norm_bias_params(self.learn.model, with_bias=False) if self.learn.train_bn else ()
-        kept = {id(p) for p in norms}
+        kept = {id(p) for p in _norm_params(self.learn.model)} if self.learn.train_bn else set()
         body = [p for group in self.learn.opt.param_lists[:-1] for p in group if id(p) not in kept]
         self.frozen += tuple(p for p in body if p.requires_grad)  # others never learn, such as fixed positions
         for p in self.frozen:
@@ -106,6 +106,12 @@ class FineTune(Callback):
             p.requires_grad_(True)
         self.frozen = ()
         self.learn.opt.clear_state()  # torch's fused SGD needs the momenta of all weights or of none
+
+
+def _norm_params(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters of fastai's kinds of norms, and of batch norms over several processes."""
+    norms = (module for module in model.modules() if isinstance(module, (*norm_types, _BatchNorm)))
+    return [p for norm in norms for p in norm.parameters()]
 
 
 def has_a_rate_for_each_group(learn: Learner) -> bool:

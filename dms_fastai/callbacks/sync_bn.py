@@ -8,6 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import processes
 from ..errors import UserError
+from ..training.equations import widened
 from ..training.parts import order_of
 
 __all__ = ["SyncBN"]
@@ -66,6 +67,7 @@ class HostSyncBatchNorm(_BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
+        given, x = x.dtype, widened(x)  # bf16 would round the statistics
         others = [axis for axis in range(x.ndim) if axis != 1]
         n = x.numel() // x.shape[1] * processes.count()
         mean = Sum.apply(x.sum(others)) / n
@@ -74,7 +76,8 @@ class HostSyncBatchNorm(_BatchNorm):
         if self.track_running_stats:
             self.note(mean.detach(), variance.detach() * n / (n - 1))
         x = centred * _as_rows((variance + self.eps).rsqrt(), x)
-        return x if self.weight is None else x * _as_rows(self.weight, x) + _as_rows(self.bias, x)
+        x = x if self.weight is None else x * _as_rows(self.weight, x) + _as_rows(self.bias, x)
+        return x.to(given)
 
     def note(self, mean: Tensor, variance: Tensor) -> None:
         """Move the running statistics towards those of a batch."""

@@ -102,12 +102,12 @@ class Calibration:
         found = _compare({"float": large, "int8": small}, written, valid.images, labels)
         self.compared(found)
         before, after = (100 * each.answers.accuracy for each in found)
-        lost = before - after
+        lost = round(before - after, 9)  # a difference of two floats is a little more or less
         if lost > self.tolerance:
             raise UserError(
                 f"{file} is not written: in int8, accuracy falls from {before:.2f} to {after:.2f} %, on {len(valid):,} "
                 f"images of {valid.name}, {valid.split}; --calibrate more images than {len(self.chosen):,}, or allow "
-                f"more with --tolerance {math.ceil(100 * lost) / 100:.2f}"
+                f"more with --tolerance {math.ceil(round(100 * lost, 6)) / 100:.2f}"
             )
         return small
 

@@ -90,6 +90,8 @@ class DKD:
     beta: NotNegative = 8.0
 
     def __call__(self, pred: Tensor, logits: Tensor, T: float, targets: Targets, reduction: Reduction) -> Tensor:
+        if targets.y_a.is_floating_point():
+            raise UserError("dkd needs a class for each image, and these targets are probabilities; take kl or dist")
         towards_a = self._towards(pred, logits, targets.y_a, T, targets.partial)
         if targets.y_b is None:
             return reduced(towards_a, None, None, reduction)

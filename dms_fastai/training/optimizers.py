@@ -148,6 +148,8 @@ class Muon:
 class Lookahead:
     """Slow weights that follow the weights of an optimiser, the fast ones (Zhang et al., 2019).
 
+    As timm has it, they begin as the fast weights after `k` steps, and not as those before the first.
+
     Attributes:
         k: Steps from one move of the slow weights to the next.
         alpha: How far they move towards the fast weights, as a share of the way.
@@ -236,7 +238,7 @@ class GroupedOptimWrapper(OptimWrapper):
         self.fast.state = defaultdict(dict)
 
     def forget_slow_weights(self) -> None:
-        """Have Lookahead, if it is there, begin anew from the weights of the next step, and keep the momenta."""
+        """Have Lookahead, if it is there, begin anew, as at the start, and keep the momenta."""
         for state in self.fast.state.values():
             state.pop("lookahead_slow_buff", None)
 

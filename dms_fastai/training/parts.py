@@ -49,7 +49,7 @@ PARTS = (
     Part("progressive_resize", "callbacks.progressive_resize:ProgressiveResize", order=2),
     Part("fixed_views", "callbacks.fixed_views:FixedViews", order=3),  # after everything that draws for the batch
     # The networks: bf16 lasts from here until the teacher has seen the batch; after_pred: the teacher.
-    Part("sync_bn", "callbacks.sync_bn:SyncBN", order=9),  # after EMA has its copy of the network
+    Part("sync_bn", "callbacks.sync_bn:SyncBN", order=9),
     Part("compile", "callbacks.torch_compile:TorchCompile", order=6),  # after TeacherDistill has made its network
     Part("bf16", "callbacks.bf16:BF16", order=11),
     Part("drop_block", "callbacks.drop_block:DropBlockSchedule", order=61),  # after ParamScheduler
