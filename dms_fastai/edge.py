@@ -17,18 +17,16 @@ from .files import amount, whole
 from .models.dmsresnet import DMSResNet
 from .models.prune import widths_within
 from .recipes import Recipe
-from .run_folder import RunFolder
+from .run_folder import EXPORTED, RunFolder
 
 __all__ = ["check_student", "files_of"]
 
-ENDINGS = (".onnx", ".int8.onnx")
-FIGURES = "edge.json"  # in the folder of the last run
 ANY = 100.0  # points of accuracy that int8 may lose: the table tells
 
 
 def check_student(recipe: Recipe, sets: Sets, share: float) -> None:
     """Raise a UserError, before anything is trained, if a student could not be pruned to this share, or exported."""
-    for ending in ENDINGS:
+    for ending in EXPORTED:
         check_packages(Path(f"{recipe.name}{ending}"), FORMATS[ending].packages, FORMATS[ending].extra)
     if sets.agreement:
         raise UserError(f"{sets.valid.name} has no validation images with labels, on which int8 could be checked")
@@ -51,10 +49,10 @@ def files_of(folders: Sequence[RunFolder], sets: Sets, say: Callable[[str], None
         sets: The images to calibrate with, and those to validate on.
         say: Gets the name of each file that is written.
     """
-    figures, files = folders[-1].path / FIGURES, []
+    figures, files = folders[-1].figures, []
     for folder in folders:
-        for ending in ENDINGS:
-            file = folder.path / f"{folder.path.parent.name}{ending}"
+        for ending in EXPORTED:
+            file = folder.exported(ending)
             if not file.is_file():
                 own = {"data": sets, "tolerance": ANY} if FORMATS[ending].quantize else {}
                 export_model(folder.path, file, **own)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 
 __all__ = [
+    "FolderError",
     "Notice",
     "TryAgainError",
     "UserError",
@@ -28,6 +29,10 @@ class UserError(ValueError):
         message = " ".join(message.split("\n")) if "\n" in message else message  # other libraries' reasons have several
         super().__init__(message)
         self.message = message  # fastai changes the arguments of an exception that a callback raises
+
+
+class FolderError(UserError):
+    """A run's folder is in use, or holds a run that is not the one to be trained."""
 
 
 class TryAgainError(UserError):

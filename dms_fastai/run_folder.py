@@ -19,8 +19,9 @@ from .names import DATA_SETS
 from .recipes import Recipe, load_recipe
 from .settings import Rule, Share, convert
 
-__all__ = ["SEARCH", "Compute", "Facts", "Figures", "Problem", "Run", "RunFolder", "find_runs", "own_data"]
+__all__ = ["EXPORTED", "SEARCH", "Compute", "Facts", "Figures", "Problem", "Run", "RunFolder", "find_runs", "own_data"]
 
+EXPORTED = (".onnx", ".int8.onnx")  # by `edge`
 SEARCH = "trials.log"  # beside the numbered folders of a search's trials
 
 Row = dict[str, float]
@@ -198,6 +199,21 @@ class RunFolder:
         """A folder of TensorBoard's, if the run writes one."""
         return self.path / "tensorboard"
 
+    @property
+    def figures(self) -> Path:
+        """What `edge` has measured, in the folder of its last run."""
+        return self.path / "edge.json"
+
+    def exported(self, ending: str) -> Path:
+        """The file in a format that `edge` exports the model to."""
+        return self.path / f"{self.path.parent.name}{ending}"
+
+    def own_files(self) -> list[Path]:
+        """The files and folders that a run leaves, with those that `edge` adds, as far as they are there."""
+        named = [self.recipe_file, self.facts_file, self.metrics, self.curves, self.learner, self.weights, self.best]
+        named += [self.predictions, self.checkpoints, self.profile, self.tensorboard, self.figures]
+        return [path for path in (*named, *map(self.exported, EXPORTED)) if path.exists()]
+
     def partial_files(self) -> list[Path]:
         """What a killed process has left half written of this run's files."""
         own = (self.recipe_file, self.facts_file, self.metrics, self.learner)
@@ -228,6 +244,10 @@ class RunFolder:
         """
         try:
             return load_recipe(self.recipe_file)
+        except UserError as error:
+            if str(self.recipe_file) in error.message:
+                raise
+            raise UserError(f"{self.recipe_file}: {error.message}") from None
         except (OSError, RecursionError) as error:
             raise UserError(f"{self.recipe_file} is damaged: {error}") from None
 

@@ -9,6 +9,7 @@ import sys
 import tomllib
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from dms_fastai.export import predict_files
 from dms_fastai.models.weights import load_weights, save_weights
 from dms_fastai.recipes import all_keys, origins_of, parse_setting, recipe_names
 from dms_fastai.run_folder import RunFolder
-from dms_fastai.runs.best import KeepBest
+from dms_fastai.runs.best import KeepBest, describe_best
 from dms_fastai.runs.plan import Opened, plan
 from dms_fastai.runs.predictions import read_predictions
 from dms_fastai.runs.stage import Manner, run_stage
@@ -293,6 +294,7 @@ def test_lr_find_takes_the_teacher_if_it_is_there(dms, teacher, tmp_path, monkey
     learner = dms_learner
     monkeypatch.setattr("dms_fastai.runs.lr_find.STEPS", 20)
     small = ("--set", "data.batch_size=256", "--device", "cpu")
+    assert dms("lr-find", "cpu/kd", *small, "--set", "feature_distill=true")[0] == 0
     code, out, _ = dms("lr-find", "cpu/kd", *small)
     assert code == 0
     assert "without the teacher, which has not been trained: artifacts/digits/cpu/teacher/seed0" in out
@@ -300,7 +302,7 @@ def test_lr_find_takes_the_teacher_if_it_is_there(dms, teacher, tmp_path, monkey
     code, out, _ = dms("lr-find", "cpu/kd", "--teacher", "t/cpu/teacher/seed0", *small)
     assert code == 0
     assert "without" not in out
-    assert [source is None for source in taught] == [True, False]
+    assert [source is None for source in taught] == [True, True, False]
 
 
 # help, version, completion
@@ -398,7 +400,8 @@ def test_the_best_epochs_weights_are_kept(tmp_path, settings):
     watching = Callback(after_epoch=watch)
     watching.order = KeepBest.order + 1
     learn = quiet(dms_learner(load_data("digits", bs=64, device="cpu"), "se", settings={**settings, "bf16": False}))
-    learn.fit_recipe(4, cbs=[KeepBest(folder), watching])
+    history = SimpleNamespace(rows=[])
+    learn.fit_recipe(4, cbs=[KeepBest(folder, history), watching])
     place = list(learn.recorder.metric_names[1:]).index("valid_accuracy")
     accuracies = [values[place] for values in learn.recorder.values]
     assert kept == [accuracies.index(max(accuracies[: epoch + 1])) + 1 for epoch in range(4)]
@@ -408,9 +411,16 @@ def test_the_best_epochs_weights_are_kept(tmp_path, settings):
     assert all(torch.equal(value, validated[1][name]) for name, value in model.state_dict().items())
     assert evaluate_model(folder.best, "digits").accuracy == pytest.approx(accuracies[1], abs=1e-6)
 
-    learn.fit_recipe(1, cbs=[KeepBest(folder), watching])  # as when a run is resumed
+    learn.fit_recipe(1, cbs=[KeepBest(folder, history), watching])  # as when a run is resumed
     assert learn.recorder.values[-1][place] < accuracies[1]
     assert kept[-1] == 2
+
+    folder.best.unlink()  # as when its best epoch was trained without it
+    history.rows = [{"valid_accuracy": accuracies[1]}]
+    learn.fit_recipe(1, cbs=[KeepBest(folder, history)])
+    assert learn.recorder.values[-1][place] < accuracies[1]
+    assert not folder.best.exists()
+    assert "whose best epoch was trained without --keep-best" in describe_best(folder)
 
 
 def test_a_resumed_run_keeps_the_same_best(dms, tmp_path):  # noqa: F811

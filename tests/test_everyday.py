@@ -357,6 +357,57 @@ def test_a_finished_run_is_kept_until_another_has_finished_in_its_place(dms, tmp
     assert not (folder / "replaced").exists()
 
 
+def test_what_is_somebody_elses_in_a_runs_folder_stays(dms, tmp_path):  # noqa: F811
+    args = ("run", "se", "--epochs", 1, "--set", "data.batch_size=512")
+    folder = tmp_path / "artifacts" / "digits" / "se" / "seed0"
+    mine = [folder / "notes.txt", folder / "thesis" / "a.tex"]
+    assert dms(*args)[0] == 0
+    for file in mine:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("mine")
+    (folder / "se.int8.onnx").write_text("what edge has made of the run")
+    assert dms(*args, "--restart", "--time-limit", "0.001s")[0] == 75
+    assert dms(*args, "--restart")[0] == 0  # of a finished run, and of one that was stopped
+    assert all(file.read_text() == "mine" for file in mine)
+    assert not (folder / "se.int8.onnx").exists()
+
+
+def test_a_restart_that_is_stopped_says_what_stays_as_it_is(dms):  # noqa: F811
+    args = ("run", "baseline", "se", "--epochs", 1, "--set", "data.batch_size=512")
+    assert dms(*args)[0] == 0
+    code, out, _ = dms(*args, "--restart", "--time-limit", "0.001s")
+    assert code == 75
+    assert "goes on from there; that leaves the finished runs of se as they are: --only NAME --restart" in out
+    assert dms(*args)[0] == 0
+    assert dms(*args, "--only", "se", "--restart")[0] == 0
+
+
+def test_a_key_that_is_foreign_names_its_file(dms, tmp_path):  # noqa: F811
+    args = ("run", "se", "--epochs", 1, "--set", "data.batch_size=512")
+    assert dms(*args)[0] == 0
+    file = tmp_path / "artifacts" / "digits" / "se" / "seed0" / "recipe.toml"
+    file.write_text(file.read_text().replace("lr =", "foo = 1\nlr ="))
+    code, _, err = dms(*args)
+    assert (code, "seed0/recipe.toml: unknown recipe key 'optimizer.foo'" in err) == (2, True)
+
+
+def test_a_student_without_its_teacher_may_be_all_that_a_command_trains(dms):  # noqa: F811
+    few = (
+        "--epochs",
+        1,
+        "--set",
+        "data.batch_size=512",
+        "--set",
+        "teacher.model.name=test_dmsresnet",
+        "--device",
+        "cpu",
+    )
+    args = ("run", "kd", "--compare", *few)
+    code, out, _ = dms(*args, "--only", "kd-alone")
+    assert (code, "kd-alone/seed0/learner.pkl" in out.replace("\\", "/")) == (0, True)
+    assert dms(*args, "--at-once", 2)[0] == 0
+
+
 def test_a_class_that_nothing_validates_is_named(tmp_path):
     data = shades(tmp_path / "d", 10)
     (data / "train" / "new").mkdir()

@@ -225,6 +225,41 @@ def rewrite(folder, **facts):
     file.write_text(json.dumps(json.loads(file.read_text()) | facts))
 
 
+def test_runs_that_began_from_other_weights_of_a_name_are_no_seeds_of_one(runs):
+    for seed, digest in ((0, "a" * 16), (1, "b" * 16)):
+        rewrite(runs / "se" / f"seed{seed}", begun_from="model.safetensors", begun_digest=digest)
+    found, _ = find_runs([runs])
+    [section] = sections(found)
+    assert [len(row.runs) for row in section.rows if row.title == "+ SE"] == [1, 1]
+    for seed in (0, 1):
+        rewrite(runs / "se" / f"seed{seed}", begun_digest="a" * 16, teacher=f"t/seed{seed}", teacher_digest=str(seed))
+    [section] = sections(find_runs([runs])[0])
+    assert [row.seeds for row in section.rows if row.title == "+ SE"] == [[0, 1]], "each has a teacher of its own"
+    for seed in (0, 1):
+        rewrite(runs / "se" / f"seed{seed}", teacher="t.safetensors")
+    [section] = sections(find_runs([runs])[0])
+    assert [len(row.runs) for row in section.rows if row.title == "+ SE"] == [1, 1]
+
+
+def test_rows_that_were_measured_on_other_images_are_named(runs):
+    [section] = sections(find_runs([runs])[0])
+    assert "Measured on" not in " ".join(notes(section.rows))
+    rewrite(runs / "mixup" / "seed1", valid="held out")
+    [section] = sections(find_runs([runs])[0])
+    said = " ".join(notes(section.rows))
+    assert "Measured on held-out training images: + SE + MixUp." in said
+    assert "Measured on the test images: ResNet, + SE." in said
+
+
+def test_a_student_is_put_beside_itself_without_its_teacher(runs):
+    for seed in (0, 1):
+        rewrite(runs / "se" / f"seed{seed}", recipe="kd", title="KD", teacher=f"t/seed{seed}")
+        rewrite(runs / "baseline" / f"seed{seed}", recipe="kd-alone", title="KD, no teacher", model="test_dmsresnet")
+        rewrite(runs / "se" / f"seed{seed}", model="test_dmsresnet")
+    [section] = sections(find_runs([runs])[0])
+    assert ("KD", "KD, no teacher") in [(each.row.title, each.base.title) for each in section.differences]
+
+
 def test_a_seed_that_was_cut_does_not_count_beside_those_that_were_not(runs):
     shutil.copytree(runs / "se" / "seed1", runs / "se" / "seed2")
     rewrite(runs / "se" / "seed2", seed=2)

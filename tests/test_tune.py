@@ -58,6 +58,9 @@ def test_a_number_is_short_and_within_its_range():
         (["se", "--over", "optimizer.lr=log(0.1,1)", "--set", "optimizer.lr=1"], "given twice"),
         (["se", "--over", "optimizer.lr=log(0.1,1)", "--over", "optimizer.lr=[1]"], "given twice"),
         (["se", "--over", "optimizer.lr=log(0.1,1)", "--set", "data.valid=test"], "test images"),
+        (["mixup", "--over", "mixup=[true,false]", "--over", "mixup.alpha=uniform(0.2,1)"], "would switch it on"),
+        (["mixup", "--over", "mixup=[true,false]", "--set", "mixup.alpha=0.3"], "mixup.alpha would switch it on"),
+        (["small", "--over", "optimizer.lr=log(0.1,1)"], "has a budget"),
         (["se", "--over", "data.valid=[0.1,0.2]"], "test images"),
         (["kd", "--over", "distill.T=log(1,9)"], "--teacher RUN"),
         (["se", "--over", "schedule.epochs=int(1,8)", "--epochs", "2"], "given twice, by --epochs and by --over"),
@@ -115,6 +118,37 @@ def test_a_search_belongs_to_its_images(dms, tmp_path, monkeypatch):  # noqa: F8
     Image.new("RGB", (8, 8), (90, 90, 90)).save(tmp_path / "own" / "train" / "dark" / "more.png")
     code, _, err = dms(*words, "own", *more, 3)
     assert (code, "other values or data" in err) == (2, True)
+
+
+def test_a_search_belongs_to_its_teacher(dms, tmp_path):  # noqa: F811
+    few = ("--device", "cpu", "--epochs", 1, "--set", "data.batch_size=512")
+    for seed in (0, 1):
+        assert dms("run", "se", *few, "--arch", "test_dmsresnet", "--seed", seed, "--out", "t")[0] == 0
+        (tmp_path / "t" / "se" / f"seed{seed}" / "model.safetensors").rename(tmp_path / f"t{seed}.safetensors")
+    words = ["tune", "kd", *few, "--over", "distill.alpha=uniform(0.1,0.9)", "--out", "s", "--teacher"]
+    assert dms(*words, "t0.safetensors", "--trials", 1)[0] == 0
+    code, _, err = dms(*words, "t1.safetensors", "--trials", 2)
+    assert (code, "other values or data" in err) == (2, True)
+
+
+def test_trials_that_are_stopped_keep_their_numbers_and_wait_for_their_own_code(dms, tmp_path):  # noqa: F811
+    words = ["tune", "se", *SMALL, "--epochs", 1, "--over", "optimizer.lr=log(0.01,0.1)", "--out", "s", "--trials", 2]
+    for _ in range(2):
+        assert dms(*words, "--time-limit", "0.001s")[0] == 75
+    [file] = (tmp_path / "s").rglob("run.json")
+    told = file.read_text()
+    facts = json.loads(told)
+    file.write_text(json.dumps(facts | {"versions": facts["versions"] | {"torch": "0.1"}}))
+    code, _, err = dms(*words)
+    assert (code, "holds an unfinished run of other code" in err) == (2, True)
+    file.write_text(told)
+    code, out, _ = dms(*words)
+    assert code == 0
+    assert {path.name for path in (tmp_path / "s").iterdir() if path.is_dir()} == {"001", "002"}
+    rates = {line.split()[1]: line.split()[0] for line in out.split("trial   ")[1].splitlines()[2:4]}
+    for number, rate in ((n, r) for r, n in rates.items()):
+        recipe = RunFolder(next((tmp_path / "s" / f"00{number}").rglob("run.json")).parent).recipe()
+        assert recipe.optimizer.lr == float(rate)
 
 
 def runs_below(folder):

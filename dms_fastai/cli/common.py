@@ -1,6 +1,6 @@
 """What several commands say and show."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,9 +39,12 @@ def say_what_is_read(source: Path, trust_pickle: bool) -> None:
         errors.say(f"reading {read} in place of {source.name}, which could run code")
 
 
-def stopped(reason: str, state: str, restart: bool) -> None:
+def stopped(reason: str, state: str, restart: bool, later: Sequence[str] = ()) -> None:
+    """End a command that somebody has stopped. `later` are recipes of finished runs that it has not begun again yet."""
     again = "without --restart the same command" if restart else "the same command"
-    console.say(f"stopped ({reason}): {state}; {again} goes on from there")
+    names = ", ".join(dict.fromkeys(later))
+    left = f"; that leaves the finished runs of {names} as they are: --only NAME --restart for each" if later else ""
+    console.say(f"stopped ({reason}): {state}; {again} goes on from there{left}")
     processes.leave()
     raise typer.Exit(EXIT_CODES[reason])
 

@@ -174,8 +174,9 @@ def run(
     else:
         _train_in_turn(stages, opened, manner, more=bool(students))
     for seed in wanted.seeds:
-        wished = [stage for stage in stages if stage.seed == seed and not stage.recipe.name.endswith(ALONE)]
-        last = wished[-1].folder
+        own = [stage for stage in stages if stage.seed == seed]
+        taught = [stage for stage in own if not stage.recipe.name.endswith(ALONE)]
+        last = (taught or own)[-1].folder
         console.say(f"learner: {last.learner}")
         if keep_best:
             from ..runs.best import describe_best
@@ -355,7 +356,8 @@ def _train_in_turn(stages: "list[Stage]", opened: "Opened", manner: "Manner", mo
         result = run_stage(stage, opened, replace(manner, ahead=to_come), console)
         reason = result.facts.stopped_by
         if reason is not None and (not result.finished or place < len(stages) or more):
-            stopped(reason, f"{result.facts.title}, {result.state or 'finished'}", manner.restart)
+            later = [stage.recipe.name for stage in stages[place:] if manner.restart and stage.folder.finished]
+            stopped(reason, f"{result.facts.title}, {result.state or 'finished'}", manner.restart, later)
         runs[stage.folder.path] = result
         if teacher is not None and teacher.path in runs and stage.recipe.prune is None:
             for line in teacher_advice(result.facts, runs[teacher.path].facts):
@@ -387,7 +389,8 @@ def _train_at_once(stages: "list[Stage]", root: Path, at_once: int, options: lis
         reason = reason or next((codes[job.code] for job in jobs if job.code in codes), None)
         if reason is None:
             raise UserError(f"{unfinished[0]}, and nobody has stopped it; what it said is in {root / 'logs'}")
-        stopped(reason, unfinished[0], manner.restart)
+        later = [job.stage for job in jobs if manner.restart and job.code is None and job.stage.folder.finished]
+        stopped(reason, unfinished[0], manner.restart, [stage.recipe.name for stage in later])
 
 
 def _to_prune(stages: "list[Stage]", wanted: Wanted, opened: "Opened") -> "list[Stage]":

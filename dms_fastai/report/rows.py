@@ -15,6 +15,7 @@ from ..recipes import ablation_of, defaults_of, flat, recipe_names
 from ..run_folder import Facts, Problem, Run
 from ..runs.lock import held
 from ..runs.predictions import Predictions, read_predictions
+from ..runs.wanted import ALONE
 from ..terminal import printable
 from ..training.parts import PARTS
 from .statistics import Estimate, binomial, over_seeds, paired_images
@@ -22,6 +23,7 @@ from .statistics import Estimate, binomial, over_seeds, paired_images
 __all__ = ["Difference", "Row", "Section", "sections"]
 
 IMAGENET = re.compile(r"(^|_)in\d+k(_|$)")  # in the tags of timm's weights: a1_in1k, in12k_ft_in1k_384
+SEEDS = re.compile(r"seed\d+$")  # ends the folder of a teacher that each seed has of its own
 ORDER = ("baseline", "se", "mixup", "teacher", "kd")  # of the paper's ablation; a teacher before its student
 OPTIONAL = {part.table for part in PARTS if not part.always}
 SPEED = ("compile", "data.where")  # settings of how fast a run trains, and not of what it learns
@@ -170,7 +172,8 @@ class Section:
         step = name in recipe_names() and "teacher" not in name.split("/")
         chain = ablation_of(name)[: None if row.first.teacher else -1] if step else []
         for earlier in reversed(chain):
-            steps = [other for other in self.rows if other.first.recipe == earlier and _comparable(other, row)]
+            named = (earlier, f"{earlier}{ALONE}") if earlier == name else (earlier,)
+            steps = [other for other in self.rows if other.first.recipe in named and _comparable(other, row)]
             if earlier == name:
                 steps = [other for other in steps if other.first.teacher is None]
             if steps:
@@ -320,9 +323,11 @@ def _recipe(run: Run) -> dict[str, Any]:
 def _kind(run: Run) -> str:
     """What runs of the same row have in common: everything except seed and machine."""
     facts = run.facts
-    teacher = re.sub(r"seed\d+$", "seed", str(facts.teacher))
+    teacher = SEEDS.sub("seed", str(facts.teacher))
     keys = ("recipe", "title", "model", "epochs", "valid", "validation_images", "data_digest")
     known = [getattr(facts, key) for key in keys]
+    if facts.begun_digest or (facts.teacher_digest and not SEEDS.search(str(facts.teacher))):  # files of one name
+        known += [facts.begun_digest, None if SEEDS.search(str(facts.teacher)) else facts.teacher_digest]
     return json.dumps([*known, teacher, _recipe(run)], sort_keys=True, default=str)
 
 

@@ -35,6 +35,7 @@ COLUMNS = (
 )
 WIDE = ("95 % interval", "training, %", "PFLOP")  # columns for which 80 letters have no room
 TERMINAL = tuple(column for column in COLUMNS if column not in WIDE)
+MEASURED = {"test": "the test images", "val": "the val images", "held out": "held-out training images"}
 NETWORK = 20  # letters of a network's name in a line of the terminal
 WORDS = ("stage", "network", "file", "predicted", "is")  # columns that hold words, and are aligned on the left
 MISTAKE_COLUMNS = ("file", "predicted", "confidence, %", "is")
@@ -124,6 +125,10 @@ def notes(rows: Sequence[Row], columns: Sequence[str] = COLUMNS) -> list[str]:
         binomial = f"the interval is binomial, of {images} images"
         chance = binomial if intervals else f"{images} images leave up to {100 * half:.1f} points to chance"
         found.append(f"{one}: {chance}; other seeds differ, too.".capitalize())
+    valids = {row.first.valid for row in rows}
+    for valid in sorted(valids) if len(valids) > 1 else ():
+        labels = ", ".join(dict.fromkeys(row.label for row in rows if row.first.valid == valid))
+        found.append(f"Measured on {MEASURED.get(valid, printable(valid))}: {labels}.")
     paper = "; the paper's figures are such" if {row.first.data for row in rows} == {"cifar10"} else ""
     found.append(f"* the best epoch, chosen on {where}, which flatters it{paper}.")
     if "PFLOP" in columns and any(row.train_pflop for row in rows):

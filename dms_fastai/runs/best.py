@@ -7,6 +7,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..models.weights import save_weights
 from ..run_folder import RunFolder
+from .history import History
 
 __all__ = ["KeepBest", "describe_best"]
 
@@ -16,18 +17,19 @@ CHOSEN = "chosen on the images that it was validated on"
 class KeepBest(Callback):
     """Write the weights of every epoch whose validation accuracy is the highest so far.
 
-    The file says in its header which epoch that was, how accurate, and how it was chosen. What the file says is also
-    what the next epoch is compared with, so that a resumed run needs nothing else.
+    The file says in its header which epoch that was, how accurate, and how it was chosen. An epoch is compared with all
+    before it, those without this callback among them.
     """
 
     order = 56  # before the checkpoint (70): a resumed run never skips an epoch that was to be written
 
-    def __init__(self, folder: RunFolder):
+    def __init__(self, folder: RunFolder, history: History):
         super().__init__()
-        self.file = folder.best
+        self.file, self.history = folder.best, history
 
     def before_fit(self) -> None:
-        self.highest = float(_notes(self.file).get("valid_accuracy", "-inf"))
+        before = [row["valid_accuracy"] for row in self.history.rows]
+        self.highest = max([float(_notes(self.file).get("valid_accuracy", "-inf")), *before])
 
     def after_epoch(self) -> None:
         recorder = self.learn.recorder
@@ -43,7 +45,7 @@ def describe_best(folder: RunFolder) -> str:
     """One line about the weights of a run's best epoch."""
     notes = _notes(folder.best)
     if not notes:
-        return f"none in {folder.path}, which was trained without --keep-best; --restart trains it again"
+        return f"none in {folder.path}, whose best epoch was trained without --keep-best; --restart trains it again"
     return f"{folder.best}, epoch {notes['epoch']}, {100 * float(notes['valid_accuracy']):.2f} %: {notes['chosen']}"
 
 

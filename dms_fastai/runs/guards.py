@@ -8,7 +8,7 @@ import torch
 
 from .. import processes
 from ..callbacks.bf16 import has_bf16
-from ..errors import UserError
+from ..errors import FolderError
 from ..recipes import Recipe, flat
 from ..run_folder import RunFolder
 from .machine import device_name
@@ -19,7 +19,7 @@ __all__ = ["arithmetic", "other_arithmetic", "refuse_other_code", "refuse_other_
 def refuse_other_recipe(
     recipe: Recipe, folder: RunFolder, of: tuple[str, ...] | None = None, or_else: str = "--restart"
 ) -> None:
-    """Raise a UserError if a run's recipe differs; it names the keys. Compares the keys `of` alone, if given."""
+    """Raise a FolderError if a run's recipe differs; it names the keys. Compares the keys `of` alone, if given."""
     if not folder.recipe_file.is_file() or not folder.begun:
         return
     theirs, ours = (flat(r.without_folders().to_table()) for r in (folder.recipe(), recipe))
@@ -28,25 +28,25 @@ def refuse_other_recipe(
         keys.remove("model.weights")  # their hashes are compared, however somebody spells where they are
     if keys:
         changes = ", ".join(f"{key} {theirs.get(key, 'default')} -> {ours.get(key, 'default')}" for key in keys)
-        raise UserError(
+        raise FolderError(
             f"{folder.path} holds a run of another recipe ({changes}); give --out another folder, or {or_else}"
         )
 
 
 def refuse_other_origin(origin: Mapping[str, Any], folder: RunFolder, or_else: str = "--restart") -> None:
-    """Raise a UserError if a folder's run has other images, another teacher, or began from other weights."""
+    """Raise a FolderError if a folder's run has other images, another teacher, or began from other weights."""
     if not folder.begun:
         return
     facts, begun = folder.facts(), origin.get("begun_digest")
     if begun and facts.begun_digest and begun != facts.begun_digest:  # neither of a file that is gone, nor of before
-        raise UserError(f"{folder.path} holds a run from other weights; give --out another folder, or {or_else}")
+        raise FolderError(f"{folder.path} holds a run from other weights; give --out another folder, or {or_else}")
     for key, what in (("data_digest", "on other images"), ("teacher_digest", "with another teacher")):
         if key in origin and getattr(facts, key) != origin[key]:
-            raise UserError(f"{folder.path} holds a run {what}; give --out another folder, or {or_else}")
+            raise FolderError(f"{folder.path} holds a run {what}; give --out another folder, or {or_else}")
 
 
 def refuse_other_code(versions: Mapping[str, str], folder: RunFolder) -> None:
-    """Raise a UserError if an unfinished run was begun by other code, which would give other results."""
+    """Raise a FolderError if an unfinished run was begun by other code, which would give other results."""
     if not folder.begun:
         return
     theirs = folder.facts().versions
@@ -54,7 +54,7 @@ def refuse_other_code(versions: Mapping[str, str], folder: RunFolder) -> None:
         f"{name} {theirs.get(name)} -> {versions[name]}" for name in versions if theirs.get(name) != versions[name]
     ]
     if changes:
-        raise UserError(
+        raise FolderError(
             f"{folder.path} holds an unfinished run of other code ({', '.join(changes)}); finish it with that code, "
             f"give --out another folder, or --restart"
         )
@@ -73,14 +73,14 @@ def other_arithmetic(before: Mapping[str, Any], now: Mapping[str, Any]) -> str |
     """What has changed since a checkpoint, in words; None if nothing has.
 
     Raises:
-        UserError: Something has, and the run is to be deterministic.
+        FolderError: Something has, and the run is to be deterministic.
     """
     keys = [key for key in dict.fromkeys([*before, *now]) if before.get(key) != now.get(key)]
     if not keys:
         return None
     changes = ", ".join(f"{key} {before.get(key, 'unset')} -> {now.get(key, 'unset')}" for key in keys)
     if torch.are_deterministic_algorithms_enabled():
-        raise UserError(
+        raise FolderError(
             f"the run was begun with other arithmetic ({changes}); resume it there, or without --deterministic"
         )
     return f"resumed with other arithmetic ({changes}): its last digits will not be those of a run in one go"

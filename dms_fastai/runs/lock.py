@@ -6,7 +6,7 @@ import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import FolderError
 
 try:
     import fcntl
@@ -29,7 +29,7 @@ def locked(folder: Path, wait: Callable[[str], None] | None = None) -> Iterator[
         wait: Called between tries with what is waited for, while another process has the lock.
 
     Raises:
-        UserError: Without `wait`, another process has the lock; says which, and on which host.
+        FolderError: Without `wait`, another process has the lock; says which, and on which host.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / LOCK
@@ -41,7 +41,7 @@ def locked(folder: Path, wait: Callable[[str], None] | None = None) -> Iterator[
             os.close(opened)
             said = f"{folder} is in use by {holder}"
             if wait is None:
-                raise UserError(f"{said}; wait for it, or give --out another folder")
+                raise FolderError(f"{said}; wait for it, or give --out another folder")
             wait(said)
             continue
         if _is_still(opened, file):
@@ -87,7 +87,7 @@ def _open(file: Path) -> int:
     except OSError:
         if not file.is_symlink():
             raise
-    raise UserError(f"{file} is a link; remove it")
+    raise FolderError(f"{file} is a link; remove it")
 
 
 def _try_to_lock(opened: int, shared: bool = False) -> bool:

@@ -40,7 +40,8 @@ def without_untrained_teacher(stage: Stage) -> Stage:
     """The stage as it is or, if a run is to be its teacher and has not finished, the stage without distillation."""
     if not isinstance(stage.teacher, Path) or RunFolder(stage.teacher).finished:
         return stage
-    return replace(stage, recipe=replace(stage.recipe, distill=None, teacher=None), teacher=None)
+    alone = replace(stage.recipe, teacher=None, distill=None, feature_distill=None)
+    return replace(stage, recipe=alone, teacher=None)
 
 
 def find_rates(
@@ -56,7 +57,7 @@ def find_rates(
     Raises:
         UserError: Data, teacher or batches do not fit, or the loss grows too soon to tell anything.
     """
-    recipe = stage.recipe
+    recipe = replace(stage.recipe, fixed_views=None)  # whose answers would be kept
     teacher = opened.teacher_of(stage)
     sets = opened.sets(recipe, teacher)
     dls = loaders_of(recipe, sets, device)

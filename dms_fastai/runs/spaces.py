@@ -107,9 +107,20 @@ def searched(wanted: Wanted, over: Sequence[Space]) -> Wanted:
             raise UserError(f"{key} is given twice; search it or set it, once")
         if key in NAMES:
             raise UserError(f"{key} changes nothing in a training; search a key that does, such as optimizer.lr")
+    for table in keys:
+        inside = [key for key in (*keys, *wanted.settings) if key.startswith(f"{table}.")]
+        if inside:
+            raise UserError(
+                f"{table} is searched, and {inside[0]} would switch it on in every trial; leave one of them out"
+            )
     if wanted.recipes[0] in SEVERAL:
         raise UserError(f"{wanted.recipes[0]} is several recipes; search one at a time")
     [recipe] = replace(wanted, settings=wanted.settings | {s.key: s.values[0] for s in over}).resolved()
+    if recipe.budget is not None and not recipe.budget.fitted:
+        raise UserError(
+            f"recipe {recipe.name!r} has a budget, which would be fitted anew in each trial; search the recipe.toml of "
+            f"its run, or another recipe"
+        )
     for space in over:
         for value in space.values:
             trial = replace(wanted, settings=wanted.settings | {space.key: value})

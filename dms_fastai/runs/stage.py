@@ -36,7 +36,7 @@ from .estimate import held
 from .guards import arithmetic, other_arithmetic, refuse_other_code, refuse_other_origin, refuse_other_recipe
 from .history import History, write_rows
 from .images import loaders_of
-from .lock import LOCK, locked
+from .lock import locked
 from .machine import commit, device_name, is_out_of_memory, versions
 from .plan import Opened, Stage
 from .predictions import write_predictions
@@ -222,7 +222,7 @@ class _Training:
         """The callbacks that write what the command asks for."""
         cbs = []
         if self.manner.keep_best or self.folder.best.is_file():
-            cbs.append(KeepBest(self.folder))
+            cbs.append(KeepBest(self.folder, self.history))
         if self.manner.tensorboard:
             cbs.append(TensorBoard(self.folder.tensorboard, self.history))
         if self.manner.profile:
@@ -327,13 +327,12 @@ def _empty(folder: RunFolder) -> None:
     if folder.finished:
         shutil.rmtree(folder.replaced, ignore_errors=True)
         folder.replaced.mkdir()
-        for path in folder.path.iterdir():
-            if path not in (folder.replaced, folder.path / LOCK):
-                path.replace(folder.replaced / path.name)
-    for path in folder.path.iterdir():
-        if path.is_dir() and path != folder.replaced:
+        for path in folder.own_files():
+            path.replace(folder.replaced / path.name)
+    for path in folder.own_files():
+        if path.is_dir():
             shutil.rmtree(path)
-        elif not path.is_dir() and path.name != LOCK:
+        else:
             path.unlink()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from fastai.callback.core import Callback, CancelFitException
 from rich.console import Console
 
-from ..errors import TryAgainError, UserError
+from ..errors import FolderError, TryAgainError, UserError
 from ..run_folder import SEARCH, Run
 from ..show import toml_value
 from .checkpoint import DivergedError
@@ -30,7 +30,7 @@ class Trial:
     """A trial of a search.
 
     Attributes:
-        number: From 1.
+        number: From 1; its run's folder is called so.
         settings: The values that were tried, by their keys.
         state: "finished", or why it was not trained to its end: "behind" the median of the others, "diverged", or
             "refused", because it cannot be trained with these values.
@@ -73,7 +73,11 @@ def tune(
         sets = opened.sets(recipe)
         if sets.valid.split == "test":
             raise UserError(f"a search must not look at the test images, and {wanted.data} has no others; {INSTEAD}")
-        search = _Search(wanted, over, {"images": sets.digest, "recipe": recipe.without_folders().to_table()})
+        facts = {"images": sets.digest, "recipe": recipe.without_folders().to_table()}
+        teacher = wanted.teacher_of(recipe)
+        if teacher is not None:
+            facts["teacher"] = opened.teacher(teacher).digest
+        search = _Search(wanted, over, facts)
         search.revive()
         reason = None
         while len(search.done()) < trials and reason is None:
@@ -115,7 +119,7 @@ class _Search:
         """Let trials that were stopped be tried next, in the folder in which they have begun."""
         for left in self.study.get_trials(deepcopy=False, states=(self.states.RUNNING,)):
             self.study.tell(left.number, state=self.states.FAIL)
-            self.study.enqueue_trial(left.params, user_attrs={"folder": _folder(left)})
+            self.study.enqueue_trial(left.params, user_attrs={"folder": self._folder(left)})
 
     def done(self) -> list[Any]:
         """The trials that need not be tried again."""
@@ -124,7 +128,7 @@ class _Search:
     def once(self, trials: int, opened: Opened, manner: Manner, console: Console) -> str | None:
         """Train one trial; gives the reason if somebody asked to stop."""
         trial = self.study.ask(self.distributions)
-        settings, folder = self.settings(trial), _folder(trial)
+        settings, folder = self.settings(trial), self._folder(trial)
         trial.set_user_attr("folder", folder)
         said = " ".join(f"{key}={toml_value(value)}" for key, value in settings.items())
         console.print(f"trial {len(self.done()) + 1} of {trials}: {said}", soft_wrap=True, markup=False)
@@ -133,7 +137,7 @@ class _Search:
         try:
             [stage] = plan(wanted, opened, False, manner.device)
             run = run_stage(stage, opened, replace(manner, cbs=(judge,)), console)
-        except TryAgainError:
+        except (TryAgainError, FolderError):  # nothing that other values would mend
             raise
         except UserError as error:
             diverged = isinstance(error, DivergedError)
@@ -163,6 +167,11 @@ class _Search:
         else:
             self.study.tell(trial, run.facts.last.valid_accuracy)
 
+    def _folder(self, trial: Any) -> str:
+        """Name of the folder of a trial's run, by how many were there before; one that was stopped keeps it."""
+        last = max((int(other.user_attrs["folder"]) for other in self.done()), default=0)
+        return trial.user_attrs.get("folder", f"{last + 1:03d}")
+
     def settings(self, trial: Any) -> dict[str, Any]:
         """What a trial sets."""
         return {space.key: space.setting(trial.params[space.key]) for space in self.over}
@@ -170,9 +179,13 @@ class _Search:
     def best_first(self) -> list[Trial]:
         """The trials: those that were trained to their end first, by accuracy."""
         found = []
-        for number, trial in enumerate(self.done(), start=1):
+        for trial in self.done():
             told = trial.user_attrs
-            found.append(Trial(number, self.settings(trial), told["state"], told.get("accuracy"), told.get("images")))
+            found.append(
+                Trial(
+                    int(told["folder"]), self.settings(trial), told["state"], told.get("accuracy"), told.get("images")
+                )
+            )
         return sorted(found, key=lambda trial: (trial.state != "finished", -(trial.accuracy or 0.0)))
 
 
@@ -202,8 +215,3 @@ def _distribution(space: Space) -> Any:
     if space.kind == "int":
         return IntDistribution(*space.values)
     return FloatDistribution(*space.values, log=space.kind == "log")
-
-
-def _folder(trial: Any) -> str:
-    """Name of the folder of a trial's run; one that was stopped keeps it under its next number."""
-    return trial.user_attrs.get("folder", f"{trial.number + 1:03d}")
