@@ -89,9 +89,9 @@ def measure(file: Path, run: Run, data: str, device: torch.device) -> dict[str, 
     sample = sorted(range(len(test)), key=hashes.__getitem__)[:SAMPLE]
     right, labels = correct(file, data, device)
     classes = {name: right[labels == index].float().mean().item() for index, name in enumerate(card.vocab)}
-    trained = ("recipe", "model", "parameters", "data", "training_images", "seed", "epochs", "seconds", "device")
+    trained = ("recipe", "model", "parameters", "data", "training_images", "begun_from", "seed", "epochs", "seconds")
     return {
-        **{key: getattr(facts, key) for key in (*trained, "threads", "versions", "commit", "started")},
+        **{key: getattr(facts, key) for key in (*trained, "device", "threads", "versions", "commit", "started")},
         "schedule": recipe.schedule.name,
         "teacher": facts.teacher,
         "best_epoch_on_test": facts.best.valid_accuracy,
@@ -112,6 +112,7 @@ def card_text(name: str, facts: dict[str, Any]) -> str:
     """The model card."""
     note = f"\n| note | {facts['note']} |" if "note" in facts else ""
     recipe = f"`{facts['recipe']}`" + (f", taught by `{facts['teacher']}`" if facts["teacher"] else "")
+    recipe += f", begun from `{facts['begun_from']}`" if facts.get("begun_from") else ""
     versions = ", ".join(f"{package} {version}" for package, version in facts["versions"].items())
     per_class = "\n".join(f"| {name} | {percent(share)} |" for name, share in facts["class_accuracy"].items())
     accuracy, n = facts["test_accuracy"], facts["test_images"]
@@ -140,8 +141,8 @@ file of {facts["megabytes"]} MB (float16). Colour images of {size}x{size} pixels
 
 ## Limits
 
-One run: another seed may differ by some tenths of a point. Trained on centred objects of ten classes and nothing else:
-any other image gets one of the ten names, often with high confidence. The data set's labels and its web images
+One run: another seed may differ by some tenths of a point. It knows the {classes} classes of {facts["data"]}
+and nothing else: any other image gets one of their names, often with high confidence. The data set's labels and images
 carry their own errors and biases. Not for decisions about people.
 
 Written by `python -m dms_fastai.release`; `tests/test_pretrained.py` checks it where CIFAR-10 is at hand.

@@ -11,6 +11,7 @@ from torch import nn
 
 from dms_fastai import ProgressiveResize, Teacher, UserError, load_recipe
 from dms_fastai.data import Data, Sets
+from dms_fastai.errors import Notice
 from dms_fastai.models.macs import macs
 from dms_fastai.run_folder import Figures, Run, RunFolder
 from dms_fastai.runs import budget, plan
@@ -120,6 +121,14 @@ def test_in_place_of_a_network_comes_only_a_faster_one(monkeypatch, own):
     sets = Data().open("digits")
     chosen, _ = fitted(load_recipe("fast", "digits", own), sets, torch.device("cpu"), 20, set(), None)
     assert chosen.model.name == own
+
+
+def test_epochs_that_do_not_fit_are_trained_and_said(monkeypatch):
+    monkeypatch.setattr(budget, "estimate", lambda *_: Estimate(1, 1, 10, 1.0, 10.0))
+    sets, given = Data().open("digits"), {"schedule.epochs", "model.name"}
+    with pytest.warns(Notice, match=r"2 epochs fit into 0:20, and 20 are asked for"):
+        chosen, _ = fitted(load_recipe("fast", "digits"), sets, torch.device("cpu"), 20, given, None)
+    assert chosen.schedule.epochs == 20
 
 
 def test_what_does_not_fit_into_memory_is_not_chosen(monkeypatch):

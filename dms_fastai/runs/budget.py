@@ -87,6 +87,8 @@ def fitted(
         if epochs < min(_least(took), MOST):
             notice(f"{recipe.title}: {epochs} epochs fit into {clock(seconds)}; {_least(took)} are wanted")
         chosen = replace(chosen, schedule=replace(chosen.schedule, epochs=min(epochs, MOST)))
+    elif chosen.schedule.epochs > epochs:
+        notice(f"{recipe.title}: {epochs} epochs fit into {clock(seconds)}, and {chosen.schedule.epochs} are asked for")
     notice(
         f"{recipe.title}: fitted to {clock(seconds)}: {chosen.model.name} with {took.parameters:,} parameters, batches "
         f"of {chosen.data.batch_size}, {chosen.schedule.epochs} epochs of {epoch:.1f} s"
