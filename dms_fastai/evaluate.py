@@ -21,7 +21,7 @@ from .errors import UserError, notice
 from .export import open_model
 from .export.formats import is_exported
 from .models.card import ModelCard
-from .names import TIMM, source_name, source_place
+from .names import TIMM, source_name
 from .run_folder import RunFolder
 from .trained import find_file
 from .trained.pretrained import pretrained_cfg, timm_model
@@ -143,17 +143,21 @@ def split_images(
     `own` is the run that the model comes from.
     """
     check_square(card)
-    its_own = own is not None and own.facts_file.is_file() and _are_of(own, data)
-    if labels is None and its_own and own.recipe_file.is_file():
-        labels = own.recipe().data.labels
+    own = own if own is not None and own.facts_file.is_file() and own.recipe_file.is_file() else None
+    its_own = own is not None and own.trained_on(data)
+    if labels is None and own is not None and own.recipe().data.labels is not None:
+        if its_own:
+            labels = own.recipe().data.labels
+        elif own.facts().data == source_name(data):
+            notice(f"{data} lies elsewhere than the run's images: its table {own.recipe().data.labels} is not used")
     white = EACH if card.white is None else card.white
     splits = load_splits(data, card.shape[1], labels, card.vocab, card.middle, to_train=False, white=white)
     there = [each for each in splits if each != "unlabelled"]
     found = split or next((name for name in ("test", "val") if name in there), None)
-    if found is None and its_own:
-        wanted = own.recipe().data.build()
-        if not isinstance(wanted.valid, str):
-            return wanted.open(data, splits=splits).valid
+    if found is None and own is not None and not isinstance(own.recipe().data.valid, str):
+        valid = own.recipe().data.build().open(data, splits=splits).valid
+        if its_own or [valid.digest()] == (own.facts().data_digest or [])[1:2]:
+            return valid
     if found is None:
         raise UserError(f"{data} has neither test nor val images; with evaluate, --split train measures on the others")
     if found not in there:
@@ -169,19 +173,13 @@ def split_images(
     return images
 
 
-def _are_of(own: RunFolder, data: str | Path) -> bool:
-    """Whether a run was trained on the data: they have the same name, and the same place, if the run has noted one."""
-    facts = own.facts()
-    return facts.data == source_name(data) and facts.place in (None, source_place(data))
-
-
 def _note_other_images(images: ImageSet, data: str | Path, own: RunFolder | None) -> None:
     """Say so if a run was validated on other images of the same name, or trained on these."""
     if own is None or not own.facts_file.is_file():
         return
     facts = own.facts()
-    same_images = facts.data_digest is not None and images.digest() == facts.data_digest[0]
-    if images.split == "train" and (same_images or _are_of(own, data)):
+    digest = facts.data_digest[0] if facts.data_digest else None
+    if images.split == "train" and (own.trained_on(data) or (digest is not None and images.digest() == digest)):
         notice(f"the run was trained on images of {images.name}, train: that flatters it")
     same = (images.name, images.split, images.size) == (facts.data, facts.valid, facts.size)
     if same and facts.data_digest and images.digest() != facts.data_digest[1]:

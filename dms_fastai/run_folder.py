@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from .errors import UserError, notice
 from .files import partials, whole
 from .legacy import modern_facts
-from .names import DATA_SETS
+from .names import DATA_SETS, source_name, source_place
 from .recipes import Recipe, load_recipe
 from .settings import Rule, Share, convert
 
@@ -235,6 +235,11 @@ class RunFolder:
             return self.weights.is_file() and self.facts().finished
         except UserError:
             return False
+
+    def trained_on(self, data: str | Path) -> bool:
+        """Whether the run's data are `data`: they have the same name and place, as far as the run has noted one."""
+        facts = self.facts()
+        return facts.data == source_name(data) and facts.place in (None, source_place(data))
 
     def recipe(self) -> Recipe:
         """The run's recipe. Keys that an older file does not have get the defaults that the run was trained with.

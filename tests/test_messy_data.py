@@ -13,8 +13,10 @@ from dms_fastai.data import decoded
 from dms_fastai.data.images import read_image, read_pixels
 from dms_fastai.data.sources import load_splits
 from dms_fastai.evaluate import split_images
+from dms_fastai.export.calibrate import sets_of
 from dms_fastai.models.card import ModelCard
 from dms_fastai.models.dmsresnet import MEAN, STD
+from dms_fastai.models.weights import load_weights
 from dms_fastai.predict import image_files
 from tests.test_data import COLOURS, make_folder, make_npz
 from tests.test_own_folder import FEW
@@ -82,6 +84,19 @@ def test_a_zip_of_one_class_is_read_as_its_folder(tmp_path):
     assert classes(split_images(tmp_path / "z.zip", "train", None, card("a", "b"))) == ["a", "a"]
 
 
+def test_an_image_beside_the_folders_of_a_zip_is_no_class(tmp_path):
+    make_folder(tmp_path / "in" / "colours")
+    put(tmp_path / "in" / "colours", "cover.png")
+    shutil.make_archive(tmp_path / "c", "zip", tmp_path / "in")
+    assert len(load_splits(tmp_path / "c.zip", 8)["train"]) == 12
+    assert len(split_images(tmp_path / "c.zip", None, None, card(*COLOURS))) == 12
+    shutil.rmtree(tmp_path / "in")
+    put(tmp_path / "in", "photos/0.png", "photos/1.png")
+    shutil.make_archive(tmp_path / "p", "zip", tmp_path / "in")
+    flat = load_splits(tmp_path / "p.zip", 8, classes=["a", "b"])["train"]
+    assert (flat.files, flat.labelled) == (["0.png", "1.png"], 0)
+
+
 def test_images_without_labels_come_once(tmp_path):
     root = put(tmp_path / "e", "0.png", "1.png", "2.png", "unlabelled/3.png", "unlabelled/4.png")
     (root / "unlabelled" / "5.heic").touch()
@@ -139,7 +154,8 @@ def test_a_column_that_counts_rows_is_not_taken_for_files(tmp_path):
     assert dict(zip(read.files, classes(read), strict=True)) == {f"{3 - i}.png": label for i, _, label in rows}
     with pytest.raises(UserError, match=r"'0' in the column 'id' and '3\.png' in 'photo'; call the right one 'file'"):
         load_splits(root, 8, write_table(tmp_path / "t.csv", rows, ("id", "photo", "label")))
-    few = load_splits(root, 8, write_table(tmp_path / "t.csv", [(i, "old", y) for i, _, y in rows], ("id", "age", "y")))
+    numbers = [(i, 3 - i, y) for i, _, y in rows]  # of which each is an image's name without its ending
+    few = load_splits(root, 8, write_table(tmp_path / "t.csv", numbers, ("id", "fold", "y")))
     assert classes(few["train"]) == ["cat", "cat", "dog", "dog"]
 
 
@@ -173,6 +189,37 @@ def test_the_table_of_a_run_does_not_label_other_images(dms, tmp_path):  # noqa:
     code, out, err = dms("evaluate", run, "--data", "b/images", "--split", "train")
     assert (code, "the run was trained" in err) == (0, False)
     assert float(out.split("accuracy: ")[1].split(" %")[0]) == pytest.approx(100 - right)
+    own = load_weights(run / "model.safetensors")[1]
+    for data, dark in (("a/images", "0.png"), ("b/images", "1.png")):  # and so int8 is measured
+        sets = sets_of(run, own, data, False)
+        names = {Path(f).name: c for s in (sets.train, sets.valid) for f, c in zip(s.files, classes(s), strict=True)}
+        assert (len(names), names[dark]) == (8, "dark")
+
+
+def test_what_a_run_has_held_out_is_known_where_the_images_have_moved(dms, tmp_path):  # noqa: F811
+    put(tmp_path / "a" / "images", *(f"{name}/{i}.png" for name in ("dark", "light") for i in range(8)))
+    assert dms("run", "se", "--data", "a/images", "--set", "data.size=8", *FEW)[0] == 0
+    shutil.move(tmp_path / "a", tmp_path / "b")
+    code, out, _ = dms("evaluate", "artifacts/images/se/seed0", "--data", "b/images")
+    assert (code, "of 4 images: images, held out" in out) == (0, True)
+    put(tmp_path / "b" / "images", "dark/more.png", "dark/most.png")
+    code, _, err = dms("evaluate", "artifacts/images/se/seed0", "--data", "b/images")
+    assert (code, "neither test nor val images" in err) == (2, True)
+
+
+def test_what_was_read_for_a_training_is_not_read_again(dms, tmp_path, monkeypatch):  # noqa: F811
+    make_folder(tmp_path / "colours", size=(8, 8))
+    read = []
+    original = decoded._decode
+    monkeypatch.setattr(decoded, "_decode", lambda listing, *a: read.append(listing.root.name) or original(listing, *a))
+    args = ("run", "se", "--data", "colours", "--set", "data.size=8", *FEW[:-4])
+    assert dms(*args)[0] == 0
+    assert sorted(read) == ["test", "train"]
+    run = "artifacts/colours/se/seed0"
+    for split in ("test", "train"):
+        assert dms("evaluate", run, "--data", "colours", "--split", split)[0] == 0
+    assert dms(*args, "--seed", 1)[0] == 0
+    assert len(read) == 2
 
 
 def test_to_measure_on_test_images_no_others_are_read(tmp_path, monkeypatch):

@@ -43,7 +43,7 @@ def stopped(reason: str, state: str, restart: bool, later: Sequence[str] = ()) -
     """End a command that somebody has stopped. `later` are recipes of finished runs that it has not begun again yet."""
     again = "without --restart the same command" if restart else "the same command"
     names = ", ".join(dict.fromkeys(later))
-    left = f"; that leaves the finished runs of {names} as they are: --only NAME --restart for each" if later else ""
+    left = f", but trains no finished run again: for {names}, --only NAME --restart" if later else ""
     console.say(f"stopped ({reason}): {state}; {again} goes on from there{left}")
     processes.leave()
     raise typer.Exit(EXIT_CODES[reason])

@@ -99,16 +99,16 @@ def _read(listing: Listing, size: int, white: White, middle: float) -> tuple[Sto
     """The images, and the white that they were scaled with if there is grey of more than 8 bits."""
     root, count = listing.root.resolve(), len(listing.files)
     where = hashlib.sha256(f"{root}{listing.name}".encode(errors="surrogateescape")).hexdigest()[:16]
-    stamp = _stamp(listing, white)
+    stamps = _stamp(listing, *dict.fromkeys((white, None)))
     kept = "" if middle == 1 else f"of{round(size / middle)}"
     name = os.fsencode(f"{root.parent.name}-{root.name}")[-NAME:].decode(errors="ignore")
     cache = cache_dir() / f"{name}-{size}{kept}-{where}"
-    found = read_rows(cache, stamp, count)
+    found = _kept(cache, stamps, count, white)
     if found is None:
         with alone(cache) as locked:  # of several processes that begin together, one decodes
-            found = read_rows(cache, stamp, count)
+            found = _kept(cache, stamps, count, white)
             if found is None:
-                found = _decode(listing, size, white, middle, cache if locked else None, stamp)
+                found = _decode(listing, size, white, middle, cache if locked else None, stamps[0])
     pixels, rows = found
     sides = torch.from_numpy(np.stack([rows["height"], rows["width"]], 1).astype(np.int64))
     whites = rows["white"][~np.isnan(rows["white"])]
@@ -116,6 +116,15 @@ def _read(listing: Listing, size: int, white: White, middle: float) -> tuple[Sto
     if (sides == size).all():
         return Squares([pixels.view(count, size, size, CHANNELS).permute(0, 3, 1, 2)]), white
     return Wholes.in_a_row(pixels, sides, size), white
+
+
+def _kept(cache: Path, stamps: Sequence[str], count: int, white: White) -> tuple[Tensor, np.ndarray] | None:
+    """What is in the cache, as `read_rows` gives it; also what was read without a white, if no pixel differs for it."""
+    for stamp in stamps:
+        found = read_rows(cache, stamp, count)
+        if found is not None and (stamp == stamps[0] or {*found[1]["white"][~np.isnan(found[1]["white"])]} <= {white}):
+            return found
+    return None
 
 
 @contextlib.contextmanager
@@ -133,12 +142,12 @@ def alone(cache: Path) -> Iterator[bool]:
         lock.release()
 
 
-def _stamp(listing: Listing, white: White) -> str:
-    """A digest of how files are read, and of every file's name, class, size, time of change and number on its disk.
+def _stamp(listing: Listing, *whites: White) -> list[str]:
+    """For each white, a digest of how files are read, and of all names, classes, sizes, times and numbers on the disk.
 
     The number tells two folders that changed names from what they were, even if sizes and times are the same.
     """
-    digest = hashlib.sha256(READING + json.dumps(white).encode())
+    digests = [hashlib.sha256(READING + json.dumps(white).encode()) for white in whites]
     for name, label in zip(listing.files, listing.labels, strict=True):
         try:
             stat = (listing.root / name).stat()
@@ -146,8 +155,9 @@ def _stamp(listing: Listing, white: White) -> str:
             raise UserError(f"{listing.root / name} cannot be read ({error.strerror}); remove or replace it") from None
         of_class = "" if label == UNLABELLED else listing.vocab[label]
         facts = [name, of_class, stat.st_size, stat.st_mtime_ns, stat.st_ino]
-        digest.update(json.dumps(facts).encode())
-    return digest.hexdigest()
+        for digest in digests:
+            digest.update(json.dumps(facts).encode())
+    return [digest.hexdigest() for digest in digests]
 
 
 def _decode(
@@ -161,8 +171,8 @@ def _decode(
         with open_image(listing.root / listing.files[index], round(size / middle)) as image:
             own, scaling = grey_white(image), None if scale == EACH else scale
             kept = read_image(image, size, scaling) if middle == 1 else read_whole(image, size, scaling, middle)
-        if None not in (own, scaling) and beyond(own, scaling, decimal=image.mode == "F"):
-            clipped.append(listing.files[index])
+            if None not in (own, scaling) and beyond(own, scaling, decimal=image.mode == "F"):
+                clipped.append(listing.files[index])
         if scale == EACH and own not in (None, BYTE):
             scaled_alone.append(listing.files[index])
         return kept.permute(1, 2, 0).numpy(), own if scale is None else None

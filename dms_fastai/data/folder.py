@@ -4,6 +4,7 @@ import os
 import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePath
@@ -60,15 +61,15 @@ def read_folder(
         middle: As in `decoded_image_set`.
         to_train: Whether images to train on are needed, of two classes at least. If not, those that are there tell the
             classes by their folders, and are read only when somebody asks for them.
-        white: As in `decoded_image_set`, where no images to train on are needed.
+        white: As in `decoded_image_set`, for images to train on; for others, where none are needed.
 
     Raises, some of it when a split is read:
         UserError: There are no classes, a class is empty or the only one, a split has a class that train has not, it
             is unclear which folders are the classes, or a file cannot be read as an image.
     """
     found = _split_folders(folder)
-    if not found and (found := _split_folders(only_folder(folder))):
-        folder = only_folder(folder)
+    if not found and (found := _split_folders(only_folder(folder, to_train))):
+        folder = only_folder(folder, to_train)
     if not found.keys() - {"unlabelled"}:
         found["train"] = [folder]
     elif "train" not in found and to_train:
@@ -155,20 +156,23 @@ class _Reader:
         try:
             return _classes(_walk(root, besides=self._unlabelled), root, split, train)
         except UnlabelledError as error:
-            hint = _or_classes(self.folder, self.found) if split == "train" else ""
-            if hint and class_name(root.name) in (self.classes or ()):
+            may = self.classes is not None and train is None
+            named = split == "train" and class_name(root.name) in (self.classes or ())
+            hint = _or_classes(self.folder, self.found) if named or (split == "train" and not may) else ""
+            if may and not hint:
+                return None
+            if named:
                 raise UserError(f"{root} has no class folders{hint}") from None
-            if self.classes is None or train is not None:
-                raise UnlabelledError(f"{error.message}{hint}") from None
-            return None
+            raise UnlabelledError(f"{error.message}{hint}") from None
 
 
 def _or_classes(folder: Path, splits: dict[str, list[Path]]) -> str:
     """A hint for folders whose classes may be called as splits are; empty where no others with images lie beside."""
     taken = [root for roots in splits.values() for root in roots]
     for name in list_names(folder):
-        if (folder / name).is_dir() and folder / name not in taken and _walk(folder / name).images:
-            return f"; if {taken[0].name!r} and {name!r} are classes, put all of them into one folder, train/"
+        with suppress(UserError):  # one that cannot be listed
+            if (folder / name).is_dir() and folder / name not in taken and _walk(folder / name).images:
+                return f"; if {taken[0].name!r} and {name!r} are classes, put all of them into one folder, train/"
     return ""
 
 
@@ -222,18 +226,20 @@ def class_name(text: str) -> str:
     return unicodedata.normalize("NFC", os.fsencode(text).decode("utf-8", "backslashreplace"))
 
 
-def only_folder(folder: Path) -> Path:
+def only_folder(folder: Path, to_train: bool = True) -> Path:
     """The folder, or the only one in it, beside which there is no image: archives often hold one, and a README.
 
-    It is neither a split's nor a class's.
+    It is not a split's; nor the only class, where it need not be trained on.
     """
     names, endings = list_names(folder), _readable_endings()
     inner = [folder / name for name in names if (folder / name).is_dir()]
     images = any(PurePath(name).suffix.lower() in endings for name in names)
     if len(inner) != 1 or images or inner[0].name.lower() in (*SPLIT_OF, *NO_LABELS):
         return folder
-    is_class = any(PurePath(name).suffix.lower() in endings for name in list_names(inner[0]))
-    return folder if is_class else inner[0]
+    inside = list_names(inner[0])
+    images = any(PurePath(name).suffix.lower() in endings for name in inside)
+    is_class = images and not any((inner[0] / name).is_dir() for name in inside)
+    return folder if is_class and not to_train else inner[0]
 
 
 def _split_folders(folder: Path) -> dict[str, list[Path]]:

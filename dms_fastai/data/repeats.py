@@ -45,4 +45,4 @@ def _such_as(pairs: Sequence[tuple[int, int]], ours: ImageSet, theirs: ImageSet)
     if ours.files is None or theirs.files is None:
         return ""
     index, other = pairs[0]
-    return f", such as {ours.items[index]}, which is {theirs.items[other]}"
+    return f", such as {ours.root / ours.files[index]}, which is {theirs.root / theirs.files[other]}"

@@ -55,10 +55,9 @@ def load_splits(
         middle: Share of the shorter side of image files that is seen without crops. Below 1, they are kept whole;
             arrays are read as squares of `size` all the same.
         to_train: Whether a network is to be trained on them. If not, a folder, a table or an .npz file may
-            have test images alone, or one class; a folder's images to train on are read only when somebody asks for
-            them.
-        white: Where no network is to be trained: the white that it was trained with, for pixels that are no bytes;
-            `EACH`: it was trained on bytes.
+            have test images alone, or one class; image files to train on are read only when somebody asks for them.
+        white: The white that a network was trained with, for pixels that are no bytes; `EACH`: it was trained on bytes.
+            None: what the training images suggest.
 
     Raises:
         UserError: Data that are missing or cannot be trained on; says which and why.
@@ -69,7 +68,7 @@ def load_splits(
             notice(f"{data} is the data set of that name; for the folder, give ./{data}")
         if labels is not None:
             raise UserError(f"labels is {labels}, and {data} has labels of its own")
-        splits = NAMED[name](name, size or DEFAULT_SIZE.get(name, USUAL_SIZE), middle)
+        splits = NAMED[name](name, size or DEFAULT_SIZE.get(name, USUAL_SIZE), middle, to_train, white)
     else:
         table = None if labels is None else Path(labels).expanduser()
         splits = _read(Path(data).expanduser(), size, table, classes, middle, to_train, white)
@@ -97,7 +96,7 @@ def _read(
     white: White,
 ) -> Splits:
     if path.is_file() and is_archive(path):
-        path = only_folder(unpacked(path))
+        path = only_folder(unpacked(path), to_train)
     if labels is not None:
         if not path.is_dir():
             raise UserError(f"labels is {labels}, and {path} is no folder of images")
@@ -112,7 +111,7 @@ def _read(
     return read_folder(path, size or USUAL_SIZE, classes, middle, to_train, white)
 
 
-def _digits(name: str, size: int, middle: float) -> Splits:
+def _digits(name: str, size: int, middle: float, to_train: bool, white: White) -> Splits:
     """The 1,797 digits that scikit-learn ships, 8x8 with 17 grey levels; every class is split alike."""
     from sklearn.datasets import load_digits  # a second and a half of imports, for this alone
 
@@ -128,13 +127,13 @@ def _digits(name: str, size: int, middle: float) -> Splits:
     return splits
 
 
-def _fastai(name: str, size: int, middle: float) -> Splits:
+def _fastai(name: str, size: int, middle: float, to_train: bool, white: White) -> Splits:
     """A data set at fastai's own address, downloaded once into fastai's data folder."""
     folder = fastai_path("data") / Path(URL[name]).stem
     if not folder.is_dir():
         _download(name, folder)
     _check_complete(name, folder)
-    return read_folder(folder, size, middle=middle)
+    return read_folder(folder, size, None, middle, to_train, white)
 
 
 def _download(name: str, folder: Path) -> None:
@@ -179,7 +178,7 @@ def _check_complete(name: str, folder: Path) -> None:
         checked.touch()
 
 
-NAMED: dict[str, Callable[[str, int, float], Splits]] = {
+NAMED: dict[str, Callable[[str, int, float, bool, White], Splits]] = {
     "digits": _digits,
     "cifar10": _fastai,
     "cifar100": _fastai,

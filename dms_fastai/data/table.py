@@ -18,21 +18,9 @@ __all__ = ["read_table"]
 
 # Names of columns, in lower case; the first that a table has is taken.
 FILE_COLUMNS = (
-    "file",
-    "filename",
-    "file_name",
-    "image",
-    "image_name",
-    "image_path",
-    "image_file",
-    "path",
-    "filepath",
-    "image_id",
-    "img",
-    "img_name",
-    "img_path",
-    "id",
-)
+    "file", "filename", "file_name", "image", "image_path", "path", "filepath", "image_id", "img",
+    "image_name", "image_file", "img_name", "img_path", "id",
+)  # fmt: skip
 LABEL_COLUMNS = ("label", "class", "class_name", "label_name", "category", "target", "y")
 SPLIT_COLUMNS = ("split", "set", "subset")
 NO_NAMES = {"nan", "na", "n/a", "null"}  # as programs write that there is none
@@ -141,7 +129,8 @@ def _rows(table: Path, files: "_Files") -> list[tuple[int, str, str, str]]:
         rows = []
         for row in reader:
             line = skipped + reader.line_num
-            if not any(cell.strip() for cell in row.values() if isinstance(cell, str)):
+            cells = [*row.values(), *row.get(None, ())]
+            if not any(cell.strip() for cell in cells if isinstance(cell, str)):
                 continue
             if not rows:
                 _check_ids(row, file, label, table, files)
@@ -171,7 +160,7 @@ def _check_ids(row: dict[str, str], file: str, label: str, table: Path, files: "
     if file.strip().lower() != "id":
         return
     for column, cell in row.items():
-        if column not in (None, file, label) and cell and files.named(cell.strip()):
+        if column not in (None, file, label) and cell and files.has(cell.strip()):
             raise UserError(
                 f"{table} has the images {row[file]!r} in the column {file!r} and {cell!r} in {column!r}; call the "
                 f"right one 'file'"
@@ -196,6 +185,10 @@ class _Files:
         name = name.replace("\\", "/")  # as Windows writes paths
         alike = self._by_name.get(class_name(Path(name).name), ())
         return sorted(path for path in alike if _agree(path, name) and not self._of_other_split(path, name))
+
+    def has(self, name: str) -> bool:
+        """Whether a name, with its ending, is that of a file."""
+        return any(Path(path).name == Path(name).name for path in self.named(name))
 
     def _of_other_split(self, path: str, name: str) -> bool:
         """Whether a name leads out of the folder, which is a split's, into that of another split."""

@@ -11,6 +11,7 @@ import torch
 from fastai.learner import Learner
 
 from ..data import Data, ImageSet, Sets
+from ..data.decoded import EACH
 from ..data.images import resize
 from ..data.known import check_square, known_classes
 from ..data.sources import load_splits
@@ -156,5 +157,8 @@ def sets_of(
         data = own_data(Path("the Learner") if run is None else Path(source), "calibrate with")
     check_square(card)
     wanted = run.recipe().data.build() if run is not None and run.recipe_file.is_file() else Data()
-    wanted = replace(wanted, size=card.shape[1], labels=wanted.labels if labels is None else str(labels))
-    return wanted.open(data, splits=load_splits(data, wanted.size, wanted.labels, card.vocab, card.middle))
+    table = wanted.labels if run is not None and run.facts_file.is_file() and run.trained_on(data) else None
+    wanted = replace(wanted, size=card.shape[1], labels=table if labels is None else str(labels))
+    white = EACH if card.white is None else card.white
+    splits = load_splits(data, wanted.size, wanted.labels, card.vocab, card.middle, white=white)
+    return wanted.open(data, splits=splits)

@@ -217,7 +217,8 @@ def _by_data(runs: Iterable[Run]) -> list[Section]:
     for (name, place, agreement), groups in by_data.items():
         title = name if place is None or names.count(name) == 1 else f"{name} ({place})"
         title += ", agreement with the teacher" if agreement else ""
-        found.append(Section(printable(title), _noted(_rows(groups.values()))))
+        rows = _rows(each for group in groups.values() for each in _apart(group))
+        found.append(Section(printable(title), _noted(rows)))
     return found
 
 
@@ -326,9 +327,20 @@ def _kind(run: Run) -> str:
     teacher = SEEDS.sub("seed", str(facts.teacher))
     keys = ("recipe", "title", "model", "epochs", "valid", "validation_images", "data_digest")
     known = [getattr(facts, key) for key in keys]
-    if facts.begun_digest or (facts.teacher_digest and not SEEDS.search(str(facts.teacher))):  # files of one name
-        known += [facts.begun_digest, None if SEEDS.search(str(facts.teacher)) else facts.teacher_digest]
     return json.dumps([*known, teacher, _recipe(run)], sort_keys=True, default=str)
+
+
+def _apart(runs: list[Run]) -> Iterable[list[Run]]:
+    """Runs of a kind, by the files of their teacher and of the weights that they began from, which may share a name.
+
+    Those that have not noted them are with the others, unless these differ.
+    """
+    by_files: dict[tuple[str | None, str | None], list[Run]] = {}
+    for run in runs:
+        of_each_seed = SEEDS.search(str(run.facts.teacher))
+        files = run.facts.begun_digest, None if of_each_seed else run.facts.teacher_digest
+        by_files.setdefault(files, []).append(run)
+    return by_files.values() if sum(any(files) for files in by_files) > 1 else [runs]
 
 
 def _rows(groups: Iterable[list[Run]]) -> list[Row]:

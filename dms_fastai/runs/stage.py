@@ -321,7 +321,7 @@ def tidy_finished(folder: RunFolder) -> None:
 
 
 def _empty(folder: RunFolder) -> None:
-    """Delete everything in a run's folder except the lock, and what a run leaves that has finished: move that aside."""
+    """Delete what a run leaves or, if it has finished, move it aside. What is somebody else's stays."""
     if not folder.recipe_file.is_file() or not (folder.facts_file.is_file() or any(folder.checkpoints.glob("*.pt"))):
         return  # not a run's folder
     if folder.finished:

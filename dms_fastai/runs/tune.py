@@ -10,8 +10,10 @@ from fastai.callback.core import Callback, CancelFitException
 from rich.console import Console
 
 from ..errors import FolderError, TryAgainError, UserError
+from ..recipes import Recipe
 from ..run_folder import SEARCH, Run
 from ..show import toml_value
+from ..trained import digest_of
 from .checkpoint import DivergedError
 from .lock import locked
 from .plan import Opened, plan
@@ -74,10 +76,7 @@ def tune(
         if sets.valid.split == "test":
             raise UserError(f"a search must not look at the test images, and {wanted.data} has no others; {INSTEAD}")
         facts = {"images": sets.digest, "recipe": recipe.without_folders().to_table()}
-        teacher = wanted.teacher_of(recipe)
-        if teacher is not None:
-            facts["teacher"] = opened.teacher(teacher).digest
-        search = _Search(wanted, over, facts)
+        search = _Search(wanted, over, facts, _files(wanted, recipe, over, opened))
         search.revive()
         reason = None
         while len(search.done()) < trials and reason is None:
@@ -88,7 +87,7 @@ def tune(
 class _Search:
     """A study of Optuna's in a file, whose trials are runs."""
 
-    def __init__(self, wanted: Wanted, over: Sequence[Space], facts: Mapping[str, Any]):
+    def __init__(self, wanted: Wanted, over: Sequence[Space], facts: Mapping[str, Any], files: Mapping[str, Any]):
         import optuna
         from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
@@ -105,13 +104,14 @@ class _Search:
         self.study.sampler = optuna.samplers.TPESampler(seed=(wanted.seeds[0] + len(self.study.trials)) % 2**32)
         self.distributions = {space.key: _distribution(space) for space in over}
         self.refused = 0
-        self._check_same(facts)
+        self._check_same(facts, files)
 
-    def _check_same(self, facts: Mapping[str, Any]) -> None:
-        """Raise a UserError if the folder has a search of something else."""
+    def _check_same(self, facts: Mapping[str, Any], files: Mapping[str, Any]) -> None:
+        """Raise a UserError if the folder has a search of something else; earlier versions did not note the files."""
         spaces = {space.key: str(space) for space in self.over}
-        searched = json.dumps({**facts, "seed": self.wanted.seeds[0], "over": list(spaces.items())})
-        if self.study.user_attrs.setdefault("search", searched) != searched:
+        more = {"seed": self.wanted.seeds[0], "over": list(spaces.items())}
+        searched, without = (json.dumps({**facts, **noted, **more}) for noted in (files, {}))
+        if self.study.user_attrs.get("search", searched) not in (searched, without):
             raise UserError(f"{self.wanted.root} has a search of other values or data; give --out another folder")
         self.study.set_user_attr("search", searched)
 
@@ -137,8 +137,11 @@ class _Search:
         try:
             [stage] = plan(wanted, opened, False, manner.device)
             run = run_stage(stage, opened, replace(manner, cbs=(judge,)), console)
-        except (TryAgainError, FolderError):  # nothing that other values would mend
+        except TryAgainError:
             raise
+        except FolderError as error:  # nothing that other values would mend
+            again = f"remove {wanted.out}, and the trial begins again"
+            raise FolderError(error.message.replace("--restart", again)) from None
         except UserError as error:
             diverged = isinstance(error, DivergedError)
             self.refused = 0 if diverged else self.refused + 1
@@ -204,6 +207,15 @@ class _Judge(Callback):
         if self.learn.epoch + 1 < self.learn.n_epoch and self.trial.should_prune():
             self.behind = True
             raise CancelFitException
+
+
+def _files(wanted: Wanted, recipe: Recipe, over: Sequence[Space], opened: Opened) -> dict[str, Any]:
+    """Digests of what a recipe names and does not hold: its teacher, or those that are searched, and its weights."""
+    teachers = [value for space in over if space.key == "teacher" for value in space.values]
+    teachers = [each for each in teachers or [wanted.teacher_of(recipe)] if isinstance(each, str)]
+    found = {"teacher": [opened.teacher(each).digest for each in teachers]} if teachers else {}
+    begun = None if recipe.model.weights is None else digest_of(recipe.model.weights)
+    return found if begun is None else {**found, "begun": begun}
 
 
 def _distribution(space: Space) -> Any:
