@@ -40,7 +40,10 @@ def test_a_run_is_evaluated_on_what_it_has_held_out(dms, binary):  # noqa: F811
     code, _, err = dms("bench", "b.onnx", "--data", "binary")
     assert (code, "binary has neither test nor val images; with evaluate, --split train" in err) == (2, True)
     shutil.copytree(binary, binary.parent / "other")
-    code, _, err = dms("evaluate", run.path, "--data", "other")  # of which it has held nothing out
+    code, out, _ = dms("evaluate", run.path, "--data", "other")  # the same images, of which it has held out the same
+    assert (code, "of 6 images: other, held out" in out) == (0, True)
+    shutil.copy(binary / "dark" / "0.png", binary.parent / "other" / "dark" / "more.png")
+    code, _, err = dms("evaluate", run.path, "--data", "other")
     assert (code, "other has neither test nor val images" in err) == (2, True)
 
 

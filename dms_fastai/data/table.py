@@ -5,6 +5,7 @@ import io
 import re
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections import defaultdict
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -47,22 +48,7 @@ def read_table(
     """
     files = _Files(folder)
     rows = _rows(table, files)
-    written: dict[str, str] = {}
-    labelled: dict[str, dict[str, str]] = defaultdict(dict)
-    for line, name, label, split in rows:
-        if split and split.lower() not in SPLIT_OF:
-            raise UserError(f"{table}, line {line}: split is {split!r}; it must be {', '.join(SPLIT_OF)}")
-        if not label:
-            raise UserError(f"{table}, line {line}: {name} has no label; give it one, or remove the row")
-        file = files.find(name, f"{table}, line {line}")
-        other = written.setdefault(file, name)
-        if not _agree(other.replace("\\", "/"), name.replace("\\", "/")):
-            raise UserError(f"{table}, line {line}: {name} is {folder / file}, and so is {other} in a line before")
-        if any(file in others for key, others in labelled.items() if key != SPLIT_OF.get(split.lower(), "train")):
-            raise UserError(f"{table}, line {line}: {name} is in two splits")
-        before = labelled[SPLIT_OF.get(split.lower(), "train")].setdefault(file, class_name(label))
-        if before != class_name(label):
-            raise UserError(f"{table}, line {line}: {name} is {label!r} here, and {before!r} in a line before")
+    labelled = _labelled(rows, files, table)
     if to_train and "train" not in labelled:
         raise UserError(f"{table} has no training images; its splits are {', '.join(sorted(labelled)) or 'empty'}")
     if odd := [(line, label) for line, _, label, _ in rows if label.lower() in NO_NAMES]:
@@ -100,6 +86,28 @@ def read_table(
     if without:
         splits.add("unlabelled", read_unlabelled)
     return splits
+
+
+def _labelled(rows: Iterable[tuple[int, str, str, str]], files: "_Files", table: Path) -> dict[str, dict[str, str]]:
+    """The class of each file, by split. Arguments and errors as in `read_table`; rows as `_rows` gives them."""
+    labelled: dict[str, dict[str, str]] = defaultdict(dict)
+    written: dict[str, str] = {}
+    for line, name, label, split in rows:
+        where = f"{table}, line {line}"
+        if split and split.lower() not in SPLIT_OF:
+            raise UserError(f"{where}: split is {split!r}; it must be {', '.join(SPLIT_OF)}")
+        if not label:
+            raise UserError(f"{where}: {name} has no label; give it one, or remove the row")
+        file, ours = files.find(name, where), SPLIT_OF.get(split.lower(), "train")
+        other = written.setdefault(file, name)
+        if not _agree(_slashed(other), _slashed(name)):
+            raise UserError(f"{where}: {name} is {files.folder / file}, and so is {other} in a line before")
+        if any(file in others for split, others in labelled.items() if split != ours):
+            raise UserError(f"{where}: {name} is in two splits")
+        before = labelled[ours].setdefault(file, class_name(label))
+        if before != class_name(label):
+            raise UserError(f"{where}: {name} is {label!r} here, and {before!r} in a line before")
+    return labelled
 
 
 def _rows(table: Path, files: "_Files") -> list[tuple[int, str, str, str]]:
@@ -182,7 +190,7 @@ class _Files:
         """The paths that a name may mean, relative to the folder."""
         if (path := str(Path(name))) in self.paths:
             return [path]
-        name = name.replace("\\", "/")  # as Windows writes paths
+        name = _slashed(name)
         alike = self._by_name.get(class_name(Path(name).name), ())
         return sorted(path for path in alike if _agree(path, name) and not self._of_other_split(path, name))
 
@@ -210,6 +218,11 @@ class _Files:
                 f"{where}: {name!r} could be {found[0]} or {found[1]}; write its path relative to {self.folder}"
             )
         return found[0]
+
+
+def _slashed(name: str) -> str:
+    """A path as other systems than Windows write it."""
+    return name.replace("\\", "/")
 
 
 def _agree(path: str, name: str) -> bool:
