@@ -184,11 +184,8 @@ class _Search:
         found = []
         for trial in self.done():
             told = trial.user_attrs
-            found.append(
-                Trial(
-                    int(told["folder"]), self.settings(trial), told["state"], told.get("accuracy"), told.get("images")
-                )
-            )
+            number, accuracy, images = int(told["folder"]), told.get("accuracy"), told.get("images")
+            found.append(Trial(number, self.settings(trial), told["state"], accuracy, images))
         return sorted(found, key=lambda trial: (trial.state != "finished", -(trial.accuracy or 0.0)))
 
 
