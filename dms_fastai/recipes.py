@@ -188,7 +188,10 @@ def load_recipe(
     mixing = [key for key in ("mixup", "cutmix", "mixup_or_cutmix") if isinstance(table.get(key), Mapping)]
     if len(mixing) > 1 and "mixup_or_cutmix" in mixing:
         raise UserError(f"{' and '.join(mixing)} would mix the same batch; leave out one: --set {mixing[0]}=false")
-    built = _read(modern_recipe(table, old))
+    try:
+        built = _read(modern_recipe(table, old))
+    except UserError as error:
+        raise _with_its_file(error, layers, old) from None
     if built.feature_distill is not None and built.distill is None:
         raise UserError("feature_distill needs a teacher; extend kd or add [distill], or leave it out")
     for key in ("sam", "fixed_views"):
@@ -214,6 +217,19 @@ def _refuse_unknown(layers: Iterable[tuple[str, Nested]]) -> None:
             if key not in SCALARS and key not in TABLES:
                 error = unknown_key(key, [*SCALARS, *TABLES], all_keys())
                 raise error if origin == "--set" else UserError(f"{origin}: {error.message}")
+
+
+def _with_its_file(error: UserError, layers: Iterable[tuple[str, Nested]], old: bool) -> UserError:
+    """The error of a merged table, and the file that brings it in, unless an option of the caller's does."""
+    table: Nested = {}
+    for origin, layer in layers:
+        table = _merge(table, layer)
+        try:
+            _read(modern_recipe(table, old))
+        except UserError as found:
+            if found.message == error.message:
+                return UserError(f"{origin}: {error.message}") if ".toml" in origin else error
+    return error
 
 
 def origins_of(recipe: str | Path, data: str = "", settings: Mapping[str, Any] | None = None) -> dict[str, str]:

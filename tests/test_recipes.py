@@ -286,7 +286,8 @@ def test_a_name_is_that_of_one_folder(tmp_path, name):
     for recipe, own in (("se", {"name": name}), (tmp_path / "mine.toml", {})):
         with pytest.raises(UserError) as error:
             load_recipe(recipe, settings=own)
-        assert error.value.message.startswith(f"name is {name!r}; it must be a relative path without '..', '.', empty")
+        words = f"name is {name!r}; it must be a relative path without '..', '.', empty"
+        assert error.value.message.removeprefix(f"{recipe}: ").startswith(words)
 
 
 @pytest.mark.parametrize(
@@ -302,11 +303,21 @@ def test_a_name_is_that_of_one_folder(tmp_path, name):
             "[on.digits.schedul]\nepochs = 1",
             r"mine.toml \[on.digits\]: unknown recipe key 'schedul': did you mean 'sch",
         ),
+        ("[on.digits.schedule]\nepoch = 1", r"mine.toml \[on.digits\]: unknown recipe key 'schedule.epoch'"),
+        ('extends = "kd"\n[optimizer]\nlr = -1', "mine.toml: optimizer.lr is -1; it must be above 0"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path, text, words):
     with pytest.raises(UserError, match=words):
         load_recipe(write(tmp_path, mine=text) / "mine.toml", "digits")
+
+
+def test_a_wrong_value_is_said_to_be_that_of_the_file_that_has_it(tmp_path):
+    root = write(tmp_path, base='extends = "kd"\n[optimizer]\nlr = -1', mine='extends = "base.toml"\ntitle = "x"')
+    with pytest.raises(UserError, match=r"^\S*base.toml: optimizer.lr is -1; it must be above 0$"):
+        load_recipe(root / "mine.toml")
+    with pytest.raises(UserError, match=r"^optimizer.lr is -2; it must be above 0$"):
+        load_recipe(root / "mine.toml", settings={"optimizer.lr": -2})
 
 
 def test_a_file_may_begin_with_a_mark(tmp_path):
