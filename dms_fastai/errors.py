@@ -15,11 +15,13 @@ __all__ = [
     "no_format",
     "no_model",
     "notice",
+    "reason_of",
     "unknown",
     "unlistable",
 ]
 
 MANY = 24  # names in a message
+LONG = 200  # characters of what another library says
 
 
 class UserError(ValueError):
@@ -57,6 +59,12 @@ def damage(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise UserError(f"{what}: {str(error) or type(error).__name__}") from None
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of what another library's exception says, or its type if it says nothing; of bounded length."""
+    said = str(error).strip() or type(error).__name__
+    return said.splitlines()[0].rstrip(".")[:LONG]
 
 
 def either(words: Iterable[str]) -> str:

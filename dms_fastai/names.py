@@ -201,4 +201,4 @@ def check_int8(file: Path, formats: Iterable[str], given: Mapping[str, object]) 
 def check_tensorboard() -> None:
     """Raise a UserError if TensorBoard is not installed."""
     if find_spec("tensorboard") is None:
-        raise UserError("--tensorboard needs a package that is not installed: pip install tensorboard")
+        raise UserError("--tensorboard needs one more package: pip install tensorboard, or 'dms-fastai[tensorboard]'")

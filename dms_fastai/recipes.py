@@ -29,6 +29,7 @@ from .settings import Rule, convert
 from .training.parts import PARTS, Part
 
 __all__ = [
+    "ALONE",
     "Recipe",
     "ablation_of",
     "added_by",
@@ -106,6 +107,10 @@ class Recipe(Tables):
         """The whole recipe as TOML; `load_recipe` reads it back to an equal one."""
         return tomli_w.dumps(self.to_table())
 
+    def without_teacher(self) -> "Recipe":
+        """The recipe as it would be trained without distillation."""
+        return dataclasses.replace(self, teacher=None, distill=None, feature_distill=None)
+
     def without_folders(self) -> "Recipe":
         """The recipe for other machines: of absolute paths, only the ends are left, and images are where they fit."""
         cut = {
@@ -126,6 +131,7 @@ def cut_path(source: str | PurePath | None) -> str | None:
     return ",".join("/".join(p.parts[-1 if p.suffix else -3 :]) if p.is_absolute() else p.as_posix() for p in paths)
 
 
+ALONE = "-alone"  # ends the name of a student's recipe without its teacher
 AS_IN_PYTHON = {"True": True, "False": False}
 DATES = (datetime.date, datetime.time)
 NUMBER = re.compile(r"[+-]?(\d+\.|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)  # .5 and 5., which TOML does not have

@@ -33,7 +33,7 @@ from dms_fastai.runs.wanted import Wanted
 from dms_fastai.schema import load, meaning_of, settings_of
 from dms_fastai.show import annotated, every_key
 from tests.conftest import quiet
-from tests.test_house import classes
+from tests.test_design import classes
 from tests.test_runs import dms, same_run  # noqa: F401  (a fixture)
 
 ROOT = Path(__file__).parent.parent

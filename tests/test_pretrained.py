@@ -16,6 +16,7 @@ from safetensors import safe_open
 from dms_fastai import UserError, load_data, load_teacher
 from dms_fastai.export import predict_files
 from dms_fastai.models.dmsresnet import PRETRAINED
+from dms_fastai.release import card_text
 from tests.test_runs import dms  # noqa: F401  (a fixture)
 
 NAMES = sorted(file.stem for file in PRETRAINED.glob("*.safetensors"))
@@ -83,6 +84,7 @@ def test_predict_takes_the_name(dms, tmp_path):  # noqa: F811
 @pytest.mark.parametrize("name", NAMES)
 def test_the_card_says_what_was_measured(name, facts):
     card = (PRETRAINED / f"{name}.md").read_text()
+    assert card == card_text(name, facts)
     assert f"**{100 * facts['test_accuracy']:.2f} %**" in card
     assert f"{facts['epochs']} epochs" in card
     mean = sum(facts["class_accuracy"].values()) / 10  # the test set has as many images of each class

@@ -18,8 +18,7 @@ SHEAR, TRANSLATION, ROTATION, CHANGE, BITS = 0.99, 32.0, 135.0, 0.99, 6.0  # the
 class TrivialAugment(OnPixels):
     """Change each training image by one of 14 operations, drawn with its strength (Mueller and Hutter, 2021).
 
-    The operations and their ranges are those of the paper's wide space. All images of a batch go through the same few
-    kernels, whatever each has drawn: nothing is done image by image, and nothing waits for the device.
+    The operations and their ranges are those of the paper's wide space. `data.operations` says how a batch is computed.
     """
 
     order = order_of("trivial_augment")

@@ -19,10 +19,10 @@ from ..clock import seconds_of
 from ..errors import UserError, notice
 from ..files import check_folder
 from ..names import check_device, check_tensorboard
-from ..recipes import Recipe
+from ..recipes import ALONE, Recipe
 from ..run_folder import RunFolder, own_data
 from ..runs.threads import Load
-from ..runs.wanted import ALONE, EDGE, Wanted, recipes_of
+from ..runs.wanted import EDGE, Wanted, recipes_of
 from .app import EXIT_CODES, app, console
 from .common import choose_threads, say_what_is_read, show_runs, stopped
 from .options import (

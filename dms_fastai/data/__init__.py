@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from fastai.data.core import DataLoaders
 
-from ..errors import UserError, unknown
+from ..errors import UserError, reason_of, unknown
 from ..models.dmsresnet import MEAN, STD
 from ..names import source_name
 from ..settings import Pixels, convert
@@ -108,4 +108,4 @@ def _device(device: str | torch.device | None) -> torch.device | None:
     try:
         return None if device is None else torch.device(device)
     except RuntimeError as error:
-        raise UserError(f"device is {device!r}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"device is {device!r}: {reason_of(error)}") from None

@@ -45,7 +45,7 @@ def unpack_parquet(source: Path, folder: Path) -> None:
         UserError: pyarrow is missing, a file is damaged, or it has no images or no labels.
     """
     if find_spec("pyarrow") is None:
-        raise UserError(f"{source} holds parquet files, for which a package is missing: pip install pyarrow")
+        raise UserError(f"{source} needs one more package: pip install pyarrow, or 'dms-fastai[parquet]'")
     with (folder / LABELS).open("w", newline="", encoding="utf-8") as opened:
         table = csv.writer(opened)
         table.writerow(("file", "label", "split"))

@@ -11,7 +11,7 @@ import torch
 from fastai.data.external import URLs, fastai_path, untar_data
 from filelock import FileLock
 
-from ..errors import UserError, notice
+from ..errors import UserError, notice, reason_of
 from ..names import source_name
 from .archive import count_files, is_archive, unpacked
 from .cifar import is_cifar, read_cifar
@@ -147,10 +147,9 @@ def _download(name: str, folder: Path) -> None:
         try:
             untar_data(URL[name], data=partial).rename(folder)
         except Exception as error:  # the downloader may raise whatever its libraries raise
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(
-                f"{name} could not be downloaded ({reason}); put train/CLASS/*.png and test/CLASS/*.png into {folder}, "
-                f"or give a folder or an .npz file with --data"
+                f"{name} could not be downloaded ({reason_of(error)}); put train/CLASS/*.png and test/CLASS/*.png into "
+                f"{folder}, or give a folder or an .npz file with --data"
             ) from None
         finally:
             shutil.rmtree(partial, ignore_errors=True)

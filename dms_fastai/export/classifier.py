@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.augment import affine
-from ..errors import UserError
+from ..errors import UserError, reason_of
 from ..models.card import ModelCard
 from ..models.fold import fold_batch_norms
 from ..models.macs import macs
@@ -82,5 +82,4 @@ def expressible(card: ModelCard, ending: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{card.arch} cannot be written as {ending}: {reason}") from error
+        raise UserError(f"{card.arch} cannot be written as {ending}: {reason_of(error)}") from error

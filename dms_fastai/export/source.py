@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..data.images import read_pixels
 from ..data.imageset import ImageSet
 from ..data.loader import vocabulary
-from ..errors import UserError, no_model, notice
+from ..errors import UserError, no_model, notice, reason_of
 from ..learner import DMSLearner
 from ..models.card import ModelCard
 from ..models.weights import all_finite, load_weights
@@ -157,6 +157,7 @@ def _made_of(dls: DataLoaders, image: Image.Image) -> Tensor:
         try:
             [made] = dls.test_dl([file], num_workers=0).one_batch()[0]
         except Exception as error:  # the transforms are the user's
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"this Learner's DataLoaders do not read the file of an image: {reason}") from None
+            raise UserError(
+                f"this Learner's DataLoaders do not read the file of an image: {reason_of(error)}"
+            ) from None
     return made.as_subclass(Tensor)

@@ -10,7 +10,7 @@ import torch
 from fastai.torch_core import no_random
 from torch import nn
 
-from ..errors import UserError
+from ..errors import UserError, reason_of
 from ..settings import Momentum, checked
 from .card import BOUNDS, START_WEIGHTS, channels_of, unreadable
 
@@ -65,7 +65,7 @@ class Model:
             sized = args | self.args_for(shape)
             built = timm.create_model(self.name, num_classes=num_classes, drop_rate=self.drop_rate, **sized)
         except Exception as error:  # an architecture may raise anything; its arguments are the user's
-            raise UserError(f"{self.name} cannot be built with model.args {args}: {_reason(error)}") from None
+            raise UserError(f"{self.name} cannot be built with model.args {args}: {reason_of(error)}") from None
         size = "--set data.size=N"
         if "img_size" not in sized:
             size = f"--set model.args.img_size={shape[1]} if it has that, {size}"
@@ -107,7 +107,7 @@ def try_network(network: nn.Module, name: str, num_classes: int, shape: tuple[in
         with torch.no_grad():
             logits = network.eval()(torch.zeros(1, *shape, device=device))
     except Exception as error:  # a network may raise anything
-        raise UserError(f"{name} does not take {described(shape)} ({_reason(error)}); {hint}") from None
+        raise UserError(f"{name} does not take {described(shape)} ({reason_of(error)}); {hint}") from None
     finally:
         for module in training:
             module.training = True
@@ -139,7 +139,3 @@ def needs_more_than_one(model: nn.Module, shape: tuple[int, ...]) -> bool:
     except ValueError as error:
         return "more than 1 value per channel" in str(error)
     return False
-
-
-def _reason(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")

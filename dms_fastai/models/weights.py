@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from ..errors import UserError
+from ..errors import UserError, reason_of
 from ..files import whole
 from ..names import is_architecture
 from .card import ModelCard, UnregisteredError, read_card
@@ -41,7 +41,7 @@ def save_weights(
     try:
         read_card(told := card.to_json())
     except (TypeError, ValueError) as error:
-        raise UserError(f"{file} could not be read again ({_reason(error)}); export a .pkl, .onnx or .pt2") from None
+        raise UserError(f"{file} could not be read again ({reason_of(error)}); export a .pkl, .onnx or .pt2") from None
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
     with whole(file) as partial:
@@ -113,12 +113,7 @@ def _unreadable(file: Path, error: Exception) -> UserError:
     then = "train it again"
     if isinstance(error, UnregisteredError):
         then = "if it is your own, import the module that registers it, in a command by DMS_FASTAI_IMPORT"
-    return UserError(f"{file} cannot be loaded ({_reason(error)}); {then}")
-
-
-def _reason(error: Exception) -> str:
-    """An error in a line of bounded length."""
-    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")[:200]
+    return UserError(f"{file} cannot be loaded ({reason_of(error)}); {then}")
 
 
 def shipped_weights(name: str) -> Path | None:

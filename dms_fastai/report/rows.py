@@ -11,11 +11,10 @@ from typing import Any
 
 from ..errors import UserError
 from ..names import DATA_SETS, TIMM
-from ..recipes import ablation_of, defaults_of, flat, recipe_names
+from ..recipes import ALONE, ablation_of, defaults_of, flat, recipe_names
 from ..run_folder import Facts, Problem, Run
 from ..runs.lock import held
 from ..runs.predictions import Predictions, read_predictions
-from ..runs.wanted import ALONE
 from ..terminal import printable
 from ..training.parts import PARTS
 from .statistics import Estimate, binomial, over_seeds, paired_images

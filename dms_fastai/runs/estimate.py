@@ -50,7 +50,7 @@ def estimate(recipe: Recipe, sets: Sets, device: torch.device, teacher: Teacher 
     """
     used, resize = sets, recipe.progressive_resize
     if teacher is None:
-        recipe = replace(recipe, teacher=None, distill=None, feature_distill=None)
+        recipe = recipe.without_teacher()
         used = replace(sets, unlabelled=None)
     recipe = replace(recipe, compile=None, early_stopping=None, fixed_views=None)  # nothing is validated, nothing kept
     recipe = replace(recipe, fine_tune=None)  # a step that trains all of the network

@@ -40,8 +40,7 @@ def without_untrained_teacher(stage: Stage) -> Stage:
     """The stage as it is or, if a run is to be its teacher and has not finished, the stage without distillation."""
     if not isinstance(stage.teacher, Path) or RunFolder(stage.teacher).finished:
         return stage
-    alone = replace(stage.recipe, teacher=None, distill=None, feature_distill=None)
-    return replace(stage, recipe=alone, teacher=None)
+    return replace(stage, recipe=stage.recipe.without_teacher(), teacher=None)
 
 
 def find_rates(

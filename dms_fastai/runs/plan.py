@@ -13,7 +13,7 @@ from ..data.sources import USUAL_SIZE, has_own_size, load_splits
 from ..data.splits import Splits, UnlabelledError
 from ..errors import UserError, notice
 from ..models.build import needs_more_than_one
-from ..recipes import Recipe
+from ..recipes import ALONE, Recipe
 from ..run_folder import RunFolder
 from ..trained import Inputs, Teacher, begin_from, check_pretrained, check_teacher, load_teacher, pruned
 from ..training.losses import check_standardized
@@ -22,7 +22,7 @@ from .estimate import Estimate, estimate
 from .guards import refuse_other_origin, refuse_other_recipe
 from .images import data_of, normalisation_of, size_of_weights
 from .wait import UnfinishedError
-from .wanted import ALONE, FOR_TEACHER, SAME_IMAGES, Wanted
+from .wanted import FOR_TEACHER, SAME_IMAGES, Wanted
 
 __all__ = ["Opened", "Stage", "plan"]
 

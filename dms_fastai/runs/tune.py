@@ -23,7 +23,7 @@ from .wanted import Wanted
 
 __all__ = ["Trial", "tune"]
 
-ALONE = 5  # trials that are all trained to their end; later ones may fall behind them
+STARTUP_TRIALS = 5  # trials that are all trained to their end; later ones may fall behind them
 REFUSED = 3  # trials one after another that cannot be trained: the reason is not their values
 
 
@@ -96,7 +96,7 @@ class _Search:
         file = str(wanted.root / SEARCH)
         backend = JournalFileBackend(file, JournalFileOpenLock(file))  # the usual lock is a link, which Windows forbids
         storage = optuna.storages.JournalStorage(backend)
-        pruner = optuna.pruners.MedianPruner(ALONE)
+        pruner = optuna.pruners.MedianPruner(STARTUP_TRIALS)
         self.study = optuna.create_study(
             study_name="tune", storage=storage, direction="maximize", load_if_exists=True, pruner=pruner
         )

@@ -14,18 +14,17 @@ from typing import Any
 
 from ..errors import UserError, notice, unknown
 from ..names import DATA_SETS, architectures, is_architecture, shipped, source_name, source_place
-from ..recipes import SCALARS, Recipe, ablation_of, load_recipe, recipe_names
+from ..recipes import ALONE, SCALARS, Recipe, ablation_of, load_recipe, recipe_names
 from ..run_folder import Run, RunFolder
 from ..training.parts import PARTS
 from .start_from import called, settings_from
 
-__all__ = ["ALONE", "EDGE", "FOR_TEACHER", "SAME_IMAGES", "SEVERAL", "Wanted", "recipes_of"]
+__all__ = ["EDGE", "FOR_TEACHER", "SAME_IMAGES", "SEVERAL", "Wanted", "recipes_of"]
 
 EDGE = "edge"  # the word for a student that is then pruned and exported
 SEVERAL = ("ablation", "table1", EDGE)  # words that stand for several recipes
 SAME_IMAGES = ("data.size", "data.valid", "data.labels")  # what teacher and student must have in common
 SHARED = ("data", "augment", "bf16", "compile")  # tables whose settings a teacher that is trained gets, too
-ALONE = "-alone"  # ends the name of a student's recipe without its teacher
 PRETRAINED = "teacher/pretrained"  # the recipe that trains a teacher from timm's weights
 FOR_TEACHER = "teacher."  # before the keys of settings that a teacher alone gets
 FOR_PRUNING = "prune."  # before the keys of settings that the pruning of `EDGE` alone gets
@@ -306,7 +305,7 @@ def _without_teacher(recipe: Recipe) -> list[Recipe]:
     if recipe.distill is None:
         return []
     name, title = f"{recipe.name}{ALONE}", f"{recipe.title}, no teacher"
-    return [replace(recipe, name=name, title=title, teacher=None, distill=None, feature_distill=None)]
+    return [replace(recipe.without_teacher(), name=name, title=title)]
 
 
 def _is_for(key: str, recipe: Recipe, others: list[Recipe]) -> bool:

@@ -12,7 +12,7 @@ from fastai.learner import Learner, load_learner
 from torch import nn
 
 from ..data.loader import statistics, vocabulary
-from ..errors import UserError, notice
+from ..errors import UserError, notice, reason_of
 from ..models.weights import all_finite, load_weights, shipped_weights
 from ..run_folder import RunFolder
 from .inputs import images_of
@@ -153,10 +153,9 @@ def open_learner(file: Path, trust: bool) -> Learner:
             warnings.simplefilter("ignore")
             return load_learner(file)
     except Exception as error:  # unpickling may raise whatever the file's classes raise
-        reason = str(error).splitlines()[0] if str(error) else "no reason given"
         old = "; another version may have written it: give the weights beside it, model.safetensors"
         hint = old if isinstance(error, (AttributeError, ImportError)) else ""
-        said = f"{file} cannot be loaded as a fastai Learner ({type(error).__name__}: {reason})"
+        said = f"{file} cannot be loaded as a fastai Learner ({type(error).__name__}: {reason_of(error)})"
         raise UserError(said + hint) from None
 
 

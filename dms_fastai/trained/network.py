@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.augment import at_size
-from ..errors import UserError
+from ..errors import UserError, reason_of
 from ..models.build import described, modules_in_training
 from ..models.fold import fold_batch_norms
 from ..models.weights import all_finite
@@ -203,9 +203,10 @@ def _set_size(network: nn.Module, size: int) -> None:
     try:
         network.set_input_size(img_size=(size, size))
     except Exception as error:  # a network may raise anything
-        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
         name = type(network).__name__
-        raise UserError(f"the teacher, {name}, does not take {described((3, size, size))}: {reason}") from None
+        raise UserError(
+            f"the teacher, {name}, does not take {described((3, size, size))}: {reason_of(error)}"
+        ) from None
 
 
 def _try(network: nn.Module, shape: tuple[int, ...], size: tuple[int, ...], classes: int | None) -> None:
@@ -227,9 +228,8 @@ def _try(network: nn.Module, shape: tuple[int, ...], size: tuple[int, ...], clas
         with torch.no_grad():
             logits = network.eval()(x.to(device))
     except Exception as error:  # a network may raise anything
-        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
         hint = "distill.size sets another size"
-        raise UserError(f"the teacher, {name}, does not take {pixels}: {reason}; {hint}") from None
+        raise UserError(f"the teacher, {name}, does not take {pixels}: {reason_of(error)}; {hint}") from None
     finally:
         for module in training:
             module.training = True

@@ -9,7 +9,7 @@ from huggingface_hub import constants, try_to_load_from_cache
 from timm.models import PretrainedCfg
 from torch import nn
 
-from ..errors import UserError, unknown
+from ..errors import UserError, reason_of, unknown
 
 __all__ = ["pretrained_cfg", "timm_model"]
 
@@ -57,10 +57,9 @@ def timm_model(name: str, then: str | None = None) -> nn.Module:
             more = {"pretrained_cfg_overlay": {"file": cached}}
         return timm.create_model(name, pretrained=True, **more)
     except Exception as error:  # the hub's client may raise whatever its libraries raise
-        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
         address = f"{constants.ENDPOINT}/{cfg.hf_hub_id}/resolve/main/{files[0]}" if cfg.hf_hub_id else cfg.url
         way = f"download {address} elsewhere, and {then}" if then else f"copy a cache with them to {constants.HF_HOME}"
-        raise UserError(f"timm's weights of {name!r} are not at hand ({reason}); {way}") from None
+        raise UserError(f"timm's weights of {name!r} are not at hand ({reason_of(error)}); {way}") from None
 
 
 def _unreachable(address: str) -> bool:

@@ -1,5 +1,5 @@
-"""What keeps the house in order: constructors are the schema, words are refused before torch is imported, and what was
-written before can be read.
+"""What the design promises: modules import what is above them, constructors are the schema, words are refused before
+torch is imported, and what was written before can be read.
 """
 
 import ast
@@ -37,6 +37,52 @@ from tests.test_runs import dms, same_run  # noqa: F401  (a fixture)
 
 ROOT = Path(__file__).parent.parent
 RUNS = sorted(file.parent for file in (ROOT / "artifacts").rglob("run.json"))
+
+
+COMMON = ("errors", "files", "processes", "settings", "terminal")  # which all modules below may import
+
+
+def modules():
+    """The table of modules: for each, in their order, the words of what it may import."""
+    table = (ROOT / "docs" / "design.md").read_text().partition("## A training step")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| `")]
+    return {dotted(row[0].strip("`")): row[2] if len(row) == 3 else "" for row in rows}
+
+
+def dotted(path):
+    return path.rstrip("/").removesuffix(".py").replace("/", ".")
+
+
+def imported(module):
+    """The modules of the package that a file or a folder of it imports, each with the file that does."""
+    package = ROOT / "dms_fastai"
+    path = package / module
+    for file in sorted(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]:
+        where = file.relative_to(package).parts[:-1]
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                base = [*where[: len(where) - node.level + 1], *(node.module or "").split(".")]
+                names = [] if node.module else [alias.name for alias in node.names]
+                for name in names or [""]:
+                    yield ".".join(part for part in (*base, name) if part), file
+
+
+@pytest.mark.parametrize(("module", "words"), modules().items())
+def test_modules_import_what_the_design_lets_them(module, words):
+    known = list(modules())
+    above = known[: known.index(module)]
+    may = {each for each in COMMON if each in above} | {module, "__version__"}
+    for word, onwards in re.findall(r"`([^`]+)`( and above)?", words):
+        may |= {dotted(word), *(known[: known.index(word.removesuffix("/")) + 1] if onwards else ())}
+    if words.startswith("everything"):
+        may |= {*above}
+    for name, file in imported(module):
+        assert any(name == each or name.startswith(f"{each}.") for each in may), f"{file} imports {name}"
+
+
+def test_every_module_is_in_the_design():
+    there = {p.stem for p in (ROOT / "dms_fastai").iterdir() if p.suffix == ".py" or (p / "__init__.py").is_file()}
+    assert there - {"__main__"} == {*modules()}
 
 
 def classes():
