@@ -10,17 +10,18 @@ from pathlib import Path
 
 from .errors import UserError
 
-__all__ = ["amount", "check_file", "check_folder", "is_hidden", "partials", "sweep", "whole"]
+__all__ = ["FACTS", "LOCK", "RECIPE", "amount", "check_file", "check_folder", "is_hidden", "partials", "sweep", "whole"]
 
+FACTS, RECIPE, LOCK = "run.json", "recipe.toml", ".lock"  # in the folder of a run
 PARTIAL = ".partial"
-PASSED_OVER = {"__MACOSX", "@eaDir"}  # what systems put beside images
+SKIPPED = {"__MACOSX", "@eaDir"}  # what systems put beside images
 OLD = 24 * 3600  # seconds
 PATIENCE, PAUSE = 2.0, 0.05  # seconds in which a file that is in use may come free, and between two tries
 
 
 def is_hidden(name: str) -> bool:
     """Whether a file or folder of this name is none that a user means."""
-    return name.startswith(".") or name in PASSED_OVER
+    return name.startswith(".") or name in SKIPPED
 
 
 def check_folder(folder: Path, option: str = "--out") -> None:

@@ -4,20 +4,16 @@ import csv
 import glob
 import os
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from PIL import Image
-
-from .errors import UserError, notice, unlistable
-from .files import check_folder, is_hidden, whole
+from .errors import UserError
+from .files import check_folder, whole
 from .terminal import printable, reader_gone
+from .tree import walk
 
 __all__ = ["check_table", "image_files", "table"]
-
-ENDINGS = 5  # in one message
 
 
 def image_files(given: Iterable[str]) -> dict[Path, tuple[str, ...]]:
@@ -55,34 +51,10 @@ def image_files(given: Iterable[str]) -> dict[Path, tuple[str, ...]]:
 
 
 def _images_below(folder: Path) -> list[Path]:
-    """Files in or below a folder that end as images do, sorted; what is hidden is skipped, links are followed once.
-
-    Raises:
-        UserError: A folder in it cannot be listed.
-    """
-
-    def refuse(error: OSError) -> None:
-        raise unlistable(error)
-
-    known = Image.registered_extensions()
-    suffixes = {suffix for suffix, kind in known.items() if kind in Image.OPEN}
-    found, seen, others = [], set(), Counter()
-    for where, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        if os.path.realpath(where) in seen:  # a link back
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(where))
-        folders[:] = [name for name in folders if not is_hidden(name)]
-        for name in (name for name in names if not is_hidden(name)):
-            ending = os.path.splitext(name)[1].lower()
-            if ending in suffixes:
-                found.append(Path(where, name))
-            else:
-                others[ending or "none"] += 1
-    if others:
-        endings = ", ".join(f"{ending} ({count})" for ending, count in others.most_common(ENDINGS))
-        notice(f"{folder}: files are passed over, by endings that Pillow does not read here: {endings}")
-    return sorted(found)
+    """The image files in or below a folder, sorted; says how many others are there."""
+    tree = walk(folder)
+    tree.say_skipped()
+    return [folder / file for file in tree.files]
 
 
 def check_table(file: Path) -> None:

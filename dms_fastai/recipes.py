@@ -22,6 +22,7 @@ from typing import Annotated, Any
 import tomli_w
 
 from .errors import UserError, unknown
+from .files import FACTS
 from .legacy import modern_layer, modern_recipe
 from .names import architectures, is_architecture
 from .schema import Table, choices_of, keys_of, read_table, settings_of, unknown_key
@@ -366,7 +367,7 @@ def _layers(file: Path, data: str) -> list[tuple[str, Nested]]:
 
 
 def _is_a_runs(file: Path) -> bool:
-    return (file.parent / "run.json").is_file()
+    return (file.parent / FACTS).is_file()
 
 
 def _beside(file: Path, layer: Mapping[str, Any]) -> Nested:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from .errors import UserError, notice
-from .files import partials, whole
+from .files import FACTS, RECIPE, partials, whole
 from .legacy import modern_facts
 from .names import DATA_SETS, source_name, source_place
 from .recipes import Recipe, load_recipe
@@ -146,11 +146,11 @@ class RunFolder:
     @property
     def recipe_file(self) -> Path:
         """The whole recipe: enough to train it again."""
-        return self.path / "recipe.toml"
+        return self.path / RECIPE
 
     @property
     def facts_file(self) -> Path:
-        return self.path / "run.json"
+        return self.path / FACTS
 
     @property
     def metrics(self) -> Path:

@@ -104,7 +104,7 @@ def test_images_without_labels_come_once(tmp_path):
     assert splits["train"].files == ["0.png", "1.png", "2.png"]
     unlabelled, words = said(lambda: splits["unlabelled"])
     assert unlabelled.files == ["3.png", "4.png"]
-    assert "1 file is passed over, by endings that Pillow does not read here: .heic (1)" in words
+    assert "1 file skipped, because Pillow does not read such files here: .heic (1)" in words
 
 
 def test_predict_passes_over_what_training_does(tmp_path):

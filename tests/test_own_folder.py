@@ -140,7 +140,7 @@ def test_files_that_are_no_images_here_are_counted_where_images_are_classified(d
     assert dms("run", "se", "--data", "binary", *FEW)[0] == 0
     (binary / "dark" / "phone.HEIC").write_bytes(b"...")
     code, _, err = dms("predict", "artifacts/binary/se/seed0", "binary/dark", "--csv", "p.csv")
-    assert (code, "passed over, by endings that Pillow does not read here: .heic (1)" in err) == (0, True)
+    assert (code, "skipped, because Pillow does not read such files here: .heic (1)" in err) == (0, True)
     assert len((binary.parent / "p.csv").read_text().splitlines()) == 13
 
 

@@ -156,7 +156,7 @@ def test_files_that_are_passed_over_are_counted(tmp_path):
         (root / "train" / "red" / f"{index}.npy").write_bytes(b"")
     Image.new("RGB", (8, 8)).save(root / "train" / "loose.png")
     _, words = said(lambda: load_splits(root, 8)["train"])
-    assert "3 files are passed over" in words
+    assert "3 files skipped" in words
     assert ".npy (3)" in words
     assert "loose.png is in no class folder" in words
 

@@ -2,18 +2,16 @@
 
 import os
 import unicodedata
-from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePath
 
-from PIL import Image
-
 from ..errors import UserError, notice, unlistable
 from ..files import is_hidden
 from ..training.losses import UNLABELLED
+from ..tree import Tree, readable_endings, walk
 from .decoded import Listing, White, decoded_image_set, white_like
 from .imageset import ImageSet
 from .splits import NEEDS_TEACHER, Splits, UnlabelledError
@@ -36,10 +34,6 @@ SPLIT_OF = {
     **dict.fromkeys(("val", "valid", "validation"), "val"),
 }
 NO_LABELS = ("unlabelled", "unlabeled")  # folders of images without classes
-OURS = ({"recipe.toml", "run.json"}, {"report.md", "index.html"})  # in the folders of runs and of reports, with plots
-OUR_ENDINGS = {".log", ".toml"}  # of all files in a folder of logs, and of a run that has just begun
-LOCK = ".lock"  # all that there is of a run that opens its images
-ENDINGS = 5  # in one message
 
 
 def read_folder(
@@ -154,7 +148,7 @@ class _Reader:
         root, telling = self._root(split), self._telling(split)
         train = None if split == telling else self._classes_in(telling)
         try:
-            return _classes(_walk(root, besides=self._unlabelled), root, split, train)
+            return _classes(walk(root, besides=self._unlabelled), split, train)
         except UnlabelledError as error:
             may = self.classes is not None and train is None
             named = split == "train" and class_name(root.name) in (self.classes or ())
@@ -171,7 +165,7 @@ def _or_classes(folder: Path, splits: dict[str, list[Path]]) -> str:
     taken = [root for roots in splits.values() for root in roots]
     for name in list_names(folder):
         with suppress(UserError):  # one that cannot be listed
-            if (folder / name).is_dir() and folder / name not in taken and _walk(folder / name).images:
+            if (folder / name).is_dir() and folder / name not in taken and walk(folder / name).images:
                 return f"; if {taken[0].name!r} and {name!r} are classes, put all of them into one folder, train/"
     return ""
 
@@ -180,7 +174,7 @@ def has_image_splits(folder: Path) -> bool:
     """Whether a folder has one for a split, with an image in it."""
     if not folder.is_dir():
         return False
-    endings, inner = _readable_endings(), [each for found in _split_folders(folder).values() for each in found]
+    endings, inner = readable_endings(), [each for found in _split_folders(folder).values() for each in found]
     files = (name for each in inner for _, _, names in os.walk(each) for name in names if not is_hidden(name))
     return any(PurePath(name).suffix.lower() in endings for name in files)
 
@@ -200,13 +194,13 @@ def list_names(folder: Path) -> list[str]:
 
 def find_images(folder: Path) -> list[str]:
     """All image files in a folder, at any depth, relative to it."""
-    return _walk(folder).files
+    return walk(folder).files
 
 
 def _without_labels(root: Path, besides: Collection[Path] = ()) -> list[str]:
     """All image files in a folder without those `besides`, as in `find_images`; says how many others are there."""
-    tree = _walk(root, besides)
-    _say_endings(root, tree.endings)
+    tree = walk(root, besides)
+    tree.say_skipped()
     return tree.files
 
 
@@ -231,7 +225,7 @@ def only_folder(folder: Path, to_train: bool = True) -> Path:
 
     It is not a split's; nor the only class, where it need not be trained on.
     """
-    names, endings = list_names(folder), _readable_endings()
+    names, endings = list_names(folder), readable_endings()
     inner = [folder / name for name in names if (folder / name).is_dir()]
     images = any(PurePath(name).suffix.lower() in endings for name in names)
     if len(inner) != 1 or images or inner[0].name.lower() in (*SPLIT_OF, *NO_LABELS):
@@ -253,26 +247,6 @@ def _split_folders(folder: Path) -> dict[str, list[Path]]:
     return found
 
 
-@dataclass
-class _Tree:
-    """What a folder holds.
-
-    Attributes:
-        images: The image files in each folder that has some, by the folder's path relative to the root.
-        empty: Folders without images and without other folders in them.
-        endings: How many files have an ending that is no image's.
-    """
-
-    images: dict[PurePath, list[str]] = field(default_factory=dict)
-    empty: list[PurePath] = field(default_factory=list)
-    endings: Counter = field(default_factory=Counter)
-
-    @property
-    def files(self) -> list[str]:
-        """The image files, relative to the root, sorted."""
-        return sorted(str(where / name) for where, names in self.images.items() for name in names)
-
-
 @dataclass(frozen=True)
 class _Classes:
     """The image files of a split.
@@ -288,60 +262,16 @@ class _Classes:
     depth: int
 
 
-def _walk(root: Path, besides: Collection[Path] = ()) -> _Tree:
-    """List a folder without the folders `besides` and those of runs. Links are followed, but not back to their origin.
-
-    Raises:
-        UserError: A folder in it cannot be listed.
-    """
-
-    def refuse(error: OSError) -> None:
-        raise unlistable(error) from None
-
-    tree, endings = _Tree(), _readable_endings()
-    real: dict[str, str] = {}
-    for where, folders, names in os.walk(root, onerror=refuse, followlinks=True):
-        real[where] = os.path.realpath(where)
-        around = (real.get(str(parent)) for parent in PurePath(where).parents)
-        if real[where] in around or (where != str(root) and _is_ours(folders, names)):
-            folders.clear()
-            continue
-        folders[:] = sorted(name for name in folders if not is_hidden(name) and Path(where, name) not in besides)
-        files = sorted(name for name in names if not is_hidden(name))
-        images = [name for name in files if PurePath(name).suffix.lower() in endings]
-        tree.endings.update(PurePath(name).suffix.lower() for name in set(files) - set(images))
-        here = PurePath(os.path.relpath(where, root))
-        if images:
-            tree.images[here] = images
-        elif not folders and where != str(root):
-            tree.empty.append(here)
-    tree.empty = [each for each in tree.empty if not any(parent in tree.images for parent in each.parents[:-1])]
-    return tree
-
-
-def _is_ours(folders: Sequence[str], names: Sequence[str]) -> bool:
-    """Whether a folder with these folders and files is one that a command of this package has made."""
-    files = {name for name in names if not is_hidden(name)}
-    alone = (bool(files) or LOCK in names) and not folders
-    logs = alone and all(PurePath(name).suffix in OUR_ENDINGS for name in files)
-    return logs or any(ours <= files for ours in OURS)
-
-
-def _readable_endings() -> set[str]:
-    return {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-
-
-def _classes(tree: _Tree, root: Path, split: str, train: _Classes | None) -> _Classes:
+def _classes(tree: Tree, split: str, train: _Classes | None) -> _Classes:
     """The files of each class; where the split's folders are as deep as those of `train`, the classes lie as deep, too.
 
     Raises:
         UserError: A class is empty, or it is unclear which folders are the classes.
         UnlabelledError: There are no class folders.
     """
-    loose = tree.images.pop(PurePath("."), [])
-    passed_over = _endings(tree.endings)
+    root, loose = tree.root, tree.images.pop(PurePath("."), [])
     if tree.empty and (tree.images or split == "train"):
-        hint = f" (files with other endings: {passed_over})" if passed_over else ""
+        hint = f" (files with other endings: {tree.skipped})" if tree.endings else ""
         raise UserError(f"{root / min(tree.empty)} holds no images{hint}; fill it or remove it")
     if not tree.images:
         if split == "train":
@@ -354,22 +284,11 @@ def _classes(tree: _Tree, root: Path, split: str, train: _Classes | None) -> _Cl
     classes: dict[str, list[str]] = {}
     for where, names in sorted(tree.images.items()):
         classes.setdefault(class_name(where.parts[level]), []).extend(str(where / name) for name in names)
-    _say_endings(root, tree.endings)
+    tree.say_skipped()
     if loose:
         images = f"the image {loose[0]} is" if len(loose) == 1 else f"{len(loose)} images are"
         notice(f"{root}: {images} in no class folder, and passed over")
     return _Classes(classes, level, min(depths))
-
-
-def _endings(found: Counter) -> str:
-    return ", ".join(f"{ending or 'none'} ({count})" for ending, count in found.most_common(ENDINGS))
-
-
-def _say_endings(root: Path, found: Counter) -> None:
-    """Say how many files have an ending that is no image's."""
-    if total := found.total():
-        files = "1 file is" if total == 1 else f"{total} files are"
-        notice(f"{root}: {files} passed over, by endings that Pillow does not read here: {_endings(found)}")
 
 
 def _class_level(folders: Iterable[PurePath], root: Path) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..errors import FolderError
+from ..files import LOCK
 
 try:
     import fcntl
@@ -14,9 +15,8 @@ except ImportError:  # Windows has msvcrt instead
     fcntl = None
     import msvcrt
 
-__all__ = ["LOCK", "held", "locked"]
+__all__ = ["held", "locked"]
 
-LOCK = ".lock"
 FAR = 2**20  # the byte that Windows locks: nobody else could read it, so it lies behind the holder's name
 
 

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from dms_fastai import load_data
-from dms_fastai.runs.lock import LOCK, held
+from dms_fastai.files import LOCK
+from dms_fastai.runs.lock import held
 from tests.test_runs import FILES, figures, same_run
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
