@@ -5,11 +5,11 @@ from contextlib import contextmanager
 from functools import cache
 
 import torch
-from fastai.callback.core import Callback
 from torch import nn
 
 from ..training.onednn import Float32, is_depthwise
 from ..training.parts import order_of
+from .releasing import Releasing
 
 __all__ = ["BF16", "fast_kernels", "has_bf16"]
 
@@ -41,7 +41,7 @@ def fast_kernels(device: torch.device | str | None) -> Iterator[None]:
         cudnn.benchmark = benchmark
 
 
-class BF16(Callback):
+class BF16(Releasing):
     """Run the model in bf16 autocast if `has_bf16`. bf16 has float32's range: no gradient scaling is needed.
 
     Autocast ends with the prediction, which is float32 again for losses and metrics. On a CPU, convolutions with
@@ -53,7 +53,7 @@ class BF16(Callback):
     _stateattrs = ("autocast", "exact")
 
     def before_fit(self) -> None:
-        self.release()  # if an exception ended the last fit
+        super().before_fit()
         device = next(self.learn.model.parameters()).device
         if device.type == "cpu" and has_bf16(device):
             convs = [module for module in self.learn.model.modules() if isinstance(module, nn.Conv2d)]
@@ -79,9 +79,6 @@ class BF16(Callback):
     def after_cancel_batch(self) -> None:
         self.leave()
 
-    def after_fit(self) -> None:
-        self.release()
-
     def leave(self) -> None:
         """Leave autocast. A Learner calls this if an exception ends a batch without an event."""
         if self.autocast is not None:
@@ -89,7 +86,7 @@ class BF16(Callback):
             self.autocast = None
 
     def release(self) -> None:
-        """Leave the model as it was. A Learner calls this if an exception ends a fit without an event."""
+        """Leave the model as it was."""
         self.leave()
         for hooks in self.exact:
             hooks.remove()

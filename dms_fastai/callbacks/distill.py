@@ -26,6 +26,7 @@ from ..training.parts import order_of
 from .bf16 import has_bf16
 from .mixup import MixUp
 from .progressive_resize import students_shape
+from .releasing import Releasing
 from .twins import refuse_twin
 
 __all__ = ["TeacherDistill"]
@@ -33,7 +34,7 @@ __all__ = ["TeacherDistill"]
 ROUNDING = 0.05  # of logits, as a share of them; bf16 has 0.01
 
 
-class TeacherDistill(Callback):
+class TeacherDistill(Releasing):
     """Show each training batch, as mixed, to a frozen teacher, and pass the teacher's logits to the loss.
 
     The teacher sees the student's images at its own size: that which its weights were trained on. They are enlarged, or
@@ -203,11 +204,8 @@ class TeacherDistill(Callback):
         if isinstance(self.learn.loss_func, DMSLoss):
             self.learn.yb = self.learn.yb[:1]
 
-    def after_fit(self) -> None:
-        self.release()
-
     def release(self) -> None:
-        """Give the teacher's copy up. A Learner calls this if an exception ends a fit without an event."""
+        """Give the teacher's copy up."""
         self.network = self.made_of = self.logits = self.answers = None
 
     def show_batch(self, max_n: int = 4) -> None:

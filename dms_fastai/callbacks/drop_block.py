@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import numpy as np
-from fastai.callback.core import Callback
 from fastai.callback.schedule import ParamScheduler
 from fastai.learner import Learner
 
@@ -11,12 +10,13 @@ from ..errors import UserError
 from ..models.dropblock import DropBlock
 from ..settings import Share, checked
 from ..training.parts import order_of
+from .releasing import Releasing
 
 __all__ = ["DropBlockSchedule", "highest_lr", "lr_schedules"]
 
 
 @checked
-class DropBlockSchedule(Callback):
+class DropBlockSchedule(Releasing):
     """Raise the rate of the model's `DropBlock` modules as the learning rate falls (as HCGNet's authors do).
 
     The rate of a step is `highest * (1 - lr / highest lr of the fit)`: it begins anew with every cycle of the learning
@@ -57,11 +57,8 @@ class DropBlockSchedule(Callback):
         for block in self.blocks:
             block.rate = rate
 
-    def after_fit(self) -> None:
-        self.release()
-
     def release(self) -> None:
-        """Give the modules their own rates back. A Learner calls this if an exception ends a fit without an event."""
+        """Give the modules their own rates back."""
         for block, rate in zip(self.blocks, self.rates, strict=True):
             block.rate = rate
         self.blocks = self.rates = ()

@@ -4,18 +4,18 @@ import copy
 from typing import Any
 
 import torch
-from fastai.callback.core import Callback
 from torch import Tensor, nn
 
 from ..settings import Count, Fraction, checked
 from ..training.parts import order_of
+from .releasing import Releasing
 from .twins import refuse_twin
 
 __all__ = ["EMA"]
 
 
 @checked
-class EMA(Callback):
+class EMA(Releasing):
     """Average the weights over the steps, validate with the average, and leave it in the model when the fit has ended.
 
     The statistics of batch norms are averaged like the weights. The average stays in the Learner from validation to the
@@ -45,8 +45,8 @@ class EMA(Callback):
         self.counters: list[tuple[Tensor, Tensor]] | None = None
 
     def before_fit(self) -> None:
+        super().before_fit()
         refuse_twin(self)
-        self.release()  # if an exception ended the last fit
         if self.saved is not None:  # maybe after the last epoch
             self.begin()
 
@@ -101,7 +101,7 @@ class EMA(Callback):
         self.release()
 
     def release(self) -> None:
-        """Give the average up. A Learner calls this if an exception ends a fit without an event."""
+        """Give the average up."""
         self.put_back()
         self.average = self.pairs = self.counters = None
 

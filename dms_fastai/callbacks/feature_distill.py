@@ -4,7 +4,6 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from fastai.callback.core import Callback
 from torch import Tensor, nn
 
 from .. import processes
@@ -15,13 +14,14 @@ from ..trained.network import members_of
 from ..training.losses import DMSLoss
 from ..training.parts import order_of
 from .drop_block import highest_lr
+from .releasing import Releasing
 from .twins import refuse_twin
 
 __all__ = ["FeatureDistill", "Pooled", "feature_loss"]
 
 
 @checked
-class FeatureDistill(Callback):
+class FeatureDistill(Releasing):
     """Add a term to the loss: how far the student's features, projected, are from those of `TeacherDistill`'s teacher.
 
     Features are what a classifier is given: pooled, shape (B, D), of any timm network. A linear projection turns the
@@ -98,11 +98,8 @@ class FeatureDistill(Callback):
             self.saved = None
         self.project = processes.replicated(self.projection)
 
-    def after_fit(self) -> None:
-        self.release()
-
     def release(self) -> None:
-        """Leave the networks and the projection. A Learner calls this if an exception ends a fit without an event."""
+        """Leave the networks and the projection."""
         for pooled in (self.ours, self.theirs):
             if pooled is not None:
                 pooled.remove()

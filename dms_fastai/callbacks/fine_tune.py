@@ -1,7 +1,6 @@
 """Fine-tuning: the head of a trained network alone at first, then all of it, the body at a lower learning rate."""
 
 import numpy as np
-from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastai.torch_core import norm_types
 from torch import nn
@@ -11,12 +10,13 @@ from ..errors import UserError, notice
 from ..settings import PositiveShare, Steps, checked
 from ..training.parts import order_of
 from .drop_block import lr_schedules
+from .releasing import Releasing
 
 __all__ = ["FineTune"]
 
 
 @checked
-class FineTune(Callback):
+class FineTune(Releasing):
     """Train a network's head alone for some epochs, then all of it, at learning rates that are lower in the body.
 
     fastai's `fine_tune`, within one fit and its schedule. The groups are those of the Learner's splitter; the last one
@@ -42,9 +42,6 @@ class FineTune(Callback):
         """
         super().__init__()
         self.freeze_epochs, self.body_lr = freeze_epochs, body_lr
-
-    def before_fit(self) -> None:
-        self.release()  # if an exception ended the last fit
 
     def before_train(self) -> None:
         if self.lr_shares is None:  # not before_fit, which fastai also sends before it validates or predicts
@@ -81,11 +78,8 @@ class FineTune(Callback):
         lr = learn.opt.hypers[-1]["lr"]
         learn.opt.set_hyper("lr", [lr * share for share in self.lr_shares])
 
-    def after_fit(self) -> None:
-        self.release()
-
     def release(self) -> None:
-        """Thaw the body. A Learner calls this if an exception ends a fit without an event."""
+        """Thaw the body."""
         self.thaw()
         self.lr_shares = None
 

@@ -2,11 +2,10 @@
 
 from typing import Any
 
-from fastai.callback.core import Callback
-
 from ..random_states import get_random_states, seed_everything, set_random_states
 from ..settings import Count, checked
 from ..training.parts import order_of
+from .releasing import Releasing
 from .twins import refuse_twin
 
 __all__ = ["FixedViews"]
@@ -15,7 +14,7 @@ STEPS = 10**6  # more than an epoch has: the seed of a step is view * STEPS + st
 
 
 @checked
-class FixedViews(Callback):
+class FixedViews(Releasing):
     """Draw what makes a batch from a seed of its own: order, crops and whatever changes or mixes images.
 
     Epoch e has the batches of epoch e - count, and those of any other run with the same data and augmentation. So a
@@ -37,6 +36,9 @@ class FixedViews(Callback):
         """
         super().__init__()
         self.count = count
+
+    def before_fit(self) -> None:
+        """Keep what `restore` may have put here for this fit."""
 
     @property
     def view(self) -> int:
@@ -61,21 +63,17 @@ class FixedViews(Callback):
         self.seed(self.learn.iter + 1)
 
     def after_train(self) -> None:
-        self.put_back()
+        self.release()
 
     def seed(self, step: int) -> None:
         """Seed what makes the batch of a step of this epoch; step 0 is also the order of the images."""
         seed_everything(self.view * STEPS + step)
 
-    def put_back(self) -> None:
+    def release(self) -> None:
         """Go on with the network's random states."""
         if self.network_states is not None:
             set_random_states(self.network_states)
             self.network_states = None
-
-    def release(self) -> None:
-        """Go on with the network's random states. A Learner calls this if an exception ends a fit without an event."""
-        self.put_back()
 
     def state(self) -> dict[str, Any] | None:
         """What `restore` needs to resume the network's draws in the middle of an epoch."""

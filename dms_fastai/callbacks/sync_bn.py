@@ -1,7 +1,6 @@
 """Batch norms over the whole batch, where several processes train."""
 
 import torch
-from fastai.callback.core import Callback
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -10,11 +9,12 @@ from .. import processes
 from ..errors import UserError
 from ..training.equations import widened
 from ..training.parts import order_of
+from .releasing import Releasing
 
 __all__ = ["SyncBN"]
 
 
-class SyncBN(Callback):
+class SyncBN(Releasing):
     """Have batch norms normalise the batch of all processes, and not each process its own images.
 
     In one process there is nothing to do. On GPUs these are torch's `SyncBatchNorm`. Outside a fit, the model has the
@@ -27,6 +27,7 @@ class SyncBN(Callback):
     _stateattrs = ("network", "replaced")
 
     def before_fit(self) -> None:
+        super().before_fit()
         if processes.count() == 1:
             return
         self.network = self.learn.model
@@ -36,11 +37,8 @@ class SyncBN(Callback):
         for name, module in self.replaced:
             self.network.set_submodule(name, synchronised(module, device))
 
-    def after_fit(self) -> None:
-        self.release()
-
     def release(self) -> None:
-        """Leave the model as it was. A Learner calls this if an exception ends a fit without an event."""
+        """Leave the model as it was."""
         for name, module in self.replaced:
             self.network.set_submodule(name, module)
         self.network, self.replaced = None, ()

@@ -7,7 +7,6 @@ from functools import cache
 from typing import Any
 
 import torch
-from fastai.callback.core import Callback
 from fastai.callback.training import GradientAccumulation
 from torch import nn
 from torch.utils._triton import has_triton
@@ -20,6 +19,7 @@ from ..training.parts import order_of
 from .distill import TeacherDistill
 from .feature_distill import FeatureDistill
 from .fixed_views import FixedViews
+from .releasing import Releasing
 
 __all__ = ["TorchCompile", "can_compile", "rehearse"]
 
@@ -34,7 +34,7 @@ def can_compile(device: torch.device) -> bool:
 
 
 @checked
-class TorchCompile(Callback):
+class TorchCompile(Releasing):
     """Compile student, teacher and loss, with CUDA graphs, if training on a GPU is long enough to be worth it.
 
     They are compiled in place, for the training batches alone. Weights keep their names. Validation, prediction and
@@ -103,15 +103,12 @@ class TorchCompile(Callback):
     def after_train(self) -> None:
         self.switch(on=False)
 
-    def after_fit(self) -> None:
-        self.release()
-
     def switch(self, on: bool) -> None:
         for module, call in self.compiled or ():
             module._compiled_call_impl = call if on else None  # torch has no method to undo compile()
 
     def release(self) -> None:
-        """Leave the modules as they were. A Learner calls this if an exception ends a fit without an event."""
+        """Leave the modules as they were."""
         self.switch(on=False)
         self.compiled = None
 
