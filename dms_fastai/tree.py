@@ -15,6 +15,7 @@ __all__ = ["Tree", "readable_endings", "walk"]
 
 OURS = ({RECIPE, FACTS}, {"report.md", "index.html"})  # in the folders of runs and of reports, with plots
 OUR_ENDINGS = {".log", ".toml"}  # of all files in a folder of logs, and of a run that has just begun
+MODEL_DIR = "models"  # fastai's name for where a Learner saves weights, beside the images
 ENDINGS = 5  # in one message
 
 
@@ -52,7 +53,9 @@ class Tree:
 
 
 def walk(root: Path, besides: Collection[Path] = ()) -> Tree:
-    """List a folder without the folders `besides` and those of runs. Links are followed, but not back to their origin.
+    """List a folder without those `besides`, of runs, and of fastai's weights.
+
+    Links are followed, but not back to their origin.
 
     Raises:
         UserError: A folder in it cannot be listed.
@@ -66,7 +69,8 @@ def walk(root: Path, besides: Collection[Path] = ()) -> Tree:
     for where, folders, names in os.walk(root, onerror=refuse, followlinks=True):
         real[where] = os.path.realpath(where)
         around = (real.get(str(parent)) for parent in PurePath(where).parents)
-        if real[where] in around or (where != str(root) and _is_ours(folders, names)):
+        inside = where != str(root)
+        if real[where] in around or (inside and (_is_ours(folders, names) or _is_fastais(where, folders, names))):
             folders.clear()
             continue
         folders[:] = sorted(name for name in folders if not is_hidden(name) and Path(where, name) not in besides)
@@ -76,7 +80,7 @@ def walk(root: Path, besides: Collection[Path] = ()) -> Tree:
         here = PurePath(os.path.relpath(where, root))
         if images:
             tree.images[here] = images
-        elif not folders and where != str(root):
+        elif not folders and inside:
             tree.empty.append(here)
     tree.empty = [each for each in tree.empty if not any(parent in tree.images for parent in each.parents[:-1])]
     return tree
@@ -85,6 +89,12 @@ def walk(root: Path, besides: Collection[Path] = ()) -> Tree:
 def readable_endings() -> set[str]:
     """The endings of image files that Pillow reads here, in lower case: {".jpg", ".png", ...}."""
     return {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+
+
+def _is_fastais(where: str, folders: Sequence[str], names: Sequence[str]) -> bool:
+    """Whether a folder is the one of a Learner's weights, which `lr_find` alone leaves empty."""
+    weights = all(PurePath(name).suffix == ".pth" for name in names if not is_hidden(name))
+    return PurePath(where).name == MODEL_DIR and not folders and weights
 
 
 def _is_ours(folders: Sequence[str], names: Sequence[str]) -> bool:

@@ -302,3 +302,19 @@ def test_dkd_refuses_targets_without_a_class():
     logits = torch.randn(4, 3)
     with pytest.raises(UserError, match="dkd needs a class for each image"):
         DMSLoss(divergence="dkd")(logits, logits.softmax(1), teacher_logits=logits)
+
+
+@pytest.mark.parametrize("weight", [None, [1.0, 2.0, 3.0]])
+@pytest.mark.parametrize("lam", [0.3, [0.3, 0.6, 0.9, 0.2]])
+def test_images_without_a_label_do_not_count_in_the_mean_of_mixed_ones(lam, weight):
+    z = torch.tensor([[1.0, 2.0, 0.5], [0.1, -1.0, 3.0], [2.0, 0.0, -0.5], [0.3, 0.2, 0.1]], dtype=torch.float64)
+    y_a, y_b = torch.tensor([0, -100, 1, -100]), torch.tensor([-100, 2, -100, 0])
+    p, expected = z.softmax(1), 0.0
+    shares = [lam] * 4 if isinstance(lam, float) else lam
+    for y, own in ((y_a, shares), (y_b, [1 - share for share in shares])):
+        known = [i for i in range(4) if y[i] != -100]
+        weights = [1.0 if weight is None else weight[y[i]] for i in known]
+        losses = [-w * own[i] * float(p[i, y[i]].log()) for i, w in zip(known, weights, strict=True)]
+        expected += sum(losses) / sum(weights)
+    found = DMSLoss(weight=weight)(z, y_a, y_b, lam if isinstance(lam, float) else torch.tensor(lam))
+    assert float(found) == pytest.approx(expected, rel=1e-6)

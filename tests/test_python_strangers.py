@@ -19,7 +19,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.transforms import Normalize, RandomSplitter, get_image_files, parent_label
 from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat
-from fastai.vision.augment import CropPad, RandomResizedCrop, Resize
+from fastai.vision.augment import Brightness, CropPad, RandomResizedCrop, Resize, ResizeMethod
 from fastai.vision.core import PILImageBW, TensorImage
 from fastai.vision.data import ImageBlock, ImageDataLoaders
 from fasttransform import Transform
@@ -27,6 +27,7 @@ from PIL import Image
 from torch import nn
 
 from dms_fastai import DMSLoss, Teacher, UserError, dms_learner, ensemble, load_data, load_teacher
+from dms_fastai.data.loader import statistics
 from dms_fastai.errors import Notice
 from dms_fastai.export import export_model, predict_files
 from dms_fastai.export.formats import open_exported
@@ -34,6 +35,7 @@ from dms_fastai.models.card import ModelCard, read_card
 from dms_fastai.models.weights import load_weights, save_weights
 from dms_fastai.runs import guards
 from tests.conftest import quiet
+from tests.test_data import make_folder
 from tests.test_runs import dms  # noqa: F401  (a fixture)
 
 
@@ -473,3 +475,76 @@ def test_a_run_resumed_with_the_same_arithmetic_says_nothing(dms):  # noqa: F811
     code, out, _ = dms(*args)
     assert code == 0
     assert "arithmetic" not in out
+
+
+def test_normalize_of_fastai_is_that_of_all_loaders_and_no_other_transform_is_taken():
+    dls, stats = load_data("digits", bs=64, device="cpu"), ((0.5,) * 3, (0.25,) * 3)
+    x, _ = dls.valid.one_batch()
+    pixels = dls.valid.decode((x,))[0].as_subclass(torch.Tensor)
+    with pytest.warns(Notice, match=r"images are normalised with mean=\(0.5, 0.5, 0.5\)"):
+        dls.add_tfms([Normalize.from_stats(*stats, cuda=False)], "after_batch")
+    torch.testing.assert_close(dls.valid.one_batch()[0], (pixels - 0.5) / 0.25, atol=1e-5, rtol=1e-5)
+    assert statistics(dls) == stats
+    with pytest.raises(UserError, match="Brightness would not be called"):
+        dls.add_tfms([Brightness()], "after_batch")
+
+
+def test_a_folder_in_which_a_learner_has_saved_weights_is_read(tmp_path):
+    make_folder(tmp_path, ["."])
+    (tmp_path / "models").mkdir()
+    assert load_data(tmp_path, size=8, valid=0.25).c == 3
+    (tmp_path / "models" / "mine.pth").write_bytes(b"weights")
+    assert load_data(tmp_path, size=8, valid=0.25).c == 3
+    (tmp_path / "models" / "notes.txt").write_text("no image")
+    with pytest.raises(UserError, match="models holds no images"):
+        load_data(tmp_path, size=8, valid=0.25)
+
+
+def inverted(x: TensorImage):
+    return 1 - x
+
+
+@pytest.mark.parametrize(
+    ("item", "batch", "says"),
+    [
+        (Resize(16), [], None),
+        (Resize(16), [inverted], "do more than resize and normalise"),
+        (CropPad(16), [], "do more than resize and normalise"),
+        (Resize(16, ResizeMethod.Squish), [], "squeezes or pads"),
+    ],
+)
+def test_what_fastais_transforms_do_is_seen_when_a_dms_learner_is_exported(tmp_path, item, batch, says):
+    make_folder(tmp_path / "images", ["train", "test"])
+    dls = ImageDataLoaders.from_folder(
+        tmp_path / "images", valid="test", bs=4, num_workers=0, item_tfms=item, batch_tfms=batch
+    )
+    learn = quiet(dms_learner(dls, "se", arch="test_dmsresnet"))
+    if says is None:
+        file = export_model(learn, tmp_path / "x.onnx")
+        images = sorted((tmp_path / "images" / "test").rglob("*.png"))
+        _, found = predict_files(file, images)
+        expected = learn.get_preds(dl=dls.test_dl(images))[0]
+        torch.testing.assert_close(found, expected, atol=0.02, rtol=0)
+    elif "more" in says:
+        with pytest.raises(UserError, match=says):
+            export_model(learn, tmp_path / "x.onnx")
+    else:
+        with pytest.warns(Notice, match=says):
+            export_model(learn, tmp_path / "x.onnx")
+
+
+def test_predict_gives_probabilities_whatever_the_loss(tmp_path):
+    make_folder(tmp_path / "images", ["train", "test"])
+    dls = ImageDataLoaders.from_folder(tmp_path / "images", valid="test", bs=4, num_workers=0, item_tfms=Resize(16))
+    learn = quiet(Learner(dls, timm.create_model("test_dmsresnet", num_classes=3), nn.CrossEntropyLoss()))
+    images = sorted((tmp_path / "images" / "test").rglob("*.png"))
+    logits = learn.get_preds(dl=dls.test_dl(images))[0]
+    learn.export(tmp_path / "learner.pkl")
+    _, found = predict_files(tmp_path / "learner.pkl", images, trust=True)
+    torch.testing.assert_close(found, logits.softmax(1))
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_network_is_traced(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(UserError, match="is no folder"):
+        export_model("dmsresnet_mini", tmp_path / "file" / "x.onnx")

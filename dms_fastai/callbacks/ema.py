@@ -19,7 +19,8 @@ class EMA(Releasing):
     """Average the weights over the steps, validate with the average, and leave it in the model when the fit has ended.
 
     The statistics of batch norms are averaged like the weights. The average stays in the Learner from validation to the
-    end of the epoch, so that `SaveModelCallback` and the like save what has been validated.
+    end of the epoch, so that `SaveModelCallback` and the like save what has been validated. If an exception ends the
+    fit, the model keeps the weights of the last step, and not their average.
     """
 
     order, run_valid = order_of("ema"), True

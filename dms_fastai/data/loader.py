@@ -14,6 +14,7 @@ from fastai.torch_core import TensorCategory, TensorImage
 from fastcore.foundation import L
 from torch import Tensor
 
+from ..errors import UserError, notice
 from ..models.dmsresnet import MEAN, STD
 from ..training.losses import UNLABELLED
 from .augment import NO_CROPS, Crops, affine, normalize
@@ -153,6 +154,26 @@ class ImageLoaders(DataLoaders):
 
     unlabelled: ImageSet | None = None
     batch_size: int | None = None
+
+    def add_tfms(self, tfms: Any, event: str, loaders: Any = None) -> None:
+        """As in fastai, for `Normalize` alone: all loaders normalise by its mean and std from now on.
+
+        Raises:
+            UserError: Another transform: batches are made in one go here, and none would be called.
+        """
+        for transform in L(tfms):
+            if not isinstance(transform, Normalize):
+                raise UserError(
+                    f"{type(transform).__name__} would not be called: batches are made in one go here; take a callback "
+                    f"of this package, an argument of load_data, or fastai's own DataLoaders"
+                )
+            mean, std = (
+                tuple(round(value, 6) for value in t.flatten().tolist()) for t in (transform.mean, transform.std)
+            )
+            notice(f"images are normalised with mean={mean} and std={std} from now on")
+            for loader in self.loaders:
+                loader.mean, loader.std = mean, std
+                loader._affine_on.clear()
 
     def with_unlabelled(self) -> "ImageLoaders":
         """These loaders with the images without labels among the training images: for Learners that distil."""

@@ -67,7 +67,8 @@ def classify_files(
             return file
 
         def classify(files: list[Path]) -> Tensor:
-            return learn.get_preds(dl=learn.dls.test_dl(files))[0]
+            found = learn.get_preds(dl=learn.dls.test_dl(files))[0]
+            return found if hasattr(learn.loss_func, "activation") else found.softmax(1)  # as torch's own losses
     else:
         model, card = read_model(source, trust)
         vocab, scaling = card.vocab, affine(card.mean, card.std, 1, torch.device("cpu"))

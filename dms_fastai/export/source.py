@@ -31,6 +31,10 @@ GREY = 128
 ALIKE = 0.01  # is the mean difference of pixels, 0...1, that ways of resizing make
 
 
+class NoFilesError(UserError):
+    """DataLoaders do not read the file of an image."""
+
+
 def open_model(source: str | Path | Learner, trust: bool = False) -> tuple[nn.Module, ModelCard]:
     """A trained network, and what it is and expects of its images.
 
@@ -46,7 +50,7 @@ def open_model(source: str | Path | Learner, trust: bool = False) -> tuple[nn.Mo
         source = open_learner(source, trust) if source.suffix == ".pkl" else source
     if not isinstance(source, Learner):
         return read_model(source, trust)
-    card = source.card if isinstance(source, DMSLearner) else _card_of(source)
+    card = _card_of_ours(source) if isinstance(source, DMSLearner) else _card_of(source)
     if not all_finite(source.model):
         raise UserError("the Learner's weights are NaN or infinite; train it again")
     return source.model, card
@@ -89,6 +93,20 @@ def vocab_of(learn: Learner) -> list[str]:
     if not vocab:
         raise UserError("this Learner's DataLoaders have no vocab; give one that classifies images")
     return vocab
+
+
+def _card_of_ours(learn: DMSLearner) -> ModelCard:
+    """The Learner's own card; over fastai's DataLoaders, with what they show of an image, where they read files.
+
+    Raises:
+        UserError: They do more to an image than resize and normalise.
+    """
+    if isinstance(learn.dls.train_ds, ImageSet) or vocabulary(learn.dls) is None:
+        return learn.card
+    try:
+        return replace(learn.card, middle=_card_of(learn).middle)
+    except NoFilesError:  # tensors, which the network's graph is given as they are
+        return learn.card
 
 
 def _card_of(learn: Learner) -> ModelCard:
@@ -157,7 +175,7 @@ def _made_of(dls: DataLoaders, image: Image.Image) -> Tensor:
         try:
             [made] = dls.test_dl([file], num_workers=0).one_batch()[0]
         except Exception as error:  # the transforms are the user's
-            raise UserError(
+            raise NoFilesError(
                 f"this Learner's DataLoaders do not read the file of an image: {reason_of(error)}"
             ) from None
     return made.as_subclass(Tensor)

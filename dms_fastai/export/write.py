@@ -7,7 +7,7 @@ from fastai.learner import Learner
 
 from ..data import Sets
 from ..errors import UserError
-from ..files import whole
+from ..files import check_file, whole
 from ..learner import DMSLearner
 from ..models.build import try_network
 from ..models.weights import save_weights
@@ -69,8 +69,7 @@ def export_model(
             or loses too much, or something is given that is for int8 alone, or out of range.
     """
     file = Path(file)
-    if file.is_dir():
-        raise UserError(f"{file} is a folder; give the name of a file")
+    check_file(file, "file")
     ending = check_format(file, FORMATS)
     check_int8(file, FORMATS, {"data": data, "labels": labels, "calibrate": calibrate, "tolerance": tolerance})
     own = {} if calibrate is None else {"images": convert(calibrate, Count, "calibrate")}

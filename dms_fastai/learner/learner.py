@@ -286,7 +286,8 @@ def dms_learner(
             `load_data`.
         cbs: Further callbacks.
         metrics: As in fastai; they are also measured in training.
-        path: Where the Learner saves and exports; the current folder by default.
+        path: Where the Learner saves and exports; by default the path of the DataLoaders, which is the current folder
+            for those of `load_data`, and that of the images for most of fastai's.
         begun: Leave the weights fresh where the recipe begins from trained ones: others will be put in their place.
         pretrained: Begin from timm's weights; short for settings={"model.weights": "timm"}.
         loss_func: In place of [loss]; a `DMSLoss` also of [distill], except for its size. MixUp, CutMix and a teacher

@@ -26,6 +26,7 @@ __all__ = [
 ]
 
 Reduction = Literal["mean", "sum", "none"]
+IGNORED = -100  # torch's `ignore_index`
 NEVER = -1e4  # a logit whose probability is 0 in float32
 SMALLEST = 0.1  # deviation of logits by which a student's are divided at least: a head may begin with zeros
 
@@ -71,7 +72,11 @@ def mixup_loss(
         lam: Share of the first image, 0...1: a number, a scalar tensor, or one for each sample, shape (B,).
         weight, label_smoothing, reduction: As in `cross_entropy`.
     """
-    loss_a, loss_b = (cross_entropy(logits, y, weight, label_smoothing, "none") for y in (y_a, y_b))
+    each = isinstance(lam, Tensor) and lam.ndim > 0
+    inner = "none" if each else reduction
+    loss_a, loss_b = (cross_entropy(logits, y, weight, label_smoothing, inner) for y in (y_a, y_b))
+    if not each:
+        return lam * loss_a + (1 - lam) * loss_b
     return reduced(lam * loss_a, y_a, weight, reduction) + reduced((1 - lam) * loss_b, y_b, weight, reduction)
 
 
@@ -216,14 +221,18 @@ def widened(logits: Tensor) -> Tensor:
 
 
 def reduced(losses: Tensor, y: Tensor | None, weight: Tensor | None, reduction: Reduction) -> Tensor:
-    """Reduce losses of shape (B,), the way `torch.nn.functional.cross_entropy` does for the targets `y`."""
+    """Reduce losses of shape (B,), the way `torch.nn.functional.cross_entropy` does for the targets `y`, if any.
+
+    Those that it ignores, whose loss is 0, do not count in the mean.
+    """
     if reduction == "none":
         return losses
     if reduction == "sum":
         return losses.sum()
-    if weight is None or y.is_floating_point():
+    if y is None or y.is_floating_point():
         return losses.mean()
-    return losses.sum() / weight.to(losses)[y].sum()
+    known = y != IGNORED
+    return losses.sum() / (known if weight is None else weight.to(losses)[y.clamp(min=0)] * known).sum()
 
 
 def _true_or_other(log_p: Tensor, y: Tensor, true: Tensor) -> Tensor:
