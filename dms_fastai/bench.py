@@ -144,6 +144,8 @@ def plot(rows: Sequence[Row], file: Path) -> None:
             axes.plot(ms, 100 * row.accuracy, "o", color=colour, ms=9, label=named)
     axes.set_xscale("log")
     axes.margins(0.2)
+    low, high = axes.get_ylim()
+    axes.set_ylim(top=min(high, 100 + 0.05 * (100 - low)))
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())

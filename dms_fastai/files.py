@@ -78,9 +78,11 @@ def whole(file: Path, durable: bool = True) -> Iterator[Path]:
         if durable:
             _flush_folder(file.parent)
             sweep(file.parent, glob.escape(file.name))
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink()
+        if isinstance(error, OSError) and error.filename is None:  # as of a write
+            error.filename = str(file)
         raise
 
 

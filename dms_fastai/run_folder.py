@@ -229,6 +229,18 @@ class RunFolder:
         return self.facts().epochs_done > 0 or any(self.checkpoints.glob("*.pt"))
 
     @property
+    def lost(self) -> Path | None:
+        """Weights or a checkpoint that are there without a run.json; None if there are none."""
+        found = (self.weights, *self.checkpoints.glob("*.pt"))
+        return None if self.facts_file.is_file() else next((path for path in found if path.is_file()), None)
+
+    @property
+    def missing(self) -> list[Path]:
+        """What a finished run has lost, and can be made of its weights and epochs."""
+        of_epochs = [self.curves] if self.metrics.is_file() else []
+        return [path for path in (self.learner, self.predictions, *of_epochs) if not path.is_file()]
+
+    @property
     def finished(self) -> bool:
         """Whether it holds a finished run with its weights."""
         try:

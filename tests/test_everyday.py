@@ -433,3 +433,52 @@ def test_a_data_set_that_is_mistyped_may_be_a_folder_here(dms, tmp_path):  # noq
     shades(tmp_path / "pets", 10)
     code, _, err = dms("run", "se", "--data", "petz")
     assert (code, "did you mean 'pets'?" in err) == (2, True)
+
+
+def test_what_a_finished_run_has_lost_is_written_again(dms, tmp_path):  # noqa: F811
+    args = ("run", "se", "--epochs", 1, "--set", "data.batch_size=512")
+    assert dms(*args)[0] == 0
+    folder = RunFolder(tmp_path / "artifacts" / "digits" / "se" / "seed0")
+    lost = (folder.learner, folder.predictions, folder.curves)
+    before = folder.weights.read_bytes()
+    known = read_predictions(folder.predictions).right
+    for path in lost:
+        path.unlink()
+    code, out, _ = dms(*args)
+    assert (code, all(f"{path.name} was missing, and has been written again" in out for path in lost)) == (0, True)
+    assert all(path.is_file() for path in lost)
+    assert folder.weights.read_bytes() == before
+    assert (read_predictions(folder.predictions).right == known).all()
+    predicted = dms("predict", folder.learner, "--help")
+    assert predicted[0] == 0
+    assert "written again" not in dms(*args)[1]
+
+
+def test_damaged_weights_of_a_finished_run_are_named_and_trained_again_by_restart(dms, tmp_path):  # noqa: F811
+    args = ("run", "se", "--epochs", 1, "--set", "data.batch_size=512")
+    assert dms(*args)[0] == 0
+    folder = RunFolder(tmp_path / "artifacts" / "digits" / "se" / "seed0")
+    folder.weights.write_bytes(folder.weights.read_bytes()[:5000])
+    code, _, err = dms(*args)
+    assert (code, "model.safetensors cannot be loaded" in err, "train it again with --restart" in err) == (
+        2,
+        True,
+        True,
+    )
+    assert dms(*args, "--restart")[0] == 0
+    assert dms("evaluate", folder.path)[0] == 0
+
+
+@pytest.mark.parametrize("unfinished", [False, True])
+def test_weights_and_checkpoints_of_an_unknown_run_are_not_trained_over(dms, tmp_path, unfinished):  # noqa: F811
+    args = ("run", "se", "--epochs", 1, "--set", "data.batch_size=512")
+    code = dms(*args, *(("--checkpoint-steps", 1, "--time-limit", "0.001s") if unfinished else ()))[0]
+    assert code == (75 if unfinished else 0)
+    folder = RunFolder(tmp_path / "artifacts" / "digits" / "se" / "seed0")
+    folder.facts_file.unlink()
+    kept = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
+    code, _, err = dms(*args)
+    assert (code, "no run.json that says what run it is of" in err, "or --restart" in err) == (2, True, True)
+    assert {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()} == kept
+    assert dms(*args, "--restart")[0] == 0
+    assert folder.finished

@@ -871,3 +871,26 @@ def test_the_table_of_several_seeds_is_whole_in_80_columns():
     lines = console.file.getvalue().splitlines()
     for row in section.rows:
         assert any(line.startswith(row.label) and line.rstrip().endswith(f" {clock(row.seconds)}") for line in lines)
+
+
+def test_a_narrow_terminal_has_fewer_columns_and_all_stages(runs):
+    [section] = sections(find_runs([runs])[0])
+    for width in (40, 50, 80):
+        file = io.StringIO()
+        Console(file=file, width=width).print(table(section, width))
+        for row in section.rows:
+            stage, accuracy = row.label.split()[0], f"{100 * row.accuracy.mean:.2f}"
+            lines = file.getvalue().splitlines()
+            assert any(line.startswith(stage) and accuracy in line for line in lines), (width, row.label)
+    assert ("parameters" in file.getvalue(), "best" in file.getvalue()) == (True, True)
+
+
+def test_a_student_without_its_teacher_is_not_the_one_that_is_looked_at(runs):
+    [section] = sections(find_runs([runs])[0])
+    *_, se, mixup = section.rows
+    assert section.headline is mixup
+    for run in mixup.runs:
+        told = json.loads(run.folder.facts_file.read_text())
+        run.folder.facts_file.write_text(json.dumps({**told, "recipe": "mixup-alone"}))
+    [section] = sections(find_runs([runs])[0])
+    assert section.headline.label == se.label

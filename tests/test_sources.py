@@ -774,3 +774,9 @@ def test_home_is_found(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     make_folder(tmp_path / "colours")
     assert load_data("~/colours", bs=4, size=8, device="cpu").train_ds.name == "colours"
+
+
+@pytest.mark.parametrize("size", [100_000, 10_000_000])
+def test_images_that_memory_cannot_hold_are_refused_before_they_are_made(size):
+    with pytest.raises(UserError, match=f"GB at {size} pixels, .* give a smaller --set data.size"):
+        load_splits("digits", size)["train"]

@@ -1,10 +1,10 @@
 """The application: what every command shares, and how a command ends. What the user can fix is one line."""
 
+import errno
 import gc
 import os
 import sys
 import warnings
-from errno import ENOSPC
 from importlib import import_module
 from typing import Annotated
 
@@ -25,6 +25,7 @@ SIGNAL_CODES = {"SIGHUP": 129, "SIGINT": 130, "SIGUSR1": 138, "SIGUSR2": 140, "S
 EXIT_CODES = {**SIGNAL_CODES, "time limit": 75}
 TRAINING = ("run", "prune")  # commands that several processes carry out together
 IMPORT = "DMS_FASTAI_IMPORT"
+FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}  # a disk, a limit on files, a quota
 
 
 def _version(asked: bool) -> None:
@@ -96,6 +97,6 @@ def main() -> None:
         _tell_for_all("one of the processes has ended; the same command goes on from the last checkpoint")
         sys.exit(2)
     except OSError as error:  # a folder that cannot be written, a full disk
-        kept = "; what was finished is kept: make room, and the same command goes on" if error.errno == ENOSPC else ""
+        kept = "; what was finished is kept: make room, and the same command goes on" if error.errno in FULL else ""
         _tell_for_all(f"{error}{kept}")
         sys.exit(2)

@@ -57,7 +57,7 @@ def show_runs(runs: "Iterable[Run]", shipped: Collection[Path] = ()) -> None:
     found = sections(runs, shipped)
     for section in found:
         if not section.shipped:
-            console.print(table(section))
+            console.print(table(section, console.width))
             for line in difference_lines(section.differences):
                 console.print(line)
     theirs = sum(len(row.runs) for section in found if section.shipped for row in section.rows)

@@ -18,10 +18,13 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from ..errors import UserError, notice
+from ..files import amount
+from .memory import free_memory
 from .white import BYTE, as_bytes, beyond, white_of
 
 __all__ = ["MIDDLE", "grey_white", "open_image", "read_image", "read_pixels", "read_whole", "resize", "to_rgb"]
 
+MUCH = 2**28  # bytes: less is not compared with the memory that is free
 LARGE = 2**24  # pixels; of images larger than this, one is decoded at a time
 MIDDLE = 0.875  # of the shorter side is seen where crops are cut from larger images in training, as in timm
 LONGEST = 2  # times its shorter side has an image that is kept whole
@@ -172,6 +175,7 @@ def resize(pixels: Tensor, size: int, middle: float = 1.0) -> Tensor:
 
     `middle` as in `read_image`.
     """
+    _check_memory(len(pixels) * pixels.shape[1] * size**2, size)
     if middle < 1:
         larger = resize(pixels, _shorter(min(pixels.shape[-2:]), size, middle))
         return _middle(larger, size).contiguous()
@@ -181,6 +185,15 @@ def resize(pixels: Tensor, size: int, middle: float = 1.0) -> Tensor:
         return pixels.contiguous()
     chunks = pixels.split(4096)  # a whole data set at once would need several times its size
     return torch.cat([F.interpolate(c, size=(size, size), mode="bilinear", antialias=True) for c in chunks])
+
+
+def _check_memory(needed: int, size: int) -> None:
+    """Raise a UserError if images do not fit into memory at a size."""
+    if needed > MUCH and needed > (free := free_memory(torch.device("cpu"))):
+        raise UserError(
+            f"the images take {amount(needed)} at {size} pixels, and {amount(free)} of memory are free; give a smaller "
+            f"--set data.size, or distill.size for a teacher's"
+        )
 
 
 def _middle(pixels: Tensor, size: int) -> Tensor:

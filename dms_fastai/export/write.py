@@ -19,12 +19,17 @@ from .classifier import content_of, expressible, traced
 from .formats import FORMATS, check_packages, is_exported
 from .source import open_model
 
-__all__ = ["export_model", "export_run"]
+__all__ = ["export_learner", "export_model", "export_run"]
 
 
 def export_run(learn: DMSLearner, folder: RunFolder) -> None:
     """Write the Learner and the weights into a run's folder, each whole or not at all."""
     save_weights(learn.model, learn.card, folder.weights)
+    export_learner(learn, folder)
+
+
+def export_learner(learn: DMSLearner, folder: RunFolder) -> None:
+    """Write the Learner into a run's folder."""
     rates = vars(learn.recorder).pop("hps", {})  # every step's rate, which fastai would take along
     learn.export(folder.learner.resolve())
     learn.recorder.hps = rates

@@ -152,8 +152,12 @@ class Section:
 
     @property
     def headline(self) -> Row:
-        """The row whose images are worth a closer look: the last one with predictions, or the last one."""
-        return next((row for row in reversed(self.rows) if row.predictions[0]), self.rows[-1])
+        """The row whose images are worth a closer look: the last one with predictions, or the last one.
+
+        A student without its teacher, which another is compared with, is it only if there is none else.
+        """
+        found = [row for row in self.rows if row.predictions[0]] or self.rows
+        return next((row for row in reversed(found) if not row.first.recipe.endswith(ALONE)), found[-1])
 
     @cached_property
     def differences(self) -> list[Difference]:

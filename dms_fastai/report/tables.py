@@ -36,6 +36,8 @@ COLUMNS = (
 WIDE = ("95 % interval", "training, %", "PFLOP")  # columns for which 80 letters have no room
 TERMINAL = tuple(column for column in COLUMNS if column not in WIDE)
 MEASURED = {"test": "the test images", "val": "the val images", "held out": "held-out training images"}
+EXPENDABLE = ("best epoch*, %", "parameters", "M MACs", "network", "epochs", "time")  # the first go first
+NARROW = 12  # letters that a column of words needs
 NETWORK = 20  # letters of a network's name in a line of the terminal
 WORDS = ("stage", "network", "file", "predicted", "is")  # columns that hold words, and are aligned on the left
 MISTAKE_COLUMNS = ("file", "predicted", "confidence, %", "is")
@@ -151,9 +153,13 @@ def _span(counts: Iterable[int]) -> str:
     return " to ".join(f"{count:,}" for count in sorted({min(counts), max(counts)}))
 
 
-def table(section: Section) -> Table:
-    """The table for a terminal of 80 columns."""
+def table(section: Section, width: int = 80) -> Table:
+    """The table for a terminal of `width` letters; a narrow one gets fewer columns."""
     names = [column for column in columns(section) if column in TERMINAL]
+    for column in EXPENDABLE:
+        if _width(section, names) <= width:
+            break
+        names = [name for name in names if name != column]
     caption = "\n".join(notes(section.rows, names))
     shown = Table(title=Text(heading(section), "table.title"), caption=caption, box=SIMPLE_HEAD)
     shown.title_justify = shown.caption_justify = "left"
@@ -163,13 +169,22 @@ def table(section: Section) -> Table:
         head = section.worded(name).replace(", ", "\n").replace("best epoch", "best")
         style = "bold" if name.startswith("accuracy") else ""
         shown.add_column(head, justify="right" if number else "left", no_wrap=number, style=style)
-    network = shown.columns[names.index("network")]
-    network.overflow = "fold"
-    network.max_width = min(NETWORK, max(len(row.model) for row in section.rows))
+    for name, column in zip(names, shown.columns, strict=True):
+        if name in WORDS:
+            column.overflow = "fold"
+        if name == "network":
+            column.max_width = min(NETWORK, max(len(row.model) for row in section.rows))
     for row in section.rows:
         found = cells(row)
         shown.add_row(*(found[name] for name in names))
     return shown
+
+
+def _width(section: Section, names: Sequence[str]) -> int:
+    """How many letters a table with these columns needs: a number stays in one line."""
+    rows = [cells(row) for row in section.rows]
+    longest = {name: max(len(found[name]) for found in rows) for name in names}
+    return sum(min(n, NARROW) if name in WORDS else n for name, n in longest.items()) + len(names) - 1
 
 
 def difference_lines(differences: Sequence[Difference]) -> list[str]:

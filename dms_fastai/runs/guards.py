@@ -19,7 +19,15 @@ __all__ = ["arithmetic", "other_arithmetic", "refuse_other_code", "refuse_other_
 def refuse_other_recipe(
     recipe: Recipe, folder: RunFolder, of: tuple[str, ...] | None = None, or_else: str = "--restart"
 ) -> None:
-    """Raise a FolderError if a run's recipe differs; it names the keys. Compares the keys `of` alone, if given."""
+    """Raise a FolderError if a run's recipe differs; it names the keys. Compares the keys `of` alone, if given.
+
+    So it does where nothing says of which run the folder's weights or checkpoints are.
+    """
+    if folder.lost is not None:
+        raise FolderError(
+            f"{folder.path} has {folder.lost.name}, and no {folder.facts_file.name} that says what run it is of; give "
+            f"--out another folder, or {or_else}"
+        )
     if not folder.recipe_file.is_file() or not folder.begun:
         return
     theirs, ours = (flat(r.without_folders().to_table()) for r in (folder.recipe(), recipe))

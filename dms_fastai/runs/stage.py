@@ -18,11 +18,11 @@ from fastcore.basics import noop
 from rich.console import Console
 
 from .. import processes
-from ..errors import UserError, notice
-from ..export import export_run
+from ..errors import FolderError, UserError, notice
+from ..export import export_learner, export_run
 from ..files import whole
 from ..learner import DMSLearner, dms_learner
-from ..models.weights import load_weights
+from ..models.weights import card_in, load_weights
 from ..names import source_place
 from ..random_states import seed_everything
 from ..recipes import cut_path
@@ -125,7 +125,9 @@ def run_stage(stage: Stage, opened: Opened, manner: Manner | None = None, consol
             refuse_other_origin(origin, folder)
             if not folder.finished:
                 refuse_other_code(versions(), folder)
-        if folder.finished and folder.predictions.is_file():
+        if folder.finished:
+            _check_weights(folder)
+        if folder.finished and not folder.missing:
             processes.from_first(lambda: add_to_finished(stage, manner, console))
             return Run.read(folder.path)
         if manner.threads is not None:
@@ -145,7 +147,7 @@ def run_stage(stage: Stage, opened: Opened, manner: Manner | None = None, consol
         learn.logger = noop
         if folder.finished:
             processes.from_first(lambda: add_to_finished(stage, manner, console))
-            return processes.from_first(lambda: _predict_again(learn, folder))
+            return processes.from_first(lambda: _complete(learn, folder, console))
         if recipe.prune is not None and not begun:
             for line in after_pruning(learn):
                 console.print(f"{recipe.title}: {line}", soft_wrap=True, markup=False, highlight=False)
@@ -239,9 +241,7 @@ class _Training:
         write_rows(self.history.rows, self.folder.metrics, durable=True)
         export_run(self.learn, self.folder)
         write_predictions(self.learn, self.folder.predictions)
-        title = f"{self.recipe.title}, {self.learn.card.arch} on {self.facts.data}"
-        measure = "agreement with the teacher" if self.facts.agreement else "accuracy"
-        plot_curves(self.history.rows, title, self.folder.curves, measure)
+        _plot_epochs(self.history.rows, self.learn, self.folder)
 
     def note(self, status: str) -> Run:
         """Write how far the run has come."""
@@ -283,15 +283,35 @@ class _Training:
         return replace(run, facts=replace(run.facts, stopped_by=self.stop.reason))
 
 
-def _predict_again(learn: DMSLearner, folder: RunFolder) -> Run:
-    """Write the predictions of a finished run that has none, from its weights."""
+def _check_weights(folder: RunFolder) -> None:
+    """Raise a FolderError if the weights of a finished run are damaged."""
+    try:
+        card_in(folder.weights)
+    except UserError as error:
+        raise FolderError(f"{error.message} with --restart") from None
+
+
+def _complete(learn: DMSLearner, folder: RunFolder, console: Console) -> Run:
+    """Write what a finished run has lost, from its weights and its epochs."""
     model, card = load_weights(folder.weights)
     for dl in learn.dls.loaders:
         dl.mean, dl.std = card.mean, card.std  # what it began from may be gone
     learn.model.load_state_dict(model.state_dict())
     learn.model.to(learn.dls.device)
-    write_predictions(learn, folder.predictions)
+    writes = {
+        folder.learner: lambda: export_learner(learn, folder),
+        folder.predictions: lambda: write_predictions(learn, folder.predictions),
+        folder.curves: lambda: _plot_epochs(folder.rows(), learn, folder),
+    }
+    for path in folder.missing:
+        writes[path]()
+        console.print(f"{path} was missing, and has been written again", soft_wrap=True, markup=False, highlight=False)
     return Run.read(folder.path)
+
+
+def _plot_epochs(rows: list[dict[str, Any]], learn: DMSLearner, folder: RunFolder) -> None:
+    measure = "agreement with the teacher" if learn.dls.valid_ds.by_teacher else "accuracy"
+    plot_curves(rows, f"{learn.recipe.title}, {learn.card.arch} on {learn.dls.train_ds.name}", folder.curves, measure)
 
 
 def _tidy(folder: RunFolder, restart: bool) -> None:
@@ -322,9 +342,9 @@ def tidy_finished(folder: RunFolder) -> None:
 
 def _empty(folder: RunFolder) -> None:
     """Delete what a run leaves or, if it has finished, move it aside. What is somebody else's stays."""
-    if not folder.recipe_file.is_file() or not (folder.facts_file.is_file() or any(folder.checkpoints.glob("*.pt"))):
+    if not folder.recipe_file.is_file() or not (folder.facts_file.is_file() or folder.lost):
         return  # not a run's folder
-    if folder.finished:
+    if folder.finished or folder.lost == folder.weights:
         shutil.rmtree(folder.replaced, ignore_errors=True)
         folder.replaced.mkdir()
         for path in folder.own_files():

@@ -3,6 +3,9 @@
 import errno
 import os
 import pickle
+import re
+import subprocess
+import sys
 import warnings
 import zlib
 from pathlib import Path
@@ -19,6 +22,11 @@ from dms_fastai.runs import checkpoint
 from dms_fastai.runs.history import History
 from tests.conftest import quiet
 from tests.test_runs import dms, same_run, weights  # noqa: F401  (dms is a fixture)
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 SHORT = ("run", "mixup", "--device", "cpu", "--epochs", 3, "--set", "data.batch_size=256")
 
@@ -342,3 +350,19 @@ def test_an_empty_class_is_named(dms, tmp_path):  # noqa: F811
     code, _, err = dms("run", "se", "--data", root)
     assert code == 2
     assert "vide holds no images; fill it or remove it" in err
+
+
+@pytest.mark.skipif(resource is None, reason="this system has no limit on the size of a file")
+def test_a_limit_on_files_names_the_file_and_what_is_finished_is_kept(tmp_path):
+    command = [sys.executable, "-m", "dms_fastai", "run", "se", "--epochs", "1", "--set", "data.batch_size=512"]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)),
+    )
+    assert done.returncode == 2
+    assert re.search(r"File too large: '\S+\.pt'; what was finished is kept: make room, and the same", done.stderr)
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr

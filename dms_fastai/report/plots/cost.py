@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from ..published import TABLE_1, System
 from ..rows import Row, Section
@@ -79,6 +79,7 @@ def against(cost: Cost, section: Section, theme: Theme) -> Figure | None:
     axes.set_xlim(left, left * 10 ** max(*decades, 1.0))  # so that the labels, too, find room
     margin = max(0.08 * (max(reach) - min(reach)), 0.1)
     axes.set_ylim(min(reach) - margin, max(reach) + margin)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(cost.axis)

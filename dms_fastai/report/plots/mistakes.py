@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ..rows import Section
-from .drawing import Theme, figure, shortened
+from .drawing import Theme, figure, named, shortened
 
 __all__ = ["mistakes", "mistakes_data", "regions"]
 
@@ -29,7 +29,8 @@ def _mistakes(section: Section, regions: bool) -> Figure | None:
     p = found[0]
     columns = min(len(p.mistakes), 6)
     lines = -(-len(p.mistakes) // columns)
-    drawn = figure(max(1.5 * columns, 2.5), (1.85 if p.files is None else 2.0) * lines + 0.3)
+    drawn = figure(max(1.5 * columns, 2.5), (1.85 if p.files is None else 2.0) * lines + 0.6)
+    drawn.suptitle(named(section.headline), fontsize=10)
     for axes in drawn.subplots(lines, columns, squeeze=False).flat:
         axes.set_axis_off()
     for number, (axes, index, image) in enumerate(zip(drawn.axes, p.mistakes, p.images, strict=False)):
