@@ -50,7 +50,7 @@ def check(run: Run, data: str) -> None:
     It has not finished, it is pruned, or it was measured on other images than the test images of `data`.
     """
     if not run.finished:
-        raise UserError(f"{run.folder.path} holds no finished run; run its command again, which goes on")
+        raise UserError(f"{run.folder.path} holds no finished run; run its command again, which resumes it")
     if "mid_widths" in (run.folder.recipe().model.args or {}):
         raise UserError(f"{run.folder.path} holds a pruned network, which no entry of the package builds; export it")
     if load_data(data, size=run.facts.size, device="cpu").valid_ds.digest() != (run.facts.data_digest or ["", ""])[1]:

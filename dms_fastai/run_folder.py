@@ -390,7 +390,7 @@ def _without_trials(found: Mapping[Path, Path]) -> Mapping[Path, Path]:
         return found
     for search in dict.fromkeys(search for search in searches.values() if search is not None):
         trials = sum(other == search for other in searches.values())
-        notice(f"left out: {trials} trial{'s' * (trials > 1)} of a search; they are shown by: report {search}")
+        notice(f"{trials} trial{'s' * (trials > 1)} of a search left out; to show them: dms-fastai report {search}")
     return left
 
 

@@ -407,7 +407,9 @@ def test_all_files_that_are_no_images_are_named_at_once(tmp_path):
         load_data(root)
     assert f"{bad[0]} is not an image" in error.value.message
     named = ", ".join(bad[1:11])
-    assert error.value.message.endswith(f"; so it is with {len(bad) - 1} more in {root / 'train'}: {named}, ...")
+    assert error.value.message.endswith(
+        f"; {len(bad) - 1} more in {root / 'train'} cannot be read either: {named}, ..."
+    )
 
 
 @pytest.mark.parametrize(

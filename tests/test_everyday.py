@@ -377,7 +377,7 @@ def test_a_restart_that_is_stopped_says_what_stays_as_it_is(dms):  # noqa: F811
     assert dms(*args)[0] == 0
     code, out, _ = dms(*args, "--restart", "--time-limit", "0.001s")
     assert code == 75
-    assert "goes on from there, but trains no finished run again: for se, --only NAME --restart" in out
+    assert "resumes from there, but trains no finished run again: for se, --only NAME --restart" in out
     assert dms(*args)[0] == 0
     assert dms(*args, "--only", "se", "--restart")[0] == 0
 

@@ -98,7 +98,7 @@ def test_links_in_a_tar_are_what_they_lead_to(tmp_path, monkeypatch):
         opened.add(root, "colours")
     splits, words = said(lambda: load_splits(tmp_path / "c.tar", 8))
     assert colours(splits["train"]).count("red") == 5
-    assert "the link colours/train/red/away.png is passed over; tar -h packs what links lead to" in words
+    assert "the link colours/train/red/away.png is skipped; tar -h packs what links lead to" in words
 
 
 def test_links_in_a_zip_are_said(tmp_path, monkeypatch):
@@ -111,7 +111,7 @@ def test_links_in_a_zip_are_said(tmp_path, monkeypatch):
         link.external_attr = 0o120777 << 16
         opened.writestr(link, "0.png")
     splits, words = said(lambda: load_splits(tmp_path / "c.zip", 8))
-    assert "the link train/red/link.png is passed over" in words
+    assert "the link train/red/link.png is skipped" in words
     assert len(splits["train"]) == 12
 
 

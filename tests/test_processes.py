@@ -167,7 +167,7 @@ def test_stopped_or_killed_they_go_on_bit_for_bit(launcher, command, whole, tmp_
     os.kill(pids[1], signal.SIGKILL)
     assert launcher.wait(pids) == [2, -signal.SIGKILL], launcher.log.read_text()
     assert launcher.lines() == [
-        "dms-fastai: error: one of the processes has ended; the same command goes on from the last checkpoint"
+        "dms-fastai: error: one of the processes has ended; the same command resumes from the last checkpoint"
     ]
 
     pids = started(launcher, tmp_path, args)
@@ -176,7 +176,7 @@ def test_stopped_or_killed_they_go_on_bit_for_bit(launcher, command, whole, tmp_
     launcher.wait(pids)
 
     assert launcher.run(tmp_path, *args) == [0, 0], launcher.log.read_text()
-    assert "going on after" in launcher.log.read_text()
+    assert "resuming after" in launcher.log.read_text()
     same_run(whole, folder)
 
 
@@ -189,7 +189,7 @@ def test_another_number_of_processes_goes_on_and_a_second_training_is_refused(la
     os.kill(pids[0], signal.SIGTERM)
     assert launcher.wait(pids) == [143, 143]
     assert launcher.run(tmp_path, *args, number=1) == [0], launcher.log.read_text()
-    assert "resumed with other arithmetic (processes 2 -> unset)" in launcher.log.read_text()
+    assert "resumed with different arithmetic (processes 2 -> unset)" in launcher.log.read_text()
     assert RunFolder(folder).facts().finished
 
 
@@ -199,7 +199,7 @@ def test_another_number_of_processes_goes_on_and_a_second_training_is_refused(la
         (["run", "see"], "did you mean 'se'"),
         (["run", "se", "--set", "data.batch_size=33"], "2 processes cannot share a batch of 33 images evenly"),
         (["run", "se", "--at-once", 2], "--at-once starts processes of its own"),
-        (["report"], "torchrun is for what trains, run or prune; start report without it"),
+        (["report"], "torchrun works with run or prune only; start report without it"),
         (["run", "kd", "--teacher", "own.pkl"], "no teacher at own.pkl"),
     ],
 )

@@ -465,7 +465,7 @@ def test_a_run_resumed_with_other_arithmetic_says_so(dms, tmp_path, monkeypatch,
         patch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
         code, out, _ = dms(*args)
     assert code == 0
-    assert "resumed with other arithmetic" in out
+    assert "resumed with different arithmetic" in out
     assert ("threads" if where is torch else "bf16") in out
 
 

@@ -204,7 +204,7 @@ def test_trials_of_a_search_are_no_results(dms, runs, rough):  # noqa: F811
     for number in ("001", "002"):
         shutil.copytree(runs / "se" / "seed0", search / number / "se" / "seed0")
     (search / "trials.log").touch()
-    with pytest.warns(Notice, match=f"left out: 2 trials of a search; they are shown by: report {search}"):
+    with pytest.warns(Notice, match=f"2 trials of a search left out; to show them: dms-fastai report {search}"):
         found, problems = find_runs([runs])
     assert len(found) == 5
     assert not problems
@@ -215,7 +215,7 @@ def test_trials_of_a_search_are_no_results(dms, runs, rough):  # noqa: F811
     code, out, err = dms("report", "artifacts", "--out", "r")
     assert (code, err) == (
         0,
-        "dms-fastai: left out: 2 trials of a search; they are shown by: report artifacts/digits/tune/se\n",
+        "dms-fastai: 2 trials of a search left out; to show them: dms-fastai report artifacts/digits/tune/se\n",
     )
     assert "+ SE (1)" not in out
 

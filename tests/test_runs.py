@@ -151,7 +151,7 @@ def test_a_run_that_ran_out_of_time_goes_on_to_the_same_end(dms, tmp_path, monke
     assert "interrupted, epoch 1/3" in out
     code, out, _ = dms(*args, "--out", "pieces")
     assert code == 0
-    assert "going on after epoch 1 of 3, step 1" in out
+    assert "resuming after epoch 1 of 3, step 1" in out
     same_run(tmp_path / "whole" / "mixup" / "seed0", tmp_path / "pieces" / "mixup" / "seed0")
     assert not (tmp_path / "pieces" / "mixup" / "seed0" / "checkpoint").exists()
 
@@ -161,7 +161,7 @@ def test_a_run_that_was_stopped_goes_on_with_its_images_elsewhere(dms, tmp_path)
     assert dms(*args, "--out", "whole")[0] == 0
     assert dms(*args, "--out", "moved", "--time-limit", "0.001s")[0] == 75
     code, out, _ = dms(*args, "--out", "moved", "--set", "data.where=disk")
-    assert (code, "going on after epoch 0 of 1, step 1" in out) == (0, True)
+    assert (code, "resuming after epoch 0 of 1, step 1" in out) == (0, True)
     whole, moved = (RunFolder(tmp_path / out / "se" / "seed0").weights for out in ("whole", "moved"))
     assert moved.read_bytes() == whole.read_bytes()
 
@@ -190,7 +190,7 @@ def test_ctrl_c_ends_cleanly_and_the_same_command_goes_on(dms, tmp_path):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "stopped (SIGINT)" in out
-    assert "the same command goes on" in out
+    assert "the same command resumes" in out
     assert "Traceback" not in err
     assert dms(*args, "pieces")[0] == dms(*args, "whole")[0] == 0
     same_run(tmp_path / "whole" / "se" / "seed0", tmp_path / "pieces" / "se" / "seed0")
@@ -202,7 +202,7 @@ def test_a_request_that_meets_the_end_of_a_stage_ends_the_command(dms, tmp_path,
         patch.setattr(checkpoint.Checkpoint, "after_epoch", lambda self: signal.raise_signal(signal.SIGTERM))
         code, out, _ = dms(*args)
         assert code == 143
-        assert "stopped (SIGTERM): ResNet, finished; the same command goes on from there" in out
+        assert "stopped (SIGTERM): ResNet, finished; the same command resumes from there" in out
         assert [path.name for path in (tmp_path / "x").iterdir()] == ["baseline"]
         assert dms(*args[:2], *args[2:6], "--out", "y")[0] == 143
         assert dms("run", "se", *args[2:6], "--out", "z")[0] == 0  # with nothing left there is nothing to stop
@@ -213,7 +213,7 @@ def test_a_request_that_meets_the_end_of_a_stage_ends_the_command(dms, tmp_path,
 def test_with_restart_it_is_another_command_that_goes_on(dms):
     code, out, _ = dms("run", "se", "--epochs", 3, "--restart", "--time-limit", "0.001s")
     assert code == 75
-    assert "without --restart the same command goes on from there" in out
+    assert "without --restart the same command resumes from there" in out
 
 
 def test_a_run_says_after_every_epoch_how_far_it_is(dms, tmp_path, monkeypatch):
@@ -246,7 +246,7 @@ def test_names_with_brackets_are_shown_as_they_are(dms, tmp_path):
     assert dms(*args, "--time-limit", "0.001s")[0] == 75
     code, out, _ = dms(*args)
     assert code == 0
-    assert "SE [/ours]: going on" in out
+    assert "SE [/ours]: resuming" in out
     assert "learner: m[/x]/own/seed0/learner.pkl" in out
     code, out, _ = dms("report", "m[/x]", "--out", "n[bold]")
     assert code == 0

@@ -121,7 +121,7 @@ def test_a_run_on_windows_is_written_stopped_and_resumed(dms, tmp_path, windows,
         assert dms(*RUN, "--out", "x", "--time-limit", "0.001s")[0] == 75
     code, out, _ = dms(*RUN, "--out", "x")
     assert code == 0
-    assert "going on after epoch 0 of 2, step 2" in out
+    assert "resuming after epoch 0 of 2, step 2" in out
     folder = tmp_path / "x" / "mixup" / "seed0"
     assert {file.name for file in folder.iterdir()} == FILES
     assert dms(*RUN, "--out", "x", "--restart")[0] == 0

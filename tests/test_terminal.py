@@ -202,7 +202,7 @@ def test_a_folder_is_classified_with_its_accuracy(dms, folder, examples):  # noq
     shares = 100 * probabilities.max(1).values
     told = zip(names, best, shares, strict=True)
     assert lines == [f"{name}: {label} {share:.1f} %" for name, label, share in told]
-    assert last == f"accuracy: {100 * right / 40:.2f} %, of 40 images in folders called as classes"
+    assert last == f"accuracy: {100 * right / 40:.2f} %, of 40 images in folders named after classes"
     alone = dms("predict", folder, *files[:3], "--top", 1)[1]
     assert alone.count("\n") == 3  # files say nothing of their classes
 

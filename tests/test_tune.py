@@ -193,7 +193,7 @@ def test_a_trial_that_is_stopped_goes_on_in_its_folder(tmp_path):
     [before] = runs_below(tmp_path)
     assert before.status == "interrupted"
     again = subprocess.run(words, capture_output=True, text=True, check=True).stdout
-    assert "going on after epoch" in again
+    assert "resuming after epoch" in again
     [after] = runs_below(tmp_path)
     assert (after.status, after.started) == ("finished", before.started)
 

@@ -88,7 +88,7 @@ def test_a_table_labels_what_it_names_wherever_it_lies(tmp_path):
     table.write_text("\n".join(["file,label", *rows, "unlabelled/4.png,red"]))
     splits, words = said(lambda: load_splits(tmp_path / "all", 8, table))
     assert (len(splits["train"]), len(splits["unlabelled"])) == (10, 4)
-    assert "3 images are not in labels.csv, and passed over" in words
+    assert "3 images are not in labels.csv, and are skipped" in words
 
 
 @pytest.mark.parametrize("key", ["unlabelled_images", "unlabeled_images"])

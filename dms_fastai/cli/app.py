@@ -44,7 +44,7 @@ def about(
     """Tiny residual networks, distilled: train, compare and export small image classifiers."""
     command = context.invoked_subcommand
     if processes.started() and command not in TRAINING:
-        raise UserError(f"torchrun is for what trains, {either(TRAINING)}; start {command} without it")
+        raise UserError(f"torchrun works with {either(TRAINING)} only; start {command} without it")
     _import_own()
 
 
@@ -94,9 +94,9 @@ def main() -> None:
     except RuntimeError as error:
         if not processes.lost_another(error):
             raise
-        _tell_for_all("one of the processes has ended; the same command goes on from the last checkpoint")
+        _tell_for_all("one of the processes has ended; the same command resumes from the last checkpoint")
         sys.exit(2)
     except OSError as error:  # a folder that cannot be written, a full disk
-        kept = "; what was finished is kept: make room, and the same command goes on" if error.errno in FULL else ""
+        kept = "; what was finished is kept: make room, and the same command resumes" if error.errno in FULL else ""
         _tell_for_all(f"{error}{kept}")
         sys.exit(2)

@@ -44,7 +44,7 @@ def stopped(reason: str, state: str, restart: bool, later: Sequence[str] = ()) -
     again = "without --restart the same command" if restart else "the same command"
     names = ", ".join(dict.fromkeys(later))
     left = f", but trains no finished run again: for {names}, --only NAME --restart" if later else ""
-    console.say(f"stopped ({reason}): {state}; {again} goes on from there{left}")
+    console.say(f"stopped ({reason}): {state}; {again} resumes from there{left}")
     processes.leave()
     raise typer.Exit(EXIT_CODES[reason])
 

@@ -43,9 +43,9 @@ def predict(
 ) -> None:
     """Classify images: the likeliest classes of each, with their probabilities.
 
-    If a folder has sub-folders that are called as the classes, the accuracy follows. The table of --csv has the file,
-    its class, the probability, and a column for each class, and is printed in place of the rest. Exit code 1: some
-    images could not be read; 2: none could.
+    If a folder's sub-folders are named after the classes, the accuracy is printed, too. The table of --csv has the
+    file, its class, the probability, and a column for each class, and is printed in place of the rest. Exit code 1:
+    some images could not be read; 2: none could.
     """
     from ..predict import check_table, image_files, table
 
@@ -78,7 +78,9 @@ def predict(
         if len(bad) == len(files):
             raise _unread(bad, len(files))
     if right:
-        told = f"accuracy: {100 * sum(right) / len(right):.2f} %, of {len(right):,} images in folders called as classes"
+        told = (
+            f"accuracy: {100 * sum(right) / len(right):.2f} %, of {len(right):,} images in folders named after classes"
+        )
         (errors if str(csv) == "-" else console).say(told)
     if csv is not None and str(csv) != "-":
         console.say(f"table: {csv}")

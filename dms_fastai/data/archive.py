@@ -106,7 +106,7 @@ def _unpack(archive: Path, folder: Path) -> None:
 def _name_links(archive: Path, links: Sequence[str], hint: str) -> None:
     if links:
         found = f"the link {links[0]} is" if len(links) == 1 else f"{len(links)} links are"
-        notice(f"{archive}: {found} passed over; {hint}")
+        notice(f"{archive}: {found} skipped; {hint}")
 
 
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes] | None:

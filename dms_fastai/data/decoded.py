@@ -275,4 +275,6 @@ def _each(
         _, *more = errors
         named = ", ".join(more[:LISTED]) + (", ..." if len(more) > LISTED else "")
         first = next(iter(errors.values())).message
-        raise UserError(first + (f"; so it is with {len(more)} more in {listing.root}: {named}" if more else ""))
+        raise UserError(
+            first + (f"; {len(more)} more in {listing.root} cannot be read either: {named}" if more else "")
+        )

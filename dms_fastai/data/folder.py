@@ -180,7 +180,7 @@ def has_image_splits(folder: Path) -> bool:
 
 
 def list_names(folder: Path) -> list[str]:
-    """The names in a folder that are not passed over, sorted.
+    """The names in a folder that are not hidden, sorted.
 
     Raises:
         UserError: The folder cannot be listed.
@@ -287,7 +287,7 @@ def _classes(tree: Tree, split: str, train: _Classes | None) -> _Classes:
     tree.say_skipped()
     if loose:
         images = f"the image {loose[0]} is" if len(loose) == 1 else f"{len(loose)} images are"
-        notice(f"{root}: {images} in no class folder, and passed over")
+        notice(f"{root}: {images} in no class folder, and skipped")
     return _Classes(classes, level, min(depths))
 
 

@@ -61,7 +61,7 @@ def read_table(
     rest = sorted(files.paths.difference(*labelled.values()))
     without = [file for file in rest if Path(file).parts[0].lower() in NO_LABELS]
     if passed_over := len(rest) - len(without):
-        notice(f"{folder}: {passed_over} images are not in {table.name}, and passed over")
+        notice(f"{folder}: {passed_over} images are not in {table.name}, and are skipped")
     splits = Splits()
 
     def read(split: str) -> ImageSet:

@@ -90,7 +90,7 @@ def unreadable(args: Mapping[str, Any]) -> str | None:
 def read_card(text: str) -> ModelCard:
     """The card in a file, once each of its fields is known to be what a network could have.
 
-    What chooses weights, which cards of earlier versions may have, is passed over.
+    What chooses weights, which cards of earlier versions may have, is ignored.
 
     Raises:
         ValueError: It is no card, or a field is out of bounds; says which.

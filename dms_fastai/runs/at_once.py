@@ -198,7 +198,7 @@ def _ready(waiting: list[Job], coming: set[Path], free: int, console: Console) -
         if teacher in coming:
             continue
         if isinstance(teacher, Path) and not RunFolder(teacher).finished:
-            _say(console, f"{job.name}: its teacher did not get to its end")
+            _say(console, f"{job.name}: its teacher did not finish")
             waiting.remove(job)
             coming.discard(job.stage.folder.path)
         elif len(ready) < free:

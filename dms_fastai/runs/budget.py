@@ -85,7 +85,8 @@ def fitted(
         epochs = asked + math.floor((seconds - asked * epoch) / alone)
     if "schedule.epochs" not in given:
         if epochs < min(_least(took), MOST):
-            notice(f"{recipe.title}: {epochs} epochs fit into {clock(seconds)}; {_least(took)} are wanted")
+            few = f"only {epochs} epochs fit into {clock(seconds)}"
+            notice(f"{recipe.title}: {few}, and {_least(took)} or more are recommended")
         chosen = replace(chosen, schedule=replace(chosen.schedule, epochs=min(epochs, MOST)))
     elif chosen.schedule.epochs > epochs:
         notice(f"{recipe.title}: {epochs} epochs fit into {clock(seconds)}, and {chosen.schedule.epochs} are asked for")

@@ -89,6 +89,6 @@ def other_arithmetic(before: Mapping[str, Any], now: Mapping[str, Any]) -> str |
     changes = ", ".join(f"{key} {before.get(key, 'unset')} -> {now.get(key, 'unset')}" for key in keys)
     if torch.are_deterministic_algorithms_enabled():
         raise FolderError(
-            f"the run was begun with other arithmetic ({changes}); resume it there, or without --deterministic"
+            f"the run was begun with different arithmetic ({changes}); resume it there, or without --deterministic"
         )
-    return f"resumed with other arithmetic ({changes}): its last digits will not be those of a run in one go"
+    return f"resumed with different arithmetic ({changes}): the last digits differ from those of an uninterrupted run"

@@ -203,12 +203,12 @@ class _Training:
             if other is not None:
                 self.console.print(f"{self.recipe.title}: {other}", soft_wrap=True, markup=False)
         for file in resumed.damaged:
-            self.console.print(f"{file} is damaged; going on from the one before", soft_wrap=True, markup=False)
+            self.console.print(f"{file} is damaged; resuming from the one before", soft_wrap=True, markup=False)
         if resumed.epochs or resumed.steps:
             before = self.folder.facts()
             self.before, self.facts = before.seconds, replace(self.facts, started=before.started)
             step = f", step {resumed.steps}" if resumed.steps else ""
-            done = f"going on after epoch {resumed.epochs} of {self.recipe.schedule.epochs}{step}"
+            done = f"resuming after epoch {resumed.epochs} of {self.recipe.schedule.epochs}{step}"
             self.console.print(f"{self.recipe.title}: {done}", markup=False)
         return resumed.epochs
 

@@ -59,8 +59,8 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(dms, cut, how):  # noq
     damage(last, how)
     code, out, _ = dms(*SHORT, "--out", "x")
     assert code == 0
-    assert f"{last.name} is damaged; going on from the one before" in out
-    assert "going on after epoch 0 of 3, step 1" in out
+    assert f"{last.name} is damaged; resuming from the one before" in out
+    assert "resuming after epoch 0 of 3, step 1" in out
     same_run(folder, whole)
     assert first != last
 
@@ -149,7 +149,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(dms, cut, monkeypatch):  # noqa: 
     assert writes
     assert code == 2
     assert "No space left on device" in err
-    assert "the same command goes on" in err
+    assert "the same command resumes" in err
     assert "Traceback" not in err
     assert {p.name: p.read_bytes() for p in (folder / "checkpoint").iterdir()} == kept
     assert dms(*SHORT, "--out", "x")[0] == 0

@@ -227,9 +227,9 @@ def test_told_to_stop_it_loses_nothing(zygote, command, uninterrupted, tmp_path,
     assert zygote.end() == code, (tmp_path / "log.txt").read_text()
     log = (tmp_path / "log.txt").read_text()
     assert f"stopped ({number.name})" in log
-    assert "the same command goes on from there" in log
+    assert "the same command resumes from there" in log
     assert zygote.run(tmp_path, *command) == 0
-    assert "going on after epoch" in (tmp_path / "log.txt").read_text()
+    assert "resuming after epoch" in (tmp_path / "log.txt").read_text()
     same_end(tmp_path, uninterrupted[0])
 
 
