@@ -217,12 +217,20 @@ def settings_of(at: str) -> dict[str, Setting]:
 
 @cache
 def meaning_of(at: str) -> Meaning:
-    """What the docstrings of the class at `at` and of its constructor say of it and of its settings."""
+    """What the docstrings of the class at `at` and of its constructor say of it and of its settings.
+
+    A class without a constructor has the settings of the classes of its module that it builds on, and what they say.
+    """
+    module, _ = at.split(":")
     found = _definition(at)
     init = [node for node in found.body if isinstance(node, ast.FunctionDef) and node.name == "__init__"]
     texts = [ast.get_docstring(node) or "" for node in (found, *init)]
     entries = [pair for text in texts for body in SECTION.findall(text) for pair in ENTRY.findall(body)]
-    told = {name: " ".join(said.split()) for names, said in entries for name in names.split(", ")}
+    told: dict[str, str] = {}
+    for base in found.bases if not init else ():
+        if isinstance(base, ast.Name) and base.id in _definitions(module):
+            told |= meaning_of(f"{module}:{base.id}").settings
+    told |= {name: " ".join(said.split()) for names, said in entries for name in names.split(", ")}
     return Meaning(" ".join(texts[0].partition("\n\n")[0].split()), told)
 
 

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import sys
 from functools import cache
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch.utils._triton import has_triton
 
 from .. import processes
 from ..data.imageset import ImageSet
+from ..errors import notice
 from ..settings import Steps, checked
 from ..training.losses import DMSLoss
 from ..training.parts import order_of
@@ -39,7 +39,7 @@ class TorchCompile(Releasing):
 
     They are compiled in place, for the training batches alone. Weights keep their names. Validation, prediction and
     export, whose batches may have any size, use the modules as they were. If a line of code cannot be compiled here,
-    nothing is, and a line on standard error says why.
+    nothing is, and a notice says why.
     """
 
     order = order_of("compile")
@@ -75,7 +75,7 @@ class TorchCompile(Releasing):
         failure = rehearse(next(self.learn.model.parameters()).device, mode_of(graphs))
         if failure is not None:
             hint = "; --set compile.graphs=false compiles without CUDA graphs" if graphs else ""
-            print(f"training is not compiled, because that fails here: {failure}{hint}", file=sys.stderr)
+            notice(f"training is not compiled, because that fails here: {failure}{hint}")
             return ()
         return tuple((module, compiled_call(module, graphs)) for module in modules)
 

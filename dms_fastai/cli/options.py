@@ -80,6 +80,7 @@ Out = Annotated[Path | None, typer.Option(help="Folder of the runs, instead of a
 def wanted_by(
     recipe: list[str],
     data: str,
+    *,
     labels: Path | None = None,
     arch: str | None = None,
     teacher: str | None = None,

@@ -99,20 +99,20 @@ def run(
     wanted = wanted_by(
         recipe,
         data,
-        labels,
-        arch,
-        teacher,
-        fine_tune_teacher,
-        epochs,
-        schedule,
-        seed,
-        seeds,
-        set_,
-        from_,
-        budget,
-        compare,
-        out,
-        only,
+        labels=labels,
+        arch=arch,
+        teacher=teacher,
+        fine_tune_teacher=fine_tune_teacher,
+        epochs=epochs,
+        schedule=schedule,
+        seed=seed,
+        seeds=seeds,
+        set_=set_,
+        from_=from_,
+        budget=budget,
+        compare=compare,
+        out=out,
+        only=only,
     )
     wanted = replace(wanted, into=into)
     check_device(device)
@@ -136,14 +136,21 @@ def run(
 
     gc.freeze()
     processes.join_processes(device)
-    manner = Manner(choose_device(device), deadline, restart, profile, checkpoint_steps, keep_best, tensorboard)
+    manner = Manner(
+        device=choose_device(device),
+        deadline=deadline,
+        restart=restart,
+        profile=profile,
+        checkpoint_steps=checkpoint_steps,
+        keep_best=keep_best,
+        tensorboard=tensorboard,
+        wait=Patience(console.say, deadline) if wait else None,
+        parent=parent,
+    )
     if deterministic:
         be_deterministic()
     elif manner.device.type == "cpu" and at_once == processes.count() == 1 and "OMP_NUM_THREADS" not in os.environ:
         manner = replace(manner, threads=choose_threads(load))
-    manner = replace(manner, parent=parent)
-    if wait:
-        manner = replace(manner, wait=Patience(console.say, deadline))
     if wanted.teacher is not None:
         say_what_is_read(Path(wanted.teacher), trust_pickle)
     opened = Opened(wanted.data, trust_pickle)
@@ -215,19 +222,19 @@ def plan_commands(
     wanted = wanted_by(
         recipe,
         data,
-        labels,
-        arch,
-        teacher,
-        fine_tune_teacher,
-        epochs,
-        schedule,
-        seed,
-        seeds,
-        set_,
-        from_,
-        budget,
-        compare,
-        out,
+        labels=labels,
+        arch=arch,
+        teacher=teacher,
+        fine_tune_teacher=fine_tune_teacher,
+        epochs=epochs,
+        schedule=schedule,
+        seed=seed,
+        seeds=seeds,
+        set_=set_,
+        from_=from_,
+        budget=budget,
+        compare=compare,
+        out=out,
     )
     found = commands_of(wanted)
     if from_ is not None:

@@ -83,9 +83,9 @@ def tune(
     wanted = wanted_by(
         [recipe],
         data,
-        labels,
-        arch,
-        teacher,
+        labels=labels,
+        arch=arch,
+        teacher=teacher,
         epochs=epochs,
         schedule=schedule,
         seed=seed,
@@ -104,7 +104,7 @@ def tune(
     from ..runs.tune import tune as search
 
     gc.freeze()
-    manner = Manner(choose_device(device), deadline)
+    manner = Manner(device=choose_device(device), deadline=deadline)
     if manner.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         manner = replace(manner, threads=choose_threads(load))
     if wanted.teacher is not None:
@@ -159,7 +159,7 @@ def lr_find(
     check_file(out)
     if recipe in SEVERAL:
         raise UserError("lr-find takes one recipe; baseline, se, mixup and kd are those of the ablation")
-    wanted = wanted_by([recipe], data, labels, arch, teacher, seed=seed, set_=set_)
+    wanted = wanted_by([recipe], data, labels=labels, arch=arch, teacher=teacher, seed=seed, set_=set_)
     check_device(device)
     wanted.resolved()
 

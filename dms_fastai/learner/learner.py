@@ -259,8 +259,8 @@ def dms_learner(
     cbs: Any = None,
     metrics: Any = accuracy,
     path: str | Path | None = None,
-    begun: bool = False,
     *,
+    fresh: bool = False,
     pretrained: bool = False,
     loss_func: Callable | None = None,
     opt_func: Callable | None = None,
@@ -288,7 +288,7 @@ def dms_learner(
         metrics: As in fastai; they are also measured in training.
         path: Where the Learner saves and exports; by default the path of the DataLoaders, which is the current folder
             for those of `load_data`, and that of the images for most of fastai's.
-        begun: Leave the weights fresh where the recipe begins from trained ones: others will be put in their place.
+        fresh: Leave the weights fresh where the recipe begins from trained ones: others will be put in their place.
         pretrained: Begin from timm's weights; short for settings={"model.weights": "timm"}.
         loss_func: In place of [loss]; a `DMSLoss` also of [distill], except for its size. MixUp, CutMix and a teacher
             work with it, too, as they do in any Learner.
@@ -324,7 +324,7 @@ def dms_learner(
         try_network(module, recipe.model.name, dls.c, inputs.shape, "give a network that does")
     else:
         module = recipe.model.build().create(dls.c, inputs.shape)
-        if recipe.model.weights is not None and not begun:
+        if recipe.model.weights is not None and not fresh:
             begin_from(module, recipe.model.weights, recipe.model.name)
             _note_other_statistics(dls, recipe)
     distilling = dict(vars(recipe.distill.build())) if recipe.distill else {}

@@ -4,14 +4,13 @@ import hashlib
 import os
 import platform
 import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
 from .. import __version__
-from ..errors import UserError
+from ..errors import UserError, notice
 from ..names import DEVICES, check_device
 
 __all__ = [
@@ -30,7 +29,7 @@ CODE = ("callbacks", "data", "learner", "models", "trained", "training")  # fold
 
 
 def choose_device(name: str) -> torch.device:
-    """The device for "auto" or another of `DEVICES`; a line on standard error says that "mps" is not tested.
+    """The device for "auto" or another of `DEVICES`; a notice says that "mps" is not tested.
 
     Raises:
         UserError: Another name, or a device that torch does not find.
@@ -42,7 +41,7 @@ def choose_device(name: str) -> torch.device:
         raise UserError(f"device is {name}, but torch finds no GPU of this kind here; take --device auto or cpu")
     device = torch.device(there if name == "auto" else name)
     if device.type == "mps":
-        print("device mps: nobody has trained on it yet; --device cpu is tested", file=sys.stderr)
+        notice("device mps: nobody has trained on it yet; --device cpu is tested")
     return device
 
 

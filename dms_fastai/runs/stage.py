@@ -53,7 +53,7 @@ __all__ = ["Manner", "add_to_finished", "run_stage", "tidy_finished"]
 LARGE = 10**9  # bytes of images that somebody should know of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Manner:
     """How to train. Nothing of this changes what is trained.
 
@@ -142,7 +142,7 @@ def run_stage(stage: Stage, opened: Opened, manner: Manner | None = None, consol
         seed_everything(stage.seed)  # only after fastai's loaders have drawn from Python's generator
         begun = folder.finished or any(folder.checkpoints.glob("*.pt"))
         with processes.together():
-            learn = dms_learner(dls, recipe, teacher=teacher, path=folder.path, begun=begun)
+            learn = dms_learner(dls, recipe, teacher=teacher, path=folder.path, fresh=begun)
         learn.remove_cb(ProgressCallback)  # the run shows its own progress
         learn.logger = noop
         if folder.finished:

@@ -184,12 +184,6 @@ class Teaching(Distillation):
     """A teacher's part in the training: in the loss, and which images it sees.
 
     Attributes:
-        alpha: Weight of the teacher.
-        T: Temperature of the divergence.
-        divergence: One of `DIVERGENCES`, by its name or with its own settings, such as `DKD(beta=4)`.
-        standardize: Whether each image's logits, the teacher's and the student's, are `standardized` first.
-        alpha_end: What alpha is at the end of the training, where it goes in a straight line; None: it stays.
-        T_end: The same of T.
         size: Height and width of the teacher's images; None: those that its weights were trained on.
     """
 
