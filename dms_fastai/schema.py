@@ -228,7 +228,7 @@ def meaning_of(at: str) -> Meaning:
     entries = [pair for text in texts for body in SECTION.findall(text) for pair in ENTRY.findall(body)]
     told: dict[str, str] = {}
     for base in found.bases if not init else ():
-        if isinstance(base, ast.Name) and base.id in _definitions(module):
+        if isinstance(base, ast.Name) and isinstance(_definitions(module).get(base.id), ast.ClassDef):
             told |= meaning_of(f"{module}:{base.id}").settings
     told |= {name: " ".join(said.split()) for names, said in entries for name in names.split(", ")}
     return Meaning(" ".join(texts[0].partition("\n\n")[0].split()), told)

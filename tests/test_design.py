@@ -139,7 +139,7 @@ def test_an_idea_that_is_half_there_is_said(monkeypatch):
 def test_every_setting_has_its_meaning_in_the_docstring():
     for at in classes():
         part = load(at)
-        text = (inspect.getdoc(part) or "") + (inspect.getdoc(part.__init__) or "")
+        text = "\n".join(filter(None, (part.__init__.__doc__, *(base.__doc__ for base in part.__mro__))))
         for name in settings_of(at):
             assert re.search(rf"\b{name}\b[\w, ]*:", text), f"{at}: {name}"
 
