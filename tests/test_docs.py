@@ -102,6 +102,27 @@ def test_what_three_more_epochs_gained_is_said():
     assert f"after {again.train_pflop.student + first.train_pflop.student:.3g} PFLOP of its own" in text
 
 
+def test_what_two_teachers_gained_is_said():
+    [file] = (ROOT / "artifacts" / "cifar10-cpu-two-teachers").rglob("run.json")
+    [before] = (ROOT / "artifacts" / "cifar10-h200" / "fast" / "kd").rglob("run.json")
+    facts, rows = Run.read(file.parent).facts, RunFolder(file.parent).rows()
+    assert (facts.epochs_done, facts.last) == (47, facts.best)
+    found = paired_images(*(read_predictions(each.parent / "predictions.npz").right for each in (file, before)))
+    gained = "{:+.2f} ({:+.2f} to {:+.2f})".format(*(100 * each for each in (found.mean, found.low, found.high)))
+    text, accuracy = " ".join(DETAILS.split()), f"{100 * rows[-1]['valid_accuracy']:.2f}"
+    assert f"It ends at **{accuracy} %** in the last epoch" in text
+    assert f"That is {gained} points above the student of one teacher" in text
+    work = facts.train_pflop
+    assert f"Its own work is {work.student:.3g} PFLOP, {work.total:.3g} with the teachers' answers" in text
+    assert work.student < 8
+    taught = ("cifar10-h200-teachers/fast/teacher/seed0", "cifar10-h200/fast-mixup/fast/seed0")
+    runs = [Run.read(ROOT / "artifacts" / each).facts for each in taught]
+    assert f"the teachers themselves took {sum(each.train_pflop.total for each in runs):.2g}." in text
+    one, two = (f"{100 * each.last.valid_accuracy:.2f}" for each in runs)
+    assert f"above ({one} %), and `fast` with MixUp ({two} %), whose mean logits have 96.59 %" in text
+    assert f"| **{accuracy}** |" in README
+
+
 @pytest.mark.parametrize("file", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda f: f.name)
 def test_links_and_images_are_there(file):
     for target in re.findall(r"\]\(([^)#]+)", file.read_text()):

@@ -312,3 +312,17 @@ def test_a_teacher_below_its_student_is_said():
     assert teacher_advice(facts(0.9), facts(0.95)) == []
     [line] = teacher_advice(facts(0.9), facts(0.8))
     assert line.startswith("KD: its teacher has 80.00 % after 3 epochs, less than the student, 90.00 %")
+
+
+def test_a_time_and_the_epochs_that_fit_into_it_are_counted_alike():
+    took = Estimate(1, 1, steps=10, step_seconds=0.375, epoch_seconds=4.0, teacher_seconds=0.125)
+    assert took.forward_seconds == 0.125
+    assert took.seconds(5) == 20.0
+    assert took.seconds(5, views=2) == 2 * 4.0 + 3 * 2.75  # without ten times the teacher's eighth of a second
+    assert took.seconds(5, views=2, later=0.25) == 2 * 6.5 + 3 * 2.75
+    assert took.seconds(5, views=9) == 20.0
+    for views, later in ((None, 0.0), (2, 0.0), (2, 0.25), (9, 0.0)):
+        for epochs in (1, 2, 3, 5):
+            needed = took.seconds(epochs, views, later)
+            assert took.epochs_in(needed, views, later) == epochs
+            assert took.epochs_in(needed - 0.01, views, later) == max(1, epochs - 1)

@@ -345,7 +345,7 @@ def test_fastais_metrics_are_monitored_by_their_names(few, tmp_path):
 
 
 def test_a_tag_chooses_weights_or_is_refused(few):
-    tagged = "dmsresnet.fast_kd_cifar10"
+    tagged = "dmsresnet.fast_kd2_cifar10"
     refused(
         lambda: dms_learner(few, "se", arch=tagged), tagged, "model.weights=timm", "pretrained=True", "take dmsresnet"
     )
@@ -358,7 +358,7 @@ def test_a_tag_chooses_weights_or_is_refused(few):
 
 
 def test_a_tag_on_the_command_line(dms):  # noqa: F811
-    code, out, err = dms("run", "se", "--arch", "dmsresnet.fast_kd_cifar10", "--epochs", 1, "--out", "x")
+    code, out, err = dms("run", "se", "--arch", "dmsresnet.fast_kd2_cifar10", "--epochs", 1, "--out", "x")
     assert code == 2
     assert "model.weights=timm" in out + err
 

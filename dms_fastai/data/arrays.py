@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,56 +60,84 @@ def array_splits(
     Raises, when a split is read:
         UserError: Images or labels that cannot be trained on; says which and why.
     """
-    splits = Splits()
-    first = next(iter(readers))
+    reader = _Reader(source, readers, names, size, to_train, white)
+    for split in readers:
+        reader.splits.add(split, partial(reader.read, split))
+    return reader.splits
 
-    def read(split: str) -> ImageSet:
-        where = f"{source}: {split}"
-        train = None if split == first else splits[first]  # read first: errors in it are told first
-        arrays = readers[split]()
-        if len(arrays.images.shape) < 3:
-            raise UserError(f"{where}_images has shape {arrays.images.shape}; give (N, H, W) or with channels")
-        without = arrays.labels is None
-        labels = np.full(len(arrays.images), UNLABELLED) if without else _one_each(arrays.labels, f"{where}_labels")
-        vocab = vocab_of(labels, names, where, to_train) if train is None else list(train.vocab)
-        indices = labels if without else label_indices(labels, vocab, f"{where}_labels", named=names is not None)
-        whole = isinstance(arrays.images, np.ndarray)
+
+@dataclass(eq=False)
+class _Reader:
+    """Reads splits over arrays. Arguments and errors as in `array_splits`.
+
+    Attributes:
+        splits: What is read by it.
+    """
+
+    source: object
+    readers: Mapping[str, Callable[[], ImagesAndLabels]]
+    names: np.ndarray | None
+    size: int | None
+    to_train: bool
+    white: float | None
+    splits: Splits = field(default_factory=Splits)
+
+    @property
+    def first(self) -> str:
+        return next(iter(self.readers))
+
+    def read(self, split: str) -> ImageSet:
+        """The images of a split, and their labels."""
+        where = f"{self.source}: {split}"
+        train = None if split == self.first else self.splits[self.first]  # read first: errors in it are told first
+        arrays = self.readers[split]()
+        images, whole = arrays.images, isinstance(arrays.images, np.ndarray)
+        if len(images.shape) < 3:
+            raise UserError(f"{where}_images has shape {images.shape}; give (N, H, W) or with channels")
+        labels, vocab = self._labels(arrays, where, train)
         try:
-            scale = None
-            if arrays.images.dtype != np.uint8:
-                own = white_of(arrays.images if whole else extremes(arrays.images))
-                told = white if train is None or train.white is None else train.white
-                scale = own if told is None else told
-                decimal = arrays.images.dtype.kind in "fb"
-                if decimal and own == UNIT < scale:  # of a whole split, and not of one dark image
-                    raise other_range(own, scale)
-                if beyond(own, scale, decimal):
-                    notice(f"{where}_images: pixels above {scale:g} become white, as it is white in training")
-            pixels = (
-                to_rgb(as_bytes(arrays.images, scale)) if whole else to_rgb(torch.empty(0, *arrays.images.shape[1:]))
-            )
+            scale = None if images.dtype == np.uint8 else self._scale(images, where, train)
+            pixels = to_rgb(as_bytes(images, scale)) if whole else to_rgb(torch.empty(0, *images.shape[1:]))
         except UserError as error:
             raise UserError(f"{where}_images: {error.message}") from None
-        if len(arrays.images) != len(indices) or not len(indices):
-            counts = f"{len(arrays.images)} images and {len(indices)} labels"
+        if len(images) != len(labels) or not len(labels):
+            counts = f"{len(images)} images and {len(labels)} labels"
             raise UserError(f"{where} has {counts}; give equally many, at least 1")
-        side = size or (min(pixels.shape[-2:]) if train is None else train.size)
+        side = self.size or (min(pixels.shape[-2:]) if train is None else train.size)
         if train is None:
             if scale is not None:
-                notice(f"{where}_images: {describe(scale, arrays.images.dtype)}")
-            if to_train and not without:
-                _name_missing(indices, vocab, source)
-        elif size is None and min(pixels.shape[-2:]) != side:
+                notice(f"{where}_images: {describe(scale, images.dtype)}")
+            if self.to_train and arrays.labels is not None:
+                _name_missing(labels, vocab, self.source)
+        elif self.size is None and min(pixels.shape[-2:]) != side:
             found = "x".join(map(str, pixels.shape[-2:]))
-            notice(f"{where}_images are {found} pixels; they are resized to {side}x{side}, as those of {first} are")
-        stored = resize(pixels, side) if whole else squares_of(arrays.images, side, scale)
-        found = ImageSet(stored, torch.from_numpy(indices), vocab, white=scale)
+            notice(
+                f"{where}_images are {found} pixels; they are resized to {side}x{side}, as those of {self.first} are"
+            )
+        stored = resize(pixels, side) if whole else squares_of(images, side, scale)
+        found = ImageSet(stored, torch.from_numpy(labels), vocab, white=scale)
         found.own_size = min(pixels.shape[-2:])
         return found
 
-    for split in readers:
-        splits.add(split, partial(read, split))
-    return splits
+    def _labels(self, arrays: ImagesAndLabels, where: str, train: ImageSet | None) -> tuple[np.ndarray, list[str]]:
+        """The class of each image, an index, and the names of the classes."""
+        without = arrays.labels is None
+        labels = np.full(len(arrays.images), UNLABELLED) if without else _one_each(arrays.labels, f"{where}_labels")
+        vocab = vocab_of(labels, self.names, where, self.to_train) if train is None else list(train.vocab)
+        if without:
+            return labels, vocab
+        return label_indices(labels, vocab, f"{where}_labels", named=self.names is not None), vocab
+
+    def _scale(self, images: "np.ndarray | ArrayInFile", where: str, train: ImageSet | None) -> float:
+        """The value that becomes white, of pixels that are not bytes; says if some go beyond it."""
+        own = white_of(images if isinstance(images, np.ndarray) else extremes(images))
+        told = self.white if train is None or train.white is None else train.white
+        scale, decimal = own if told is None else told, images.dtype.kind in "fb"
+        if decimal and own == UNIT < scale:  # of a whole split, and not of one dark image
+            raise other_range(own, scale)
+        if beyond(own, scale, decimal):
+            notice(f"{where}_images: pixels above {scale:g} become white, as it is white in training")
+        return scale
 
 
 def vocab_of(labels: np.ndarray, names: np.ndarray | None, where: str, to_train: bool = True) -> list[str]:

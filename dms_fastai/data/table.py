@@ -6,6 +6,7 @@ import re
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -60,32 +61,49 @@ def read_table(
         raise UserError(f"{table} has one class, {vocab[0]!r}; a classifier needs at least 2")
     rest = sorted(files.paths.difference(*labelled.values()))
     without = [file for file in rest if Path(file).parts[0].lower() in NO_LABELS]
-    if passed_over := len(rest) - len(without):
-        notice(f"{folder}: {passed_over} images are not in {table.name}, and are skipped")
-    splits = Splits()
+    if skipped := len(rest) - len(without):
+        notice(f"{folder}: {skipped} images are not in {table.name}, and are skipped")
+    reader = _Reader(folder, table, labelled, without, vocab, size, middle, to_train, white)
+    for split in (*labelled, *(("unlabelled",) if without else ())):
+        reader.splits.add(split, partial(reader.read, split))
+    return reader.splits
 
-    def read(split: str) -> ImageSet:
-        classes = labelled[split]
-        strange = sorted(set(classes.values()) - set(vocab))
-        if strange:
-            raise UserError(f"{table} has a class {strange[0]!r} in {split} that it does not have in train")
-        place = {name: index for index, name in enumerate(vocab)}
-        labels = [place[name] for name in classes.values()]
-        listing = Listing(folder, list(classes), labels, vocab, f"{table.resolve()} {split}")
-        return decoded_image_set(listing, size, white_of_split(split), middle)
 
-    def read_unlabelled() -> ImageSet:
-        listing = unlabelled(folder, without, vocab, f"{table.resolve()} unlabelled")
-        return decoded_image_set(listing, size, white_of_split("unlabelled"), middle)
+@dataclass(eq=False)
+class _Reader:
+    """Reads the splits of a table. Arguments and errors as in `read_table`.
 
-    def white_of_split(split: str) -> White:
-        return white_like(splits["train"]) if to_train and split != "train" else white
+    Attributes:
+        labelled: The class of each file, by split.
+        without: Files without a label.
+        vocab: Names of the classes.
+        splits: What is read by it.
+    """
 
-    for split in labelled:
-        splits.add(split, partial(read, split))
-    if without:
-        splits.add("unlabelled", read_unlabelled)
-    return splits
+    folder: Path
+    table: Path
+    labelled: dict[str, dict[str, str]]
+    without: list[str]
+    vocab: list[str]
+    size: int
+    middle: float
+    to_train: bool
+    white: White
+    splits: Splits = field(default_factory=Splits)
+
+    def read(self, split: str) -> ImageSet:
+        """The images of a split, and their labels, if they have any."""
+        white = white_like(self.splits["train"]) if self.to_train and split != "train" else self.white
+        return decoded_image_set(self._listing(split), self.size, white, self.middle)
+
+    def _listing(self, split: str) -> Listing:
+        name = f"{self.table.resolve()} {split}"
+        if split not in self.labelled:
+            return unlabelled(self.folder, self.without, self.vocab, name)
+        classes, place = self.labelled[split], {name: index for index, name in enumerate(self.vocab)}
+        if strange := sorted({*classes.values()} - {*self.vocab}):
+            raise UserError(f"{self.table} has a class {strange[0]!r} in {split} that it does not have in train")
+        return Listing(self.folder, list(classes), [place[c] for c in classes.values()], self.vocab, name)
 
 
 def _labelled(rows: Iterable[tuple[int, str, str, str]], files: "_Files", table: Path) -> dict[str, dict[str, str]]:

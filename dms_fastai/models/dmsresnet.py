@@ -229,7 +229,7 @@ def _trained(name: str) -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs(
     {
-        "dmsresnet.fast_kd_cifar10": _trained("dmsresnet.fast_kd_cifar10"),
+        "dmsresnet.fast_kd2_cifar10": _trained("dmsresnet.fast_kd2_cifar10"),
         "dmsresnet_plain.untrained": _cfg(),
         "dmsresnet_seblocks.untrained": _cfg(),
         "dmsresnet_lite.untrained": _cfg(),

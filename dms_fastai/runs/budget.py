@@ -59,7 +59,8 @@ def fitted(
     if "data.batch_size" not in given:
         fitting = 2 ** math.floor(math.log2(max(1, images / BATCHES)))
         recipe = replace(recipe, data=replace(recipe.data, batch_size=min(max(fitting, SMALLEST), LARGEST)))
-    found: list[tuple[float, float, Recipe, Estimate]] = []  # first the seconds of an epoch, and those for its teacher
+    later = before.forward_seconds if isinstance(before, Estimate) else 0.0
+    found: list[tuple[float, Recipe, Estimate]] = []  # first the seconds of an epoch
     for name, args in _networks(recipe, given):
         tried = replace(recipe, model=replace(recipe.model, name=name, args=args))
         try:
@@ -68,8 +69,7 @@ def fitted(
             if not is_out_of_memory(error):
                 raise
             continue
-        teaching = before.step_seconds / 3 * took.steps if isinstance(before, Estimate) else 0.0
-        found.append((took.epoch_seconds + teaching, teaching, tried, took))
+        found.append((took.seconds(1, later=later), tried, took))
         if seconds / found[-1][0] >= _least(took):
             break
     else:
@@ -77,12 +77,8 @@ def fitted(
             raise UserError(f"batches of {recipe.data.batch_size} images do not fit into memory; try smaller ones")
         found.sort(key=lambda each: each[0])
         found = found[:1]
-    epoch, teaching, chosen, took = found[-1]
-    epochs = max(1, math.floor(seconds / epoch))
-    if recipe.fixed_views is not None and epochs > recipe.fixed_views.count:  # later ones do without the teacher
-        asked = recipe.fixed_views.count
-        alone = max(epoch - took.steps * took.teacher_seconds - teaching, 0.05 * epoch)
-        epochs = asked + math.floor((seconds - asked * epoch) / alone)
+    epoch, chosen, took = found[-1]
+    epochs = took.epochs_in(seconds, recipe.fixed_views and recipe.fixed_views.count, later)
     if "schedule.epochs" not in given:
         if epochs < min(_least(took), MOST):
             few = f"only {epochs} epochs fit into {clock(seconds)}"

@@ -1,5 +1,6 @@
 """What a training will take, from a few steps of it."""
 
+import math
 import time
 from dataclasses import dataclass, replace
 
@@ -14,10 +15,11 @@ from ..recipes import Recipe
 from ..trained import Teacher
 from ..training.parts import order_of
 from .images import loaders_of
-from .work import share_of_whole
+from .work import PASSES, share_of_whole
 
 __all__ = ["Estimate", "estimate", "held"]
 
+LEAST = 0.05  # of an epoch's time is left without the teacher, which may take nearly all of a step
 WARM_UP, STEPS, SECONDS = 2, 10, 3.0  # steps before any is timed, and the most steps and seconds that are timed
 
 
@@ -40,6 +42,37 @@ class Estimate:
     step_seconds: float
     epoch_seconds: float
     teacher_seconds: float = 0.0
+
+    @property
+    def forward_seconds(self) -> float:
+        """Seconds of a forward pass of a step's images, as of one that teaches another network."""
+        return self.step_seconds / PASSES
+
+    def seconds(self, epochs: int, views: int | None = None, later: float = 0.0) -> float:
+        """Seconds of a training.
+
+        Args:
+            epochs: Its epochs.
+            views: A teacher is asked in so many epochs alone, of `FixedViews`; None: in all.
+            later: Seconds a step of a teacher that is not there yet, and was not given to `estimate`.
+        """
+        asked = epochs if views is None else min(views, epochs)
+        return asked * self._asking(later) + (epochs - asked) * self._recalling(later)
+
+    def epochs_in(self, seconds: float, views: int | None = None, later: float = 0.0) -> int:
+        """The most epochs that take no more than so many seconds, but one at least; arguments as in `seconds`."""
+        epochs = max(1, math.floor(seconds / self._asking(later)))
+        if views is None or epochs < views:
+            return epochs
+        return views + math.floor((seconds - views * self._asking(later)) / self._recalling(later))
+
+    def _asking(self, later: float) -> float:
+        """Seconds of an epoch in which a teacher is asked."""
+        return self.epoch_seconds + self.steps * later
+
+    def _recalling(self, later: float) -> float:
+        """Seconds of an epoch in which what it has said is read."""
+        return max(self.epoch_seconds - self.steps * self.teacher_seconds, LEAST * self._asking(later))
 
 
 def estimate(recipe: Recipe, sets: Sets, device: torch.device, teacher: Teacher | None = None) -> Estimate:
@@ -71,7 +104,7 @@ def estimate(recipe: Recipe, sets: Sets, device: torch.device, teacher: Teacher 
     if resize is not None:
         share = share_of_whole(learn.model, resize.build(), sets.train.shape, steps, recipe.schedule.epochs)
         step = teacher_seconds + share * max(0.0, whole - teacher_seconds)
-    validation = whole / 3 * len(sets.valid) / learn.dls.train.bs  # a forward pass is a third of a step
+    validation = whole / PASSES * len(sets.valid) / learn.dls.train.bs
     return Estimate(
         parameters=sum(p.numel() for p in learn.model.parameters()),
         macs=macs(learn.model, sets.train.shape),

@@ -33,7 +33,7 @@ def foreseen(
         table.add_column(name, justify="right", no_wrap=True)
     table.padding, table.show_edge = 0, False
     total, measured = 0.0, {}
-    trained: dict[str, tuple[float, int]] = {}  # of each stage, the seconds of a step and the size of its images
+    trained: dict[str, tuple[float, int]] = {}  # of each stage: seconds of a forward pass, and the size of its images
     planned = {str(stage.folder.path) for stage in stages if restart or not stage.folder.finished}
     for stage in stages:
         recipe, finished = stage.recipe, stage.folder.finished and not restart
@@ -54,16 +54,13 @@ def foreseen(
         if teacher is not None:
             sizes = [size or (sets.size, sets.size) for size in teacher.sizes]
         elif str(stage.teacher) in trained:  # by then; it is not in what was measured
-            step, own = trained[str(stage.teacher)]
+            forward, own = trained[str(stage.teacher)]
             sees = recipe.distill.size or own
-            sizes, teaching = [(sees, sees)], step / 3 * (sees / own) ** 2  # a forward pass is a third of a step
-            later = teaching
-        step = found.step_seconds + later
-        epochs = recipe.schedule.epochs
-        asked = epochs if recipe.fixed_views is None else min(recipe.fixed_views.count, epochs)
-        alone = found.epoch_seconds - found.steps * found.teacher_seconds
-        seconds = epochs * alone + asked * found.steps * (found.teacher_seconds + later)
-        trained[str(stage.folder.path)], total = (found.step_seconds, sets.size), total + seconds
+            sizes, later = [(sees, sees)], forward * (sees / own) ** 2
+            teaching = later
+        epochs, step = recipe.schedule.epochs, found.step_seconds + later
+        seconds = found.seconds(epochs, recipe.fixed_views and recipe.fixed_views.count, later)
+        trained[str(stage.folder.path)], total = (found.forward_seconds, sets.size), total + seconds
         if sizes:
             at = " and ".join(dict.fromkeys(f"{height}x{width}" for height, width in sizes))
             said[recipe.name] = f"{recipe.title}: teacher at {at}, {teaching / step:.0%} of the time of a step"
