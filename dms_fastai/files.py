@@ -81,7 +81,7 @@ def whole(file: Path, durable: bool = True) -> Iterator[Path]:
     except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        if isinstance(error, OSError) and error.filename is None:  # as of a write
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:  # as of a write
             error.filename = str(file)
         raise
 

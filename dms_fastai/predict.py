@@ -51,10 +51,13 @@ def image_files(given: Iterable[str]) -> dict[Path, tuple[str, ...]]:
 
 
 def _images_below(folder: Path) -> list[Path]:
-    """The image files in or below a folder, sorted; says how many others are there."""
+    """The image files in or below a folder, sorted; says how many others are there. Links add no image twice."""
     tree = walk(folder)
     tree.say_skipped()
-    return [folder / file for file in tree.files]
+    found: dict[tuple[str, str], Path] = {}
+    for file in (folder / name for name in tree.files):
+        found.setdefault((os.path.realpath(file.parent), file.name), file)
+    return list(found.values())
 
 
 def check_table(file: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from fastai.learner import load_learner
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -15,6 +16,7 @@ from dms_fastai import EarlyStopping, UserError, dms_learner, load_data, names
 from dms_fastai.data.loader import balanced
 from dms_fastai.errors import Notice
 from dms_fastai.models.grad_cam import grad_cam
+from dms_fastai.models.weights import load_weights
 from dms_fastai.report.published import TABLE_1
 from dms_fastai.report.rows import sections
 from dms_fastai.run_folder import Run, RunFolder, find_runs
@@ -449,8 +451,9 @@ def test_what_a_finished_run_has_lost_is_written_again(dms, tmp_path):  # noqa: 
     assert all(path.is_file() for path in lost)
     assert folder.weights.read_bytes() == before
     assert (read_predictions(folder.predictions).right == known).all()
-    predicted = dms("predict", folder.learner, "--help")
-    assert predicted[0] == 0
+    model, _ = load_weights(folder.weights)
+    again = load_learner(folder.learner).model.state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
     assert "written again" not in dms(*args)[1]
 
 
@@ -480,5 +483,10 @@ def test_weights_and_checkpoints_of_an_unknown_run_are_not_trained_over(dms, tmp
     code, _, err = dms(*args)
     assert (code, "no run.json that says what run it is of" in err, "or --restart" in err) == (2, True, True)
     assert {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()} == kept
+    recipe = folder.recipe_file.read_bytes()
+    folder.recipe_file.unlink()  # now nothing says that it is a run's
+    code, _, err = dms(*args, "--restart")
+    assert (code, "give --out another folder\n" in err) == (2, True)
+    folder.recipe_file.write_bytes(recipe)
     assert dms(*args, "--restart")[0] == 0
     assert folder.finished

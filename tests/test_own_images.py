@@ -321,6 +321,7 @@ def test_a_time_and_the_epochs_that_fit_into_it_are_counted_alike():
     assert took.seconds(5, views=2) == 2 * 4.0 + 3 * 2.75  # without ten times the teacher's eighth of a second
     assert took.seconds(5, views=2, later=0.25) == 2 * 6.5 + 3 * 2.75
     assert took.seconds(5, views=9) == 20.0
+    assert took.epochs_in(0.1, views=1) == 1
     for views, later in ((None, 0.0), (2, 0.0), (2, 0.25), (9, 0.0)):
         for epochs in (1, 2, 3, 5):
             needed = took.seconds(epochs, views, later)

@@ -29,7 +29,7 @@ from torch import nn
 from dms_fastai import DMSLoss, Teacher, UserError, dms_learner, ensemble, load_data, load_teacher
 from dms_fastai.data.loader import statistics
 from dms_fastai.errors import Notice
-from dms_fastai.export import export_model, predict_files
+from dms_fastai.export import export_model, open_model, predict_files
 from dms_fastai.export.formats import open_exported
 from dms_fastai.models.card import ModelCard, read_card
 from dms_fastai.models.weights import load_weights, save_weights
@@ -485,6 +485,8 @@ def test_normalize_of_fastai_is_that_of_all_loaders_and_no_other_transform_is_ta
         dls.add_tfms([Normalize.from_stats(*stats, cuda=False)], "after_batch")
     torch.testing.assert_close(dls.valid.one_batch()[0], (pixels - 0.5) / 0.25, atol=1e-5, rtol=1e-5)
     assert statistics(dls) == stats
+    with pytest.raises(UserError, match="has no mean and std here"):
+        dls.add_tfms([Normalize()], "after_batch")
     with pytest.raises(UserError, match="Brightness would not be called"):
         dls.add_tfms([Brightness()], "after_batch")
 
@@ -548,3 +550,12 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_network_is_traced(t
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(UserError, match="is no folder"):
         export_model("dmsresnet_mini", tmp_path / "file" / "x.onnx")
+
+
+def test_an_exported_learner_over_images_of_one_size_is_opened_as_before(tmp_path):
+    make_folder(tmp_path / "images", ["train", "test"], size=(16, 16))
+    dls = ImageDataLoaders.from_folder(tmp_path / "images", valid="test", bs=4, num_workers=0)
+    learn = quiet(dms_learner(dls, "se", arch="test_dmsresnet"))
+    learn.export(tmp_path / "learner.pkl")
+    _, card = open_model(load_learner(tmp_path / "learner.pkl"))
+    assert card.to_json() == open_model(learn)[1].to_json()

@@ -238,11 +238,13 @@ def test_images_are_found_at_any_depth_by_pattern_and_from_home(examples, tmp_pa
         file.parent.mkdir(exist_ok=True)
         file.write_bytes(b"")
     (tmp_path / "digits" / "3" / "back").symlink_to(tmp_path / "digits")
+    (tmp_path / "digits" / "latest").symlink_to(tmp_path / "digits" / "3")  # an image is classified once
     found = image_files(["digits"])
     assert list(found) == sorted([*here, deep.relative_to(tmp_path)])
     assert found[deep.relative_to(tmp_path)] == ("more", "3", "digits")
     assert [found[file][0] for file in here] == labels
     (tmp_path / "digits" / "3" / "back").unlink()
+    (tmp_path / "digits" / "latest").unlink()
     assert list(image_files(["~/digits/*/*.png"])) == files
     assert list(image_files(["digits/**/*.png"])) == here
     assert list(image_files([str(files[1]), str(files[0]), str(files[1])])) == [files[1], files[0]]

@@ -24,7 +24,8 @@ class FixedViews(Releasing):
 
     order, run_valid = order_of("fixed_views"), False
     network_states: dict[str, Any] | None = None
-    _stateattrs = ("network_states",)
+    saved: dict[str, Any] | None = None
+    _stateattrs = ("network_states", "saved")
 
     def __init__(self, count: Count = 8):
         """
@@ -37,9 +38,6 @@ class FixedViews(Releasing):
         super().__init__()
         self.count = count
 
-    def before_fit(self) -> None:
-        """Keep what `restore` may have put here for this fit."""
-
     @property
     def view(self) -> int:
         """Which of the views the epoch has, from 0."""
@@ -48,7 +46,7 @@ class FixedViews(Releasing):
     def before_train(self) -> None:
         refuse_twin(self)
         if self.network_states is None:
-            self.network_states = get_random_states()
+            self.network_states, self.saved = self.saved or get_random_states(), None
         loader = self.learn.dls.train
         loader.passes = self.view  # which images are mirrored, where that alternates
         if hasattr(loader, "rng"):  # from which fastai's own loaders draw the order
@@ -77,8 +75,8 @@ class FixedViews(Releasing):
 
     def state(self) -> dict[str, Any] | None:
         """What `restore` needs to resume the network's draws in the middle of an epoch."""
-        return self.network_states
+        return self.network_states or self.saved
 
     def restore(self, saved: dict[str, Any] | None) -> None:
         """Have the next fit resume with saved random states."""
-        self.network_states = saved
+        self.saved = saved

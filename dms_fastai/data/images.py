@@ -175,7 +175,6 @@ def resize(pixels: Tensor, size: int, middle: float = 1.0) -> Tensor:
 
     `middle` as in `read_image`.
     """
-    _check_memory(len(pixels) * pixels.shape[1] * size**2, size)
     if middle < 1:
         larger = resize(pixels, _shorter(min(pixels.shape[-2:]), size, middle))
         return _middle(larger, size).contiguous()
@@ -183,6 +182,7 @@ def resize(pixels: Tensor, size: int, middle: float = 1.0) -> Tensor:
     pixels = _middle(pixels, side)
     if side == size:
         return pixels.contiguous()
+    _check_memory(len(pixels) * pixels.shape[1] * size**2, size)
     chunks = pixels.split(4096)  # a whole data set at once would need several times its size
     return torch.cat([F.interpolate(c, size=(size, size), mode="bilinear", antialias=True) for c in chunks])
 

@@ -159,7 +159,7 @@ class ImageLoaders(DataLoaders):
         """As in fastai, for `Normalize` alone: all loaders normalise by its mean and std from now on.
 
         Raises:
-            UserError: Another transform: batches are made in one go here, and none would be called.
+            UserError: It has none; or it is another transform, which would not be called: batches are made in one go.
         """
         for transform in L(tfms):
             if not isinstance(transform, Normalize):
@@ -167,6 +167,8 @@ class ImageLoaders(DataLoaders):
                     f"{type(transform).__name__} would not be called: batches are made in one go here; take a callback "
                     f"of this package, an argument of load_data, or fastai's own DataLoaders"
                 )
+            if transform.mean is None:
+                raise UserError("Normalize() has no mean and std here; leave it out: images are normalised already")
             mean, std = (
                 tuple(round(value, 6) for value in t.flatten().tolist()) for t in (transform.mean, transform.std)
             )

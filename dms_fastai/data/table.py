@@ -93,8 +93,9 @@ class _Reader:
 
     def read(self, split: str) -> ImageSet:
         """The images of a split, and their labels, if they have any."""
+        listing = self._listing(split)  # what is wrong with it is said before other images are decoded
         white = white_like(self.splits["train"]) if self.to_train and split != "train" else self.white
-        return decoded_image_set(self._listing(split), self.size, white, self.middle)
+        return decoded_image_set(listing, self.size, white, self.middle)
 
     def _listing(self, split: str) -> Listing:
         name = f"{self.table.resolve()} {split}"

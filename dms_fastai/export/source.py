@@ -104,13 +104,16 @@ def _card_of_ours(learn: DMSLearner) -> ModelCard:
     if isinstance(learn.dls.train_ds, ImageSet) or vocabulary(learn.dls) is None:
         return learn.card
     try:
-        return replace(learn.card, middle=_card_of(learn).middle)
+        known = None if len(learn.dls.train_ds) else learn.exported_inputs
+        return replace(learn.card, middle=_card_of(learn, known).middle)
     except NoFilesError:  # tensors, which the network's graph is given as they are
         return learn.card
 
 
-def _card_of(learn: Learner) -> ModelCard:
+def _card_of(learn: Learner, known: Inputs | None = None) -> ModelCard:
     """What the model of a stock Learner expects, found by what its DataLoaders make of a grey image.
+
+    `known` are its images, if it is known what they were.
 
     Raises:
         UserError: It does not classify images of one size by one label, or does more to them than resize and normalise.
@@ -126,8 +129,8 @@ def _card_of(learn: Learner) -> ModelCard:
         images = inputs_of(dls)
         return ModelCard(name, vocab, images.mean, images.std, images.shape, **seen_of(dls))
     small, large = (_made_of(dls, Image.new("RGB", size, (GREY,) * 3)) for size in ((61, 97), (120, 80)))
-    if any(len(dl.dataset) for dl in dls.loaders):
-        images = inputs_of(dls)
+    if known is not None or any(len(dl.dataset) for dl in dls.loaders):
+        images = known or inputs_of(dls)
     elif small.shape == large.shape:
         images = Inputs.seen(small.shape, dls)
     else:

@@ -132,7 +132,8 @@ def notes(rows: Sequence[Row], columns: Sequence[str] = COLUMNS) -> list[str]:
         labels = ", ".join(dict.fromkeys(row.label for row in rows if row.first.valid == valid))
         found.append(f"Measured on {MEASURED.get(valid, printable(valid))}: {labels}.")
     paper = "; the paper's figures are such" if {row.first.data for row in rows} == {"cifar10"} else ""
-    found.append(f"* the best epoch, chosen on {where}, which flatters it{paper}.")
+    if "best epoch*, %" in columns:
+        found.append(f"* the best epoch, chosen on {where}, which flatters it{paper}.")
     if "PFLOP" in columns and any(row.train_pflop for row in rows):
         found.append("PFLOP: forward and backward passes of the training, and the teacher's forward passes.")
     if "training, %" in columns and any(row.first.mixup for row in rows):
@@ -166,7 +167,7 @@ def table(section: Section, width: int = 80) -> Table:
     shown.padding, shown.show_edge = 0, False
     for name in names:
         number = name not in WORDS
-        head = section.worded(name).replace(", ", "\n").replace("best epoch", "best")
+        head = _head(section, name)
         style = "bold" if name.startswith("accuracy") else ""
         shown.add_column(head, justify="right" if number else "left", no_wrap=number, style=style)
     for name, column in zip(names, shown.columns, strict=True):
@@ -180,10 +181,16 @@ def table(section: Section, width: int = 80) -> Table:
     return shown
 
 
+def _head(section: Section, name: str) -> str:
+    """The head of a column in a terminal, in lines."""
+    return section.worded(name).replace(", ", "\n").replace("best epoch", "best")
+
+
 def _width(section: Section, names: Sequence[str]) -> int:
     """How many letters a table with these columns needs: a number stays in one line."""
     rows = [cells(row) for row in section.rows]
-    longest = {name: max(len(found[name]) for found in rows) for name in names}
+    heads = {name: max(map(len, _head(section, name).splitlines())) for name in names}
+    longest = {name: max(heads[name], *(len(found[name]) for found in rows)) for name in names}
     return sum(min(n, NARROW) if name in WORDS else n for name, n in longest.items()) + len(names) - 1
 
 

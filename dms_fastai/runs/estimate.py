@@ -64,7 +64,7 @@ class Estimate:
         epochs = max(1, math.floor(seconds / self._asking(later)))
         if views is None or epochs < views:
             return epochs
-        return views + math.floor((seconds - views * self._asking(later)) / self._recalling(later))
+        return views + max(0, math.floor((seconds - views * self._asking(later)) / self._recalling(later)))
 
     def _asking(self, later: float) -> float:
         """Seconds of an epoch in which a teacher is asked."""

@@ -13,7 +13,14 @@ from ..recipes import Recipe, flat
 from ..run_folder import RunFolder
 from .machine import device_name
 
-__all__ = ["arithmetic", "other_arithmetic", "refuse_other_code", "refuse_other_origin", "refuse_other_recipe"]
+__all__ = [
+    "arithmetic",
+    "other_arithmetic",
+    "refuse_other_code",
+    "refuse_other_origin",
+    "refuse_other_recipe",
+    "refuse_unknown",
+]
 
 
 def refuse_other_recipe(
@@ -21,13 +28,9 @@ def refuse_other_recipe(
 ) -> None:
     """Raise a FolderError if a run's recipe differs; it names the keys. Compares the keys `of` alone, if given.
 
-    So it does where nothing says of which run the folder's weights or checkpoints are.
+    So it does where `refuse_unknown` does.
     """
-    if folder.lost is not None:
-        raise FolderError(
-            f"{folder.path} has {folder.lost.name}, and no {folder.facts_file.name} that says what run it is of; give "
-            f"--out another folder, or {or_else}"
-        )
+    refuse_unknown(folder)
     if not folder.recipe_file.is_file() or not folder.begun:
         return
     theirs, ours = (flat(r.without_folders().to_table()) for r in (folder.recipe(), recipe))
@@ -38,6 +41,19 @@ def refuse_other_recipe(
         changes = ", ".join(f"{key} {theirs.get(key, 'default')} -> {ours.get(key, 'default')}" for key in keys)
         raise FolderError(
             f"{folder.path} holds a run of another recipe ({changes}); give --out another folder, or {or_else}"
+        )
+
+
+def refuse_unknown(folder: RunFolder, restart: bool = False) -> None:
+    """Raise a FolderError if nothing says of which run a folder's weights or checkpoints are.
+
+    With `restart`, they may be replaced if a recipe beside them says that they are a run's.
+    """
+    ours = folder.recipe_file.is_file()
+    if folder.lost is not None and not (restart and ours):
+        raise FolderError(
+            f"{folder.path} has {folder.lost.name}, and no {folder.facts_file.name} that says what run it is of; give "
+            f"--out another folder" + ", or --restart" * ours
         )
 
 

@@ -33,7 +33,14 @@ from .best import KeepBest
 from .checkpoint import Checkpoint
 from .curves import plot_curves
 from .estimate import held
-from .guards import arithmetic, other_arithmetic, refuse_other_code, refuse_other_origin, refuse_other_recipe
+from .guards import (
+    arithmetic,
+    other_arithmetic,
+    refuse_other_code,
+    refuse_other_origin,
+    refuse_other_recipe,
+    refuse_unknown,
+)
 from .history import History, write_rows
 from .images import loaders_of
 from .lock import locked
@@ -118,7 +125,9 @@ def run_stage(stage: Stage, opened: Opened, manner: Manner | None = None, consol
         with processes.in_order():
             if processes.is_first():
                 stack.enter_context(locked(folder.path, manner.wait))
-            if not manner.restart:
+            if manner.restart:
+                refuse_unknown(folder, restart=True)
+            else:
                 refuse_other_recipe(recipe, folder)
             if processes.is_first():
                 _tidy(folder, manner.restart)
@@ -344,12 +353,14 @@ def _empty(folder: RunFolder) -> None:
     """Delete what a run leaves or, if it has finished, move it aside. What is somebody else's stays."""
     if not folder.recipe_file.is_file() or not (folder.facts_file.is_file() or folder.lost):
         return  # not a run's folder
+    left = folder.own_files()[::-1]  # what says that it is a run's goes last
     if folder.finished or folder.lost == folder.weights:
         shutil.rmtree(folder.replaced, ignore_errors=True)
         folder.replaced.mkdir()
-        for path in folder.own_files():
+        for path in left:
             path.replace(folder.replaced / path.name)
-    for path in folder.own_files():
+        return
+    for path in left:
         if path.is_dir():
             shutil.rmtree(path)
         else:
