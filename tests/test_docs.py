@@ -183,3 +183,15 @@ def test_the_other_systems_stand_in_the_results_as_they_ran():
 def test_every_key_of_a_recipe_is_explained():
     text = (ROOT / "docs" / "recipes.md").read_text()
     assert [key for key in all_keys() if not re.search(rf"`\[?{re.escape(key)}\b", text)] == []
+
+
+def test_ratios_of_the_data_path_are_those_of_the_committed_benchmark():
+    told = json.loads((ROOT / "artifacts" / "benchmarks" / "data_path.json").read_text())
+    text = (ROOT / "docs" / "speed.md").read_text()
+    ours, theirs = told["figures"]["ours"], told["figures"]["torchvision"]
+    assert (
+        f"{theirs['median']:,.0f} with torchvision | {ours['median']:,.0f} | {ours['ratio_median']:.0f} times" in text
+    )
+    for found in told["augmentations"].values():
+        ratio = "{ratio_median:.1f} ({ratio_min:.1f} to {ratio_max:.1f})".format(**found["ours"])
+        assert f"| {ratio} |" in text
