@@ -97,10 +97,6 @@ def main() -> None:
         _tell_for_all("one of the processes has ended; the same command resumes from the last checkpoint")
         sys.exit(2)
     except OSError as error:  # a folder that cannot be written, a full disk
-        kept = (
-            "; what was finished is kept: make room or raise the limit, and the same command resumes"
-            if error.errno in FULL
-            else ""
-        )
-        _tell_for_all(f"{error}{kept}")
+        kept = "; what was finished is kept: make room or raise the limit, and the same command resumes"
+        _tell_for_all(f"{error}{kept if error.errno in FULL else ''}")
         sys.exit(2)

@@ -110,7 +110,7 @@ def _compare(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
 
 def _unreadable(file: Path, error: Exception) -> UserError:
     """The error for a file of weights, with what to do about it."""
-    then = "train it again"
+    then = "train it again with --restart"
     if isinstance(error, UnregisteredError):
         then = "if it is your own, import the module that registers it, in a command by DMS_FASTAI_IMPORT"
     return UserError(f"{file} cannot be loaded ({reason_of(error)}); {then}")

@@ -19,7 +19,7 @@ from .work import PASSES, share_of_whole
 
 __all__ = ["Estimate", "estimate", "held"]
 
-LEAST = 0.05  # of an epoch's time is left without the teacher, which may take nearly all of a step
+LEFT = 0.05  # of an epoch's time is left without the teacher, which may take nearly all of a step
 WARM_UP, STEPS, SECONDS = 2, 10, 3.0  # steps before any is timed, and the most steps and seconds that are timed
 
 
@@ -72,7 +72,7 @@ class Estimate:
 
     def _recalling(self, later: float) -> float:
         """Seconds of an epoch in which what it has said is read."""
-        return max(self.epoch_seconds - self.steps * self.teacher_seconds, LEAST * self._asking(later))
+        return max(self.epoch_seconds - self.steps * self.teacher_seconds, LEFT * self._asking(later))
 
 
 def estimate(recipe: Recipe, sets: Sets, device: torch.device, teacher: Teacher | None = None) -> Estimate:

@@ -18,7 +18,7 @@ from fastcore.basics import noop
 from rich.console import Console
 
 from .. import processes
-from ..errors import FolderError, UserError, notice
+from ..errors import UserError, notice
 from ..export import export_learner, export_run
 from ..files import whole
 from ..learner import DMSLearner, dms_learner
@@ -135,7 +135,7 @@ def run_stage(stage: Stage, opened: Opened, manner: Manner | None = None, consol
             if not folder.finished:
                 refuse_other_code(versions(), folder)
         if folder.finished:
-            _check_weights(folder)
+            card_in(folder.weights)  # damaged weights are refused
         if folder.finished and not folder.missing:
             processes.from_first(lambda: add_to_finished(stage, manner, console))
             return Run.read(folder.path)
@@ -290,14 +290,6 @@ class _Training:
         """The run, with the reason why it was stopped, if it was."""
         self.stop.agree()
         return replace(run, facts=replace(run.facts, stopped_by=self.stop.reason))
-
-
-def _check_weights(folder: RunFolder) -> None:
-    """Raise a FolderError if the weights of a finished run are damaged."""
-    try:
-        card_in(folder.weights)
-    except UserError as error:
-        raise FolderError(f"{error.message} with --restart") from None
 
 
 def _complete(learn: DMSLearner, folder: RunFolder, console: Console) -> Run:

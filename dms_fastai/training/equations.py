@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "IGNORED",
     "Reduction",
     "cross_entropy",
     "dist_divergence",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import UserError, unknown
 from ..settings import NotNegative, OneOf, Pixels, Positive, Share, checked
 from .equations import (
+    IGNORED,
     Reduction,
     cross_entropy,
     dist_divergence,
@@ -36,7 +37,7 @@ __all__ = [
     "check_standardized",
 ]
 
-UNLABELLED = -100  # in place of the class of an image that has none; torch's cross-entropy ignores it
+UNLABELLED = IGNORED  # in place of the class of an image that has none; torch's cross-entropy ignores it
 
 
 @dataclass(frozen=True)
